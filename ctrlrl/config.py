@@ -1,0 +1,100 @@
+"""Recipes: TOML files and `--set a.b=c`, read into frozen pydantic models. An unknown key names its nearest neighbour."""
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ctrlrl.errors import RecipeError
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, strict about keys. Sections live beside their owner."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load(kind: type[AnySection], recipe: str | Path | None, overrides: list[str] = ()) -> AnySection:
+    """Read `recipe` (TOML; None = defaults only), apply `key.sub=value` overrides, validate; raises RecipeError."""
+    values = {}
+    if recipe is not None:
+        path = Path(recipe)
+        if not path.is_file():
+            raise RecipeError(f"recipe {str(recipe)!r} does not exist: give the path of a TOML file")
+        try:
+            values = tomllib.loads(path.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {str(recipe)!r} is not TOML: {error}") from None
+    for override in overrides:
+        _override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(kind, error, recipe)) from None
+
+
+def dump(config: Section) -> str:
+    """The resolved config as stable JSON (sorted keys), written with every run and compared at resume."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Every leaf in which two dumped configs differ, as `a.b: old -> new`."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return found
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # an unquoted string, as people type it
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override!r}: {section!r} is not a section")
+    values[leaf] = value
+
+
+def _explain(kind: type[Section], error: ValidationError, recipe) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _keys(kind, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            lines.append(f"unknown key {where!r}: {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where!r} is required: set it in the recipe or with --set {where}=…")
+        else:
+            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+            lines.append(f"{where + ': ' if where else ''}{item['msg'].removeprefix('Value error, ')}{given}")
+    return f"recipe {str(recipe)!r}: " + "; ".join(lines) if recipe else "; ".join(lines)
+
+
+def _keys(kind: type, location: tuple) -> list[str]:
+    """The known keys of the section at `location`, following nested models and dictionaries of models."""
+    for part in location:
+        field = getattr(kind, "model_fields", {}).get(part)
+        annotations = [field.annotation] if field else list(getattr(kind, "__args__", ()))
+        models = [a for outer in annotations for a in (outer, *getattr(outer, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not models:
+            return []
+        kind = models[-1]
+    return list(getattr(kind, "model_fields", {}))

@@ -1,0 +1,99 @@
+"""Batches of token sequences: what travels to a training or scoring actor, and how it is cut into micro-batches.
+
+Legend of shape suffixes: B sequences of a micro-batch, T scored tokens of its longest sequence.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Ragged sequences with aligned columns; numpy only, so that it crosses processes without a copy.
+
+    tokens: int arrays, prompt and response together. prompt_lengths [B]: leading tokens that are not scored (at least 1, since
+    the first token has no logprob). per_token: arrays aligned with the scored tokens of each sequence. per_sequence: arrays [B].
+    group: this many consecutive sequences belong together and stay in one micro-batch (2 for preference pairs).
+    """
+
+    tokens: list[np.ndarray]
+    prompt_lengths: np.ndarray
+    per_token: dict[str, list[np.ndarray]]
+    per_sequence: dict[str, np.ndarray]
+    group: int = 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def scored_lengths(self) -> np.ndarray:
+        """Number of scored tokens of each sequence, [B]."""
+        return np.array([len(t) for t in self.tokens], dtype=np.int64) - self.prompt_lengths
+
+    def select(self, rows: np.ndarray) -> "TokenBatch":
+        """The given rows, in the given order."""
+        return TokenBatch(
+            [self.tokens[i] for i in rows],
+            self.prompt_lengths[rows],
+            {name: [column[i] for i in rows] for name, column in self.per_token.items()},
+            {name: column[rows] for name, column in self.per_sequence.items()},
+            self.group,
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a loss sees beside the model's outputs.
+
+    mask_BT: true on scored tokens. columns: per-token [B, T] (0 where masked) or per-sequence [B] tensors. tokens, sequences: the
+    counts of the *global* batch (all micro-batches, all ranks), the denominators that make losses independent of the cutting.
+    """
+
+    mask_BT: Tensor
+    columns: dict[str, Tensor]
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """A language model's outputs on the scored tokens, 0 where masked: logprobs_BT (differentiable), entropy_BT (not)."""
+
+    logprobs_BT: Tensor
+    entropy_BT: Tensor
+
+
+@dataclass(frozen=True)
+class ValueOutputs:
+    """A value model's outputs: values_BT[b, t] is the value of the state before scored token t."""
+
+    values_BT: Tensor
+
+
+# Every objective: (outputs, batch) -> (this micro-batch's share of the global loss, shares of stats). Shares add up over
+# micro-batches and ranks; a stat whose name ends in `_max` is combined by maximum.
+Loss = Callable[[object, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+def plan_micro_batches(lengths: np.ndarray, token_budget: int, group: int = 1, padded: bool = False) -> list[np.ndarray]:
+    """Cut rows into micro-batches of at most `token_budget` tokens (a longer group stands alone), similar lengths together.
+
+    lengths [B]: tokens of each sequence. With `padded` a micro-batch costs rows x longest. Returns row indices; groups of `group`
+    consecutive rows are never split; every row appears exactly once; the cut does not depend on the order of equal lengths.
+    """
+    costs = np.asarray(lengths).reshape(-1, group).max(axis=1) if padded else np.asarray(lengths).reshape(-1, group).sum(axis=1)
+    plan, current, spent, longest = [], [], 0, 0
+    for g in np.argsort(-costs, kind="stable"):
+        cost = int(costs[g])
+        longest = max(longest, cost)
+        after = longest * (len(current) + 1) * group if padded else spent + cost
+        if current and after > token_budget:
+            plan.append(current)
+            current, spent, longest = [], 0, cost
+        current.append(g)
+        spent += cost
+    if current:
+        plan.append(current)
+    return [(np.array(groups)[:, None] * group + np.arange(group)).ravel() for groups in plan]
