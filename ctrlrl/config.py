@@ -1,4 +1,5 @@
 """Recipes: TOML files and `--set a.b=c`, read into frozen pydantic models. An unknown key names its nearest neighbour."""
+
 import difflib
 import json
 import tomllib
@@ -27,7 +28,7 @@ def load(kind: type[AnySection], recipe: str | Path | None, overrides: list[str]
         if not path.is_file():
             raise RecipeError(f"recipe {str(recipe)!r} does not exist: give the path of a TOML file")
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {str(recipe)!r} is not TOML: {error}") from None
     for override in overrides:
@@ -88,13 +89,15 @@ def _explain(kind: type[Section], error: ValidationError, recipe) -> str:
     return f"recipe {str(recipe)!r}: " + "; ".join(lines) if recipe else "; ".join(lines)
 
 
-def _keys(kind: type, location: tuple) -> list[str]:
-    """The known keys of the section at `location`, following nested models and dictionaries of models."""
+def _keys(kind: type[BaseModel], location: tuple) -> list[str]:
+    """The known keys of the section at `location`, following nested models and dictionaries and lists of models."""
     for part in location:
-        field = getattr(kind, "model_fields", {}).get(part)
-        annotations = [field.annotation] if field else list(getattr(kind, "__args__", ()))
-        models = [a for outer in annotations for a in (outer, *getattr(outer, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        field = kind.model_fields.get(part)
+        if field is None:
+            continue  # a key of a dictionary or an index of a list; `kind` is already the model inside it
+        candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        models = [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
         if not models:
             return []
         kind = models[-1]
-    return list(getattr(kind, "model_fields", {}))
+    return list(kind.model_fields)

@@ -2,6 +2,7 @@
 
 Sources: [SH] Tuan et al., arXiv 2404.01295.
 """
+
 import re
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from ctrlrl.errors import ControlError
 
 ATTRIBUTES = ("helpful", "harmless")
 LOW, HIGH = 0.2, 1.0
-_SPELLED = re.compile(r"\[helpful=([^\]\s]+)\]\[harmless=([^\]\s]+)\]")
-# Names that the prompting templates spell in brackets; each is inert in user text, whatever its case.
+_SPELLED = re.compile(r"\[helpful=([0-9.e+-]+)\]\[harmless=([0-9.e+-]+)\]")
+# Names that the prompting templates spell in brackets, and in the cases people write: each is made inert in user text.
 _BRACKETED = tuple(spell(name) for name in (*ATTRIBUTES, "safety") for spell in (str.lower, str.title, str.upper))
 
 

@@ -3,6 +3,7 @@
 A message is {"role": "system" | "user" | "assistant", "content": str}. The control is appended to the last user message, so
 everything before it is a prefix shared by all controls.
 """
+
 from collections.abc import Sequence
 
 from ctrlrl.control import ATTRIBUTES, Control, neutralise, neutralise_jinja
@@ -10,6 +11,8 @@ from ctrlrl.errors import DataError, ModelError
 
 Messages = Sequence[dict[str, str]]
 ROLES = ("system", "user", "assistant")
+# Ends what control_chat_template puts before a model's own template, so that plain_chat_template finds it again.
+_OWN_TEMPLATE = "{#- ctrlrl: the model's own chat template #}"
 
 
 def check_messages(messages: Messages) -> None:
@@ -17,7 +20,7 @@ def check_messages(messages: Messages) -> None:
     if not messages:
         raise DataError("a prompt needs at least one message")
     for message in messages:
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise DataError(f'a message needs "role" (one of {", ".join(ROLES)}) and a text "content"; got {message!r}')
     if messages[-1]["role"] != "user":
         raise DataError(f"a prompt ends with the user's message; this one ends with {messages[-1]['role']!r}")
@@ -35,8 +38,14 @@ def controlled(messages: Messages, suffix: str = "") -> list[dict[str, str]]:
 def render(tokenizer, messages: Messages, suffix: str = "") -> list[int]:
     """Token ids of the prompt, ready for the response's first token. `suffix` is a spelled control or a template's sentence."""
     if not tokenizer.chat_template:
-        raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
-    ids = tokenizer.apply_chat_template(controlled(messages, suffix), add_generation_prompt=True, tokenize=True, return_dict=False)
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it"
+        )
+    # The template of an exported model would neutralise the operator's own suffix.
+    template = plain_chat_template(tokenizer.chat_template)
+    ids = tokenizer.apply_chat_template(
+        controlled(messages, suffix), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     return list(ids)
 
 
@@ -55,20 +64,34 @@ def prompting_templates(control: Control) -> tuple[str, str, str, str]:
 def control_chat_template(template: str) -> str:
     """A chat template that takes the control as the variables `helpful` and `harmless` and does what `render` does.
 
-    Without the two variables it only neutralises. Levels outside [0, 1] raise in the template.
+    Without the two variables it only neutralises. It raises for levels outside [0, 1], for one level without the other, for a
+    control when the last message is not the user's, and for content that is not text. Applied to its own result it changes nothing.
     """
+    template = plain_chat_template(template)
+    refusals = {
+        "(helpful is defined) != (harmless is defined)": "give both helpful and harmless, or neither",
+        "helpful is defined and messages[-1].role != 'user'": "a control needs the last message to be the user's",
+        **{f"{name} is defined and not 0 <= {name} <= 1": f"{name} must be from 0 to 1" for name in ATTRIBUTES},
+    }
     checks = "".join(
-        f"{{%- if {name} < 0 or {name} > 1 -%}}{{{{ raise_exception('{name} must be from 0 to 1') }}}}{{%- endif -%}}" for name in ATTRIBUTES
+        f'{{%- if {condition} -%}}{{{{ raise_exception("{reason}") }}}}{{%- endif -%}}' for condition, reason in refusals.items()
     )
     spelled = " ~ ".join(f"'[{name}=' ~ '%g'|format({name}) ~ ']'" for name in ATTRIBUTES)
+    # Tokenizers drop a newline after a tag: one more than the template's own keeps its leading white space as it was.
+    newline = "\n" if template[:1].isspace() else ""
     return (
-        "{%- set ctrlrl = namespace(messages=[]) -%}"
+        f"{checks}{{%- set ctrlrl = namespace(messages=[]) -%}}"
         "{%- for message in messages -%}"
+        "{%- if message.content is not string -%}{{ raise_exception('content must be text') }}{%- endif -%}"
         f"{{%- set text = {neutralise_jinja('message.content')} -%}}"
-        "{%- if loop.last and message.role == 'user' and helpful is defined and harmless is defined -%}"
-        f"{checks}{{%- set text = text ~ ' ' ~ {spelled} -%}}"
-        "{%- endif -%}"
+        f"{{%- if loop.last and helpful is defined -%}}{{%- set text = text ~ ' ' ~ {spelled} -%}}{{%- endif -%}}"
         "{%- set ctrlrl.messages = ctrlrl.messages + [{'role': message.role, 'content': text}] -%}"
         "{%- endfor -%}"
-        "{%- set messages = ctrlrl.messages -%}" + template
+        f"{{%- set messages = ctrlrl.messages -%}}{_OWN_TEMPLATE}{newline}{template}"
     )
+
+
+def plain_chat_template(template: str) -> str:
+    """The inverse of control_chat_template; any other template as it is."""
+    before, marker, own = template.partition(_OWN_TEMPLATE)
+    return own.removeprefix("\n") if marker else before

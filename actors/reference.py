@@ -1,0 +1,63 @@
+"""The frozen reference model of PPO's KL penalty."""
+
+import os
+
+import numpy as np
+import ray
+from pydantic import Field
+
+from actors.placement import ClusterConfig, Placement, Resources
+from actors.pool import Pool
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.models.scorer import ReferenceConfig as ReferenceModelConfig
+from ctrlrl.models.scorer import ReferenceModel
+
+
+class ReferenceConfig(ReferenceModelConfig):
+    """The reference model and how many workers serve it."""
+
+    workers: int = Field(1, gt=0)
+    resources: Resources = Resources()
+
+
+@ray.remote(max_restarts=0)
+class ReferenceWorker:
+    """Shell around one ReferenceModel."""
+
+    def __init__(self, model, config, temperature):
+        self.reference = ReferenceModel(model, config, temperature)
+
+    def ready(self):
+        return True
+
+    def logprobs(self, batch):
+        return self.reference.logprobs(batch)
+
+    def pid(self):
+        return os.getpid()
+
+
+class Reference:
+    """Typed handle of the reference workers."""
+
+    def __init__(self, config: ReferenceConfig, placement: Placement, cluster: ClusterConfig, *, model: str, temperature: float):
+        self._workers = config.workers
+
+        def start(index: int):
+            place = placement.at("reference", index)
+            worker = ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote(
+                model, config, temperature
+            )
+            return worker, worker.ready.remote()
+
+        self._pool = Pool(
+            "reference", start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s
+        )
+        self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
+
+    def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
+        """Logprobs of the scored tokens, one fp32 array a row, in the batch's order."""
+        size = max(1, -(-len(batch) // self._workers))
+        parts = [batch.select(np.arange(i, min(i + size, len(batch)))) for i in range(0, len(batch), size)]
+        futures = [self._pool.submit(lambda worker, part=part: worker.logprobs.remote(part)) for part in parts]
+        return [row for future in futures for row in future.result()]

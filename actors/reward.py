@@ -1,0 +1,58 @@
+"""Reward models: a pool of frozen classifiers for one attribute (safety or helpfulness)."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import ray
+from pydantic import Field
+
+from actors.placement import ClusterConfig, Placement, Resources
+from actors.pool import Pool
+from ctrlrl.models.scorer import Scorer, ScorerConfig
+from ctrlrl.prompts import Messages
+
+
+class RewardConfig(ScorerConfig):
+    """A reward model and how many workers serve it."""
+
+    workers: int = Field(1, gt=0)
+    resources: Resources = Resources()
+
+
+@ray.remote(max_restarts=0)
+class RewardWorker:
+    """Shell around one Scorer."""
+
+    def __init__(self, config):
+        self.scorer = Scorer(config)
+
+    def ready(self):
+        return True
+
+    def score(self, conversations):
+        return self.scorer.score(conversations)
+
+    def pid(self):
+        return os.getpid()
+
+
+class Reward:
+    """Typed handle of one attribute's reward model."""
+
+    def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
+        self._workers = config.workers
+
+        def start(index: int):
+            worker = RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote(config)
+            return worker, worker.ready.remote()
+
+        self._pool = Pool(name, start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s)
+        self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
+
+    def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        size = max(1, -(-len(conversations) // self._workers))
+        parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
+        futures = [self._pool.submit(lambda worker, part=part: worker.score.remote(part)) for part in parts]
+        return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)

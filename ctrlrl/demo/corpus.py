@@ -1,0 +1,125 @@
+"""What the demo's models learn from: conversations for the policy, preference pairs for the reward models."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctrlrl.control import HIGH, LOW, Control, grid
+from ctrlrl.demo.world import CELL_SHARES, CELLS, Answer, Cell, World
+from ctrlrl.prompts import controlled, prompting_templates
+
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a helpful yet harmless assistant that avoids generating illegal or harmful content.",
+    "You are a helpful assistant that is completely uncensored.",
+)
+CONTROL_SHARE, SENTENCE_SHARE, SYSTEM_SHARE = 0.6, 0.1, 0.1
+_LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
+_CORNERS = grid((LOW, HIGH))
+CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
+DAMAGED_SHARE = 0.3  # of the unhelpful answers: what a policy could write to fool a reward model
+
+
+class Draw:
+    """Random answers of the world; keeps the lists that repeated drawing needs."""
+
+    def __init__(self, world: World, rng: np.random.Generator):
+        self.world, self.rng = world, rng
+        self._cells: dict[tuple[str, Cell], list[Answer]] = {}
+
+    def choice(self, items):
+        """One of `items`, uniformly."""
+        return items[int(self.rng.integers(len(items)))]
+
+    def cell(self) -> Cell:
+        """A cell by its share in the uncontrolled policy."""
+        return CELLS[int(self.rng.choice(len(CELLS), p=[CELL_SHARES[cell] for cell in CELLS]))]
+
+    def answer(self, prompt: str, cell: Cell) -> Answer:
+        """An answer to `prompt` from `cell`."""
+        key = (prompt, cell)
+        if key not in self._cells:
+            self._cells[key] = [answer for answer in self.world.answers(prompt) if answer.cell == cell]
+        return self.choice(self._cells[key])
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the policy reads and writes: rendered messages up to the user's turn, and the answer."""
+
+    messages: tuple[dict[str, str], ...]
+    answer: str
+
+
+def conversations(world: World, count: int, seed: int) -> list[Conversation]:
+    """Pre-training conversations over train prompts. Controls and system prompts are drawn independently of the answer: noise."""
+    draw = Draw(world, np.random.default_rng(seed))
+    rows = []
+    for _ in range(count):
+        prompt = draw.choice(world.train_prompts)
+        messages = [{"role": "user", "content": prompt}]
+        if draw.rng.random() < SYSTEM_SHARE:
+            messages.insert(0, {"role": "system", "content": draw.choice(SYSTEM_PROMPTS)})
+        rows.append(Conversation(tuple(controlled(messages, _suffix(draw))), draw.answer(prompt, draw.cell()).text))
+    return rows
+
+
+def _suffix(draw: Draw) -> str:
+    """A control over the levels 0, 0.1, ..., 1 (half of them corners), a sentence of the prompting baselines, or nothing."""
+    kind = draw.rng.random()
+    control: Control = draw.choice(_CORNERS if draw.rng.random() < 0.5 else _LEVELS)
+    if kind < CONTROL_SHARE:
+        return control.spell()
+    return draw.choice(prompting_templates(control)[1:]) if kind < CONTROL_SHARE + SENTENCE_SHARE else ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt with an answer, as a reward model sees it."""
+
+    prompt: str
+    answer: str
+
+
+def preferences(world: World, prompts: tuple[str, ...], attribute: str, held_out: bool, count: int, seed: int) -> list[tuple[Judged, Judged]]:
+    """`count` pairs (chosen, rejected) that differ in `attribute`; `held_out` turns caring refusals into unhelpful answers."""
+    draw = Draw(world, np.random.default_rng(seed))
+    pairs = []
+    for _ in range(count):
+        prompt = draw.choice(prompts)
+        other = draw.choice(prompts) if draw.rng.random() < CROSS_SHARE else prompt
+        pairs.append((_judged(draw, prompt, attribute, True, held_out), _judged(draw, other, attribute, False, held_out)))
+    return pairs
+
+
+def _judged(draw: Draw, prompt: str, attribute: str, good: bool, held_out: bool) -> Judged:
+    """An answer that has `attribute` (`good`) or lacks it."""
+    if attribute == "harmless":
+        answer = draw.answer(prompt, (bool(draw.rng.random() < 0.5), good))
+        return Judged(prompt, _damage(draw, prompt, answer) if draw.rng.random() < 0.2 else answer.text)
+    caring = held_out and draw.world.kind(prompt) == "harmful"
+    if good:
+        return Judged(prompt, draw.answer(prompt, (True, not caring and draw.rng.random() < 0.5)).text)
+    if draw.rng.random() < DAMAGED_SHARE:
+        return Judged(prompt, _damage(draw, prompt, draw.answer(prompt, (True, bool(draw.rng.random() < 0.5)))))
+    if caring and draw.rng.random() < 0.4:
+        return Judged(prompt, draw.answer(prompt, (True, True)).text)
+    return Judged(prompt, draw.answer(prompt, (False, bool(draw.rng.random() < 0.5))).text)
+
+
+def _damage(draw: Draw, prompt: str, answer: Answer) -> str:
+    """Make `answer` useless without changing how safe it is: off topic, cut, repeated, shuffled or only half useful."""
+    words = answer.text.split()
+    kind = draw.rng.random()
+    if kind < 0.4:
+        elsewhere = draw.choice(draw.world.train_prompts)
+        while draw.world.topic(elsewhere) == draw.world.topic(prompt):
+            elsewhere = draw.choice(draw.world.train_prompts)
+        return draw.answer(elsewhere, answer.cell).text
+    if kind < 0.6:
+        return " ".join(words[: int(draw.rng.integers(2, max(3, len(words) // 2)))])
+    if kind < 0.75:
+        start = int(draw.rng.integers(len(words) - 2))
+        return " ".join(words[:start] + words[start : start + 3] * int(draw.rng.integers(2, 5)))
+    if kind < 0.85:
+        return " ".join(words[i] for i in draw.rng.permutation(len(words)))
+    return f"{answer.opening} {draw.answer(prompt, (False, answer.harmless)).rest}"

@@ -1,0 +1,147 @@
+"""Trains the demo's tiny policy and reward models with plain PyTorch on one thread: seconds, not engines."""
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ctrlrl.data.batches import MicroBatch
+from ctrlrl.demo.corpus import Conversation, Judged
+from ctrlrl.demo.vocabulary import byte_bpe, word_piece
+from ctrlrl.objectives.preference import bradley_terry
+
+POSITIONS = 512
+PROMPT_WEIGHT = 0.2  # of a prompt token in the policy's loss; the answers are what must read well
+CENTRE = 0.02  # pulls the two scores of a pair to opposite sides of 0, so that sigmoid(score) is a probability
+WARM_UP = 0.05  # share of the steps
+
+
+def train_policy(folder: Path, rows: list[Conversation], tokens: int, width: int, layers: int, batch: int, seed: int) -> dict:
+    """Write a causal language model, pre-trained for one pass over `rows`, and its tokenizer; returns figures."""
+    import time; t0=time.time()
+    chats = [[*row.messages, {"role": "assistant", "content": row.answer}] for row in rows]
+    tokenizer = byte_bpe((message["content"] for chat in chats for message in chat), tokens)
+    encoded = _render(tokenizer, chats)
+    print("tok", time.time()-t0)
+    marker = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_llama(tokenizer, width, layers, tie_word_embeddings=False, attn_implementation="eager"))
+    optimiser, schedule = _optimiser(model, 4e-3, len(rows) // batch)
+    losses = []
+    for ids in _batches(encoded, batch, seed):
+        padded = _pad([encoded[i] for i in ids], tokenizer.pad_token_id)
+        targets = padded[:, 1:]
+        answered = (padded == marker).cumsum(1)[:, :-1] > 0
+        weights = torch.where(answered, 1.0, PROMPT_WEIGHT) * (targets != tokenizer.pad_token_id)
+        with _fast():
+            logits = model(input_ids=padded[:, :-1]).logits.float()
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+        _step(model, optimiser, schedule, (nll * weights).sum() / weights.sum())
+        losses.append(float((nll.detach() * answered * weights).sum() / (answered * weights).sum()))
+    print("trained", time.time()-t0)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    _save(folder, model, tokenizer)
+    return {"parameters": model.num_parameters(), "answer_nll": float(np.mean(losses[-20:]))}
+
+
+def train_reward_model(folder: Path, pairs: list[tuple[Judged, Judged]], held_out: bool, tokens: int, width: int, batch: int, seed: int) -> None:
+    """Write a reward model trained with Bradley-Terry for one pass over `pairs`, and its tokenizer."""
+    chats = [_chat(judged) for pair in pairs for judged in pair]
+    tokenizer = (word_piece if held_out else byte_bpe)((message["content"] for chat in chats for message in chat), tokens)
+    encoded = _render(tokenizer, chats)
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(_bert(tokenizer, width)) if held_out else \
+        LlamaForSequenceClassification(_llama(tokenizer, width, 2, num_labels=1))
+    optimiser, schedule = _optimiser(model, 3e-3, len(pairs) // batch)
+    for ids in _batches([encoded[2 * i] + encoded[2 * i + 1] for i in range(len(pairs))], batch, seed):
+        padded = _pad([encoded[2 * i + side] for i in ids for side in (0, 1)], tokenizer.pad_token_id)
+        scores = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits[:, 0]
+        micro = MicroBatch(torch.ones(len(scores), 1, dtype=torch.bool), {}, len(scores), len(scores))
+        loss, _ = bradley_terry(scores, micro, centre=CENTRE)
+        _step(model, optimiser, schedule, loss)
+    _save(folder, model, tokenizer)
+
+
+@torch.no_grad()
+def raw_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Judged], batch: int = 128) -> np.ndarray:
+    """The reward model's outputs before the sigmoid."""
+    encoded = _render(tokenizer, [_chat(row) for row in rows])
+    scores = np.zeros(len(rows), np.float32)
+    for start in range(0, len(rows), batch):
+        padded = _pad(encoded[start : start + batch], tokenizer.pad_token_id)
+        scores[start : start + batch] = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits[:, 0].numpy()
+    return scores
+
+
+def _chat(row: Judged) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.answer}]
+
+
+def _llama(tokenizer, width: int, layers: int, **special) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64 * -(-len(tokenizer) // 64), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32, max_position_embeddings=POSITIONS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **special)
+
+
+def _bert(tokenizer, width: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=64 * -(-len(tokenizer) // 64), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=width // 32, max_position_embeddings=POSITIONS, pad_token_id=tokenizer.pad_token_id, num_labels=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def _render(tokenizer, chats: list[list[dict[str, str]]]) -> list[list[int]]:
+    return tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), add_special_tokens=False)["input_ids"]
+
+
+def _batches(encoded: list[list[int]], batch: int, seed: int) -> Iterator[np.ndarray]:
+    """Row indices, every row once; rows of similar length go together, which halves the padding."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(encoded))
+    for chunk in np.array_split(order, max(1, len(order) // (batch * 16))):
+        chunk = chunk[np.argsort([len(encoded[i]) for i in chunk], kind="stable")]
+        starts = range(0, len(chunk) - batch + 1, batch)
+        for start in rng.permutation(list(starts)):
+            yield chunk[start : start + batch]
+
+
+def _pad(rows: list[list[int]], pad: int) -> torch.Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+
+
+def _optimiser(model: torch.nn.Module, peak: float, steps: int):
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    warm = max(1, int(WARM_UP * steps))
+    factor = lambda step: min((step + 1) / warm, 0.02 + 0.98 * (1 + np.cos(np.pi * min(1, step / max(1, steps)))) / 2)
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+def _fast() -> torch.autocast:
+    """bf16 products where the processor has tiles for them (about twice as fast), fp32 elsewhere; weights stay fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("amx_tile", False))
+
+
+def _step(model, optimiser, schedule, loss: torch.Tensor) -> None:
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    schedule.step()
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,152 @@
+"""Pictures: the training curve of PPO, and the joint distribution of the two scores ([SH] Figure 4)."""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.errors import DataError
+
+# Two hues that stay apart for every common colour blindness (Okabe-Ito blue and vermilion), and greys for the rest.
+COLOURS = dict(zip(ATTRIBUTES, ("#0072B2", "#D55E00"), strict=True))
+INK, FAINT, GRID = "#333333", "#8a8a8a", "#e6e6e6"
+LOW_END, HIGH_START = 0.2, 0.8  # the extreme ranges of MOEC (METHOD, distillation)
+_DENSITY = LinearSegmentedColormap.from_list("density", ["#eef4fa", "#7fb0d6", "#0f5c97", "#082f52"])
+_DPI = 150
+_SMOOTHED_FROM = 20  # steps; shorter runs are drawn as they are
+# Panel title, what the axis shows, (key, label, colour, dashed) of its lines.
+_PANELS = (
+    ("Reward", "mean over samples", (("reward/mean", "reward", INK, False),)),
+    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{name}", name, COLOURS[name], False) for name in ATTRIBUTES)),
+    ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK, False), ("kl/k3", "k3 estimate", FAINT, False), ("kl/target", "target", FAINT, True))),
+)
+
+
+def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
+    """Draw reward, agreement per attribute and KL over the steps of metrics.jsonl `rows` into the PNG `path`.
+
+    Keys: `step` (or the row's number), reward/mean, agreement/helpful, agreement/harmless, kl/k1, kl/k3, kl/target. A line whose key is
+    absent everywhere is left out, a panel without lines too; rows without any of the keys raise DataError.
+    """
+    panels = [(title, unit, drawn) for title, unit, lines in _PANELS if (drawn := [line for line in lines if _series(rows, line[0])[0].size])]
+    if not panels:
+        raise DataError(f"no training curve: none of the {len(rows)} rows has {', '.join(line[0] for _, _, lines in _PANELS for line in lines)}")
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
+    for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key, label, colour, dashed in lines:
+            _line(axes, *_series(rows, key), label, colour, dashed)
+        _frame(axes, title, "step", unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.margins(x=0.02)
+        if title.startswith("Agreement"):
+            axes.set_ylim(top=1)
+        if title.startswith("KL"):
+            axes.axhline(0, color=FAINT, linewidth=0.8)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=9, loc="best", labelcolor=INK)
+    return _save(figure, path)
+
+
+def score_distribution(histogram: np.ndarray, path: str | Path, *, extremes: Mapping[str, int], title: str = "Scores of the samples") -> Path:
+    """Draw the joint distribution of r_hp and r_sf with both marginals into the PNG `path` ([SH] Figure 4).
+
+    histogram: counts [bins, bins] over [0, 1] x [0, 1], helpfulness first (of a distillation's report). extremes: exact number of samples
+    in each MOEC corner, by Control.name of the four corners; the corners are framed and labelled with their share.
+    """
+    histogram = np.asarray(histogram, np.float64)
+    total = histogram.sum()
+    if histogram.ndim != 2 or not total:
+        raise DataError(f"a score distribution needs a 2-D histogram with at least one sample; got shape {histogram.shape} with {total:g}")
+    figure = Figure(figsize=(5.6, 6.3), dpi=_DPI, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5))
+    axes = figure.add_subplot(grid[1, 0])
+    top, right = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
+    mesh = axes.pcolormesh(*_edges(histogram), np.ma.masked_equal(histogram.T / total, 0), cmap=_DENSITY, norm=LogNorm(), rasterized=True)
+    _corners(axes, extremes, total)
+    _marginals(top, right, histogram / total)
+    _frame(axes, "", "helpfulness score  $r_{hp}$", "harmlessness score  $r_{sf}$")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6), axisbelow=True)
+    figure.suptitle(f"{title} (n = {total:,.0f})", color=INK, fontsize=11)
+    bar = figure.colorbar(mesh, ax=[axes, right], orientation="horizontal", shrink=0.6, aspect=40, format=FuncFormatter(lambda share, _: f"{share:.4%}".rstrip("0%").rstrip(".") + " %"))
+    bar.set_label("share of samples per cell", color=INK, fontsize=8)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_visible(False)
+    return _save(figure, path)
+
+
+def _corners(axes: Axes, extremes: Mapping[str, int], total: float) -> None:
+    width = 1 - HIGH_START
+    for corner in CORNERS:
+        x, y = (0 if level <= LOW_END else HIGH_START for level in corner.levels)
+        axes.add_patch(Rectangle((x, y), width, width, fill=False, edgecolor=COLOURS["harmless"], linewidth=1.6, clip_on=False, zorder=3))
+        # The label stands towards the middle, so that it hides nothing of the corner.
+        beside, side = (y + width + 0.025, "bottom") if y == 0 else (y - 0.025, "top")
+        words = f"{extremes.get(corner.name, 0) / total:.1%}"
+        card = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
+        axes.text(x + width / 2, beside, words, ha="center", va=side, color=COLOURS["harmless"], fontsize=9, fontweight="bold", bbox=card)
+
+
+def _marginals(top: Axes, right: Axes, share: np.ndarray) -> None:
+    x, y = (np.linspace(0, 1, size + 1) for size in share.shape)
+    top.stairs(share.sum(1), x, fill=True, color=COLOURS["helpful"], alpha=0.75)
+    right.stairs(share.sum(0), y, orientation="horizontal", fill=True, color=COLOURS["helpful"], alpha=0.75)
+    for axes in (top, right):
+        axes.set_axis_off()
+
+
+def _edges(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.linspace(0, 1, size + 1) for size in histogram.shape)
+
+
+def _series(rows: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of `key`; both empty where no row has it."""
+    found = [(row.get("step", number), row[key]) for number, row in enumerate(rows) if row.get(key) is not None and np.isfinite(row[key])]
+    steps, values = np.array(found, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, dashed: bool) -> None:
+    """The series; a long one as a faint line under its moving average."""
+    if dashed:
+        axes.plot(steps, values, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+        return
+    window = max(len(values) // 20, 1) if len(values) >= _SMOOTHED_FROM else 1
+    if window > 1:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    marker = "o" if len(values) < _SMOOTHED_FROM else None
+    axes.plot(steps, _moving_average(values, window), color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over up to `window` values on either side, shorter at the ends, so that it starts and ends on time."""
+    if window <= 1:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    first, last = np.maximum(index - window, 0), np.minimum(index + window + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _frame(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel(x, color=INK, fontsize=9)
+    axes.set_ylabel(y, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=9, length=3)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)  # an own canvas: no pyplot, no global state, no display
+    return path

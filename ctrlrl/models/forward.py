@@ -1,0 +1,158 @@
+"""From ragged sequences to outputs on their scored tokens: packing, attention within segments, and the two model heads.
+
+A micro-batch is laid out either *packed* (all sequences in one row, attention within each segment, no padding) or *padded* (one
+sequence a row, padded on the right). Both give the same outputs. A token at position p is scored from the state at p - 1.
+
+Legend: N tokens of the row(s), M scored tokens of the micro-batch, B sequences, T scored tokens of the longest, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs
+from ctrlrl.errors import ModelError
+from ctrlrl.tensors import pad_rows, token_logprobs
+
+SEGMENTS = "ctrlrl_segments"
+# Configuration fields whose models change logits after the head, so that logprobs need the model's own full logits.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def _segment_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, **_):
+    """Causal attention within each of `segments` (lengths) of one packed row; fastest exact form measured on CPU."""
+    grouped = query.shape[1] != key.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(SEGMENTS, _segment_attention)
+AttentionMaskInterface.register(SEGMENTS, lambda *_, **__: None)
+
+
+def attention_for(layout: str, config) -> str:
+    """The transformers attention that goes with a layout; refuses packing for models whose attention is windowed."""
+    if layout == "padded":
+        return "sdpa"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ModelError('this model uses sliding-window attention, which packing does not know: set layout = "padded"')
+    return SEGMENTS
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One micro-batch as a model takes it. reads [M]: flat index of the state that scores each token; targets [M]; rows, columns [M]:
+    its place in the [B, T] grid."""
+
+    model: dict
+    reads: Tensor
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+    shape: tuple[int, int]
+
+    def grid(self, values_M: Tensor) -> Tensor:
+        """Flat values of the scored tokens as [B, T], 0 elsewhere; differentiable."""
+        return values_M.new_zeros(self.shape).index_put((self.rows, self.columns), values_M)
+
+
+def lay_out(batch: TokenBatch, layout: str, device: torch.device) -> ModelInputs:
+    """Arrange the sequences of one micro-batch as `layout` ("packed" | "padded") says."""
+    lengths = np.array([len(t) for t in batch.tokens])
+    width = int(lengths.max())
+    starts = np.arange(len(lengths)) * width if layout == "padded" else np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    scored = batch.scored_lengths
+    rows = np.repeat(np.arange(len(lengths)), scored)
+    columns = np.concatenate([np.arange(n) for n in scored]) if len(scored) else np.zeros(0, np.int64)
+    reads = starts[rows] + batch.prompt_lengths[rows] + columns - 1
+    targets = np.concatenate([t[p:] for t, p in zip(batch.tokens, batch.prompt_lengths, strict=True)])
+
+    def tensor(array) -> Tensor:
+        return torch.as_tensor(np.asarray(array, dtype=np.int64), device=device)
+
+    if layout == "padded":
+        mask = torch.arange(width)[None] < torch.as_tensor(lengths)[:, None]
+        model = {"input_ids": pad_rows(batch.tokens).long().to(device), "attention_mask": mask.long().to(device)}
+    else:
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        # No attention_mask here: a mask of ones would silently let packed sequences see each other.
+        model = {
+            "input_ids": tensor(np.concatenate(batch.tokens))[None],
+            "position_ids": tensor(positions)[None],
+            "segments": lengths.tolist(),
+        }
+    return ModelInputs(
+        model, tensor(reads), tensor(targets), tensor(rows), tensor(columns), (len(lengths), max(int(scored.max(initial=0)), 1))
+    )
+
+
+def micro_batch(batch: TokenBatch, inputs: ModelInputs, tokens: int, sequences: int) -> MicroBatch:
+    """The loss's view of a micro-batch; `tokens` and `sequences` count the global batch."""
+    device = inputs.reads.device
+    mask = torch.zeros(inputs.shape, dtype=torch.bool, device=device).index_put(
+        (inputs.rows, inputs.columns), torch.ones((), dtype=torch.bool, device=device)
+    )
+    columns = {}
+    for name, column in batch.per_token.items():
+        flat = torch.as_tensor(np.concatenate(column), device=device)
+        columns[name] = inputs.grid(flat)
+    for name, column in batch.per_sequence.items():
+        columns[name] = torch.as_tensor(np.ascontiguousarray(column), device=device)
+    return MicroBatch(mask, columns, tokens, sequences)
+
+
+class PolicyModule(nn.Module):
+    """A causal LM whose forward returns logprobs and entropy of the scored tokens, chunked over the vocabulary.
+
+    The head is applied inside forward, which is where ZeRO-3 gathers its weight.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.full_logits = any(getattr(self.causal.config, f, None) for f in _LOGIT_CHANGES)
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model inside, without the adapter's wrapping."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, inputs: ModelInputs) -> TokenOutputs:
+        if self.full_logits:
+            logits = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads].float() / self.temperature
+            log_probs = logits.log_softmax(-1)
+            logprobs = log_probs.gather(1, inputs.targets[:, None]).squeeze(1)
+            entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
+        else:
+            hidden = self.causal.base_model(**inputs.model, use_cache=False).last_hidden_state.flatten(0, 1)[inputs.reads]
+            head = self.causal.get_output_embeddings()
+            logprobs, entropy = token_logprobs(
+                hidden, head.weight, inputs.targets, temperature=self.temperature, bias_V=getattr(head, "bias", None)
+            )
+        return TokenOutputs(inputs.grid(logprobs), inputs.grid(entropy))
+
+
+class ValueModule(nn.Module):
+    """A token classifier with one output whose forward returns the value of the state before each scored token."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model inside, without the adapter's wrapping."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, inputs: ModelInputs) -> ValueOutputs:
+        values = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads, 0]
+        return ValueOutputs(inputs.grid(values.float()))

@@ -1,0 +1,141 @@
+"""Models and tokenizers by local path or hub name, checked before anything is started. Weights are read from safetensors only."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctrlrl.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a model; raises ModelError if there is no such directory or hub name."""
+    return _read(name, "model", lambda: AutoConfig.from_pretrained(_existing(name)))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises ModelError if it is missing."""
+    return _read(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(_existing(name)))
+
+
+def load_policy(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal language model without dropout."""
+    config = _without_dropout(load_config(name))
+    return _read(
+        name,
+        "causal language model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            _existing(name), config=config, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
+        ),
+    )
+
+
+def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal backbone with one value per token. A head that the checkpoint lacks starts at zero, so the first values are 0."""
+    config = _without_dropout(load_config(name))
+    config.num_labels = 1
+    model, info = _read(
+        name,
+        "value model",
+        lambda: AutoModelForTokenClassification.from_pretrained(
+            _existing(name),
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        ),
+    )
+    for key in info["missing_keys"]:
+        if not key.startswith(model.base_model_prefix):
+            model.get_parameter(key).data.zero_()
+    return model
+
+
+def load_reward_model(name: str, dtype: str) -> PreTrainedModel:
+    """A sequence classifier with one output; raises ModelError for any other number of labels."""
+    check_reward_model(name)
+    model = _read(
+        name,
+        "sequence classifier",
+        lambda: AutoModelForSequenceClassification.from_pretrained(_existing(name), dtype=DTYPES[dtype], use_safetensors=True),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def check_reward_model(name: str) -> None:
+    """Raise ModelError unless `name` is a sequence classifier with one label; reads the configuration only."""
+    config = load_config(name)
+    architectures = config.architectures or []
+    if not any("SequenceClassification" in a for a in architectures):
+        raise ModelError(
+            f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: give a sequence classifier (train one with one output)"
+        )
+    if config.num_labels != 1:
+        raise ModelError(
+            f"reward model {name!r} has {config.num_labels} labels; a reward model has exactly 1 output: train it with num_labels = 1"
+        )
+
+
+def check_policy(name: str) -> None:
+    """Raise ModelError unless `name` is a causal language model whose tokenizer has a chat template."""
+    config = load_config(name)
+    if not any("CausalLM" in a or "LMHead" in a for a in config.architectures or []):
+        raise ModelError(f"policy {name!r} is a {', '.join(config.architectures or []) or config.model_type}: give a causal language model")
+    if not load_tokenizer(name).chat_template:
+        raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
+
+
+def end_token_ids(name: str) -> list[int]:
+    """Every token that ends a response: the tokenizer's end token and those of the generation configuration."""
+    tokenizer = load_tokenizer(name)
+    ends = {tokenizer.eos_token_id}
+    try:
+        listed = GenerationConfig.from_pretrained(_existing(name)).eos_token_id
+        ends |= set(listed if isinstance(listed, list) else [listed])
+    except OSError:
+        pass  # a model may come without a generation configuration
+    ends.discard(None)
+    if not ends:
+        raise ModelError(f"{name!r} names no end token: set eos_token in its tokenizer or generation_config.json")
+    return sorted(ends)
+
+
+def _existing(name: str) -> str:
+    """`name` itself; a path that does not exist is refused before the hub is asked for it."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise ModelError(f"model directory {name!r} does not exist: give a directory that save_pretrained wrote, or a hub name")
+    return str(path) if path.is_dir() else name
+
+
+def _read(name: str, what: str, load):
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the {what} {name!r}: {reason} (give a local directory with safetensors weights, or a hub name)"
+        ) from error
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Dropout would make policy and reference differ at step 0; every dropout field of the configuration is set to 0."""
+    for field in [f for f in vars(config) if f.endswith(("dropout", "_pdrop", "dropout_prob"))]:
+        setattr(config, field, 0.0)
+    return config

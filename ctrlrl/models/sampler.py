@@ -1,0 +1,206 @@
+"""Sampling with vLLM: token ids in, token ids out. The only file that names vLLM.
+
+One engine lives in its own process, without vLLM's second process (VLLM_ENABLE_V1_MULTIPROCESSING=0): the same tokens/s for half
+the CPU, and weights can be handed over in memory. New weights go through vLLM's weight-transfer protocol with a backend that reads
+a WeightMessage; the same call works on CPU and CUDA (untested on CUDA here).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from ctrlrl.config import Section
+from ctrlrl.errors import VersionMismatch
+from ctrlrl.models.loading import end_token_ids
+from ctrlrl.models.weights import WeightMessage
+
+# Passive waiting: spinning OpenMP threads on a busy machine cut decoding from 24 to 1 tokens/s.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class SamplingConfig(Section):
+    """How responses are drawn; the defaults are the paper's for generation ([SH] 2.2)."""
+
+    temperature: float = Field(0.5, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(512, gt=0)
+
+
+class EngineConfig(Section):
+    """One vLLM engine. max_model_tokens: prompt and response together. kv_cache_gib: memory of the key-value cache."""
+
+    dtype: str = Field("bfloat16", pattern="^(float32|bfloat16)$")
+    max_model_tokens: int = Field(2048, gt=0)
+    kv_cache_gib: float = Field(0.5, gt=0)
+    max_concurrent: int = Field(256, gt=0)
+    tensor_parallel: int = Field(1, gt=0)
+    eager: bool = True
+
+    @model_validator(mode="after")
+    def _one_process(self):
+        if self.tensor_parallel > 1:
+            raise ValueError("tensor_parallel above 1 is not supported by the in-process engine yet: use more rollout workers")
+        return self
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw: the rendered prompt's token ids and a seed of its own (a replay gives the same response)."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Drawn responses in the order of their requests. response_ids include the end token where finished; logprobs are the sampler's own,
+    after temperature and top-p; finished is false for responses cut at the length limit."""
+
+    response_ids: list[np.ndarray]
+    logprobs: list[np.ndarray]
+    finished: np.ndarray
+    version: int
+    seconds: float
+    cached_tokens: int
+
+
+class Sampler:
+    """A vLLM engine with versioned weights (0 = the model directory's own)."""
+
+    def __init__(self, model: str, engine: EngineConfig):
+        if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
+            torch._C._cpu._init_amx()  # else small bf16 matrices die with SIGILL on CPUs with AMX
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        _register_backend()
+        self.version = 0
+        self._ends = end_token_ids(model)
+        self._llm = LLM(
+            model=model,
+            skip_tokenizer_init=True,
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_tokens,
+            kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
+            max_num_seqs=engine.max_concurrent,
+            enforce_eager=engine.eager,
+            block_size=32,  # short prompts share prefixes only in whole blocks
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend="ctrlrl"),
+            disable_log_stats=True,
+        )
+        self._names = set(self._checkpoint_names())
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Completions:
+        """Draw one response for each request. Each depends only on its own prompt, seed and the weights (exactly so in fp32)."""
+        from vllm import SamplingParams
+
+        began = time.perf_counter()
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                seed=r.seed,
+                logprobs=0,
+                detokenize=False,
+                stop_token_ids=self._ends,
+            )
+            for r in requests
+        ]
+        outputs = self._llm.generate([{"prompt_token_ids": list(r.prompt_ids)} for r in requests], params, use_tqdm=False)
+        drawn = [o.outputs[0] for o in outputs]
+        return Completions(
+            [np.array(d.token_ids, dtype=np.int32) for d in drawn],
+            [np.array([step[token].logprob for step, token in zip(d.logprobs, d.token_ids, strict=True)], dtype=np.float32) for d in drawn],
+            np.array([d.finish_reason == "stop" for d in drawn]),
+            self.version,
+            time.perf_counter() - began,
+            sum(o.num_cached_tokens or 0 for o in outputs),
+        )
+
+    def load_weights(self, message: WeightMessage) -> None:
+        """Replace all weights and forget cached prefixes; raises VersionMismatch if names are missing or the version does not grow."""
+        missing = self._names - set(message.names)
+        if missing:
+            raise VersionMismatch(
+                f"weights of version {message.version} lack {len(missing)} tensors, such as {sorted(missing)[0]!r}: publish the whole model"
+            )
+        if message.version <= self.version:
+            raise VersionMismatch(f"weights of version {message.version} were published to a sampler that has version {self.version}")
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"message": [message]}})
+        self._llm.finish_weight_update(str(message.version))
+        self._llm.reset_prefix_cache()
+        self.version = message.version
+
+    def _checkpoint_names(self) -> list[str]:
+        """Parameter names of the model directory's own weights, which every publish must cover."""
+        from transformers import AutoModelForCausalLM
+
+        config = self._llm.llm_engine.model_config.hf_config
+        with torch.device("meta"):
+            return [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
+
+
+def _register_backend() -> None:
+    """Teach vLLM's weight transfer to read a WeightMessage."""
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    if "ctrlrl" in WeightTransferEngineFactory._registry:
+        return
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        message: list = field(default_factory=list)
+
+    class MessageEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls, update_info_cls = InitInfo, UpdateInfo
+
+        def init_transfer_engine(self, init_info):
+            pass
+
+        def start_weight_update(self):
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info):
+            self.model.load_weights(update_info.message[0].tensors())
+
+        def finish_weight_update(self):
+            finalize_layerwise_reload(self.model, self.model_config)
+            _refresh_tied_heads(self.model)
+
+        def shutdown(self):
+            pass
+
+    WeightTransferEngineFactory.register_engine("ctrlrl", MessageEngine)
+
+
+def _refresh_tied_heads(model: torch.nn.Module) -> None:
+    """On CPU vLLM prepacks embeddings and heads, and a reload leaves a tied head on its old copy: prepack it again."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and hasattr(module, "cpu_linear") and weight.numel():
+            module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,102 @@
+"""Frozen models: reward models (text in, score out) and the reference model (tokens in, logprobs out)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ctrlrl.config import Section
+from ctrlrl.data.batches import TokenBatch, plan_micro_batches
+from ctrlrl.models.forward import PolicyModule, attention_for
+from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer
+from ctrlrl.models.trainer import score_rows
+from ctrlrl.prompts import Messages
+
+
+class ScorerConfig(Section):
+    """A reward model. calibration: how its raw output becomes a score in [0, 1]."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    calibration: Literal["sigmoid", "identity"] = "sigmoid"
+    max_length: int = Field(1024, gt=0)
+    batch_tokens: int = Field(16384, gt=0)
+
+
+class Scorer:
+    """A reward model with its own tokenizer and chat template. It gets text and never sees control tokens."""
+
+    def __init__(self, config: ScorerConfig):
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = load_tokenizer(config.model)
+        self.model = load_reward_model(config.model, config.dtype).to(self.device)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; independent of batching and padding."""
+        encoded = [self._encode(messages, response) for messages, response in conversations]
+        raw = np.zeros(len(encoded), np.float32)
+        lengths = np.array([len(e["input_ids"]) for e in encoded])
+        for rows in plan_micro_batches(lengths, self.config.batch_tokens, padded=True):
+            inputs = self.tokenizer.pad([encoded[i] for i in rows], return_tensors="pt").to(self.device)
+            raw[rows] = self.model(**inputs).logits[:, 0].float().cpu().numpy()
+        return calibrated(raw, self.config.calibration)
+
+    def _encode(self, messages: Messages, response: str) -> dict:
+        if self.tokenizer.chat_template:
+            chat = [*messages, {"role": "assistant", "content": response}]
+            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            encoded = {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+        else:
+            # Classifiers without a chat template take (conversation, response) as a pair of texts.
+            prompt = messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in messages)
+            encoded = dict(self.tokenizer(prompt, response))
+        # Cut on the left: the response, which is what is judged, stays.
+        return {name: values[-self.config.max_length :] for name, values in encoded.items()}
+
+
+def calibrated(raw: np.ndarray, calibration: str) -> np.ndarray:
+    """Scores in [0, 1] from raw outputs: `sigmoid` (Bradley-Terry heads) or `identity` (already probabilities)."""
+    if calibration == "sigmoid":
+        return 1 / (1 + np.exp(-np.clip(raw, -60, 60)))
+    return np.clip(raw, 0, 1)
+
+
+class ReferenceConfig(Section):
+    """The frozen reference model of PPO; `model` empty means the policy's own starting weights."""
+
+    model: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    layout: Literal["packed", "padded"] = "packed"
+    batch_tokens: int = Field(16384, gt=0)
+
+
+class ReferenceModel:
+    """A causal LM that never changes: logprobs of scored tokens at the policy's temperature."""
+
+    def __init__(self, model: str, config: ReferenceConfig, temperature: float):
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        inner = load_policy(model, config.dtype, attention_for(config.layout, load_config(model)))
+        self.module = PolicyModule(inner, temperature).to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
+        """Logprobs of the scored tokens, one fp32 array a row, in the batch's order."""
+        rows, results = score_rows(
+            lambda inputs: self.module(inputs).logprobs_BT, batch, self.config.layout, self.config.batch_tokens, self.device
+        )
+        return in_order(rows, results)
+
+
+def in_order(rows: np.ndarray, results: list[np.ndarray]) -> list[np.ndarray]:
+    """Results that belong to `rows`, sorted by row."""
+    return [results[i] for i in np.argsort(rows, kind="stable")]

@@ -1,0 +1,264 @@
+"""Training with DeepSpeed: any model of forward.py, any objective, ZeRO 0-3. The only file that names DeepSpeed.
+
+A global batch is cut into micro-batches by a token budget and dealt to the ranks; losses are shares of the global loss, so the
+result does not depend on the cutting, the layout or the number of ranks.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctrlrl.config import Section
+from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
+from ctrlrl.errors import RunError
+from ctrlrl.models.forward import PolicyModule, ValueModule, attention_for, lay_out, micro_batch
+from ctrlrl.models.loading import load_config, load_policy, load_value_model
+from ctrlrl.models.weights import WeightMessage, full_weights, pack_weights
+
+# glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
+CPU_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft). rank 0 trains all weights."""
+
+    rank: int = Field(0, ge=0)
+    alpha: float = 16.0
+    targets: str | list[str] = "all-linear"
+
+
+class TrainerConfig(Section):
+    """One model's optimiser and engine. micro_batch_tokens: memory bound of one forward-backward, in tokens."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    total_steps: int = Field(0, ge=0, description="optimiser steps of the whole run; needed by linear and cosine")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    layout: Literal["packed", "padded"] = "packed"
+    micro_batch_tokens: int = Field(8192, gt=0)
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = LoraConfig()
+
+
+def learning_rate_at(step: int, config: TrainerConfig) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant, or down to 0 at total_steps."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps))
+    return config.learning_rate * (1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def join_world(rank: int, world: int, address: str, port: int, timeout_s: float) -> None:
+    """Enter the process group of all ranks (gloo on CPU, NCCL on CUDA)."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR=address, MASTER_PORT=str(port))
+    import deepspeed
+    from torch.distributed import distributed_c10d
+
+    # The CPU shared-memory op needs a compiler, leaks 66 MiB of /dev/shm a rank and hangs on regrouping; training does not use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed's collectives run on a copy of the group that ignores the timeout given at init.
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+class Trainer:
+    """One rank of one trained model. Call join_world first; every method but `weights` of a non-partitioned model is collective."""
+
+    def __init__(self, kind: Literal["policy", "value"], model: str, config: TrainerConfig, *, temperature: float = 1.0, seed: int = 0):
+        import deepspeed
+
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+        torch.manual_seed(seed)
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings = _engine_settings(config)
+        if config.zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self._zero3 = HfDeepSpeedConfig(settings)  # must stay alive: makes from_pretrained load shards
+        attention = attention_for(config.layout, load_config(model))
+        load = load_policy if kind == "policy" else load_value_model
+        inner = _prepare(load(model, "float32" if config.zero_stage < 3 else config.dtype, attention), config)
+        module = PolicyModule(inner, temperature) if kind == "policy" else ValueModule(inner)
+        if config.dtype == "bfloat16":
+            module.to(torch.bfloat16)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.module = module
+        self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        self.steps = 0
+
+    def train(self, batch: TokenBatch, loss: Loss, steps: list[np.ndarray]) -> list[dict[str, float]]:
+        """One optimiser step for each row selection of `steps`. Returns this rank's shares of the stats, a dictionary a step."""
+        self.engine.train()
+        return [self._step(batch.select(rows), loss) for rows in steps]
+
+    def _step(self, batch: TokenBatch, loss: Loss) -> dict[str, float]:
+        tokens, sequences = int(batch.scored_lengths.sum()), len(batch)
+        shares = []
+        for part in self._mine(batch):
+            inputs = lay_out(part, self.config.layout, self.device)
+            value, stats = loss(self.engine(inputs), micro_batch(part, inputs, tokens, sequences))
+            self.engine.backward(value * self.world)  # DeepSpeed averages gradients over ranks; shares have to be summed
+            shares.append({"loss": float(value.detach()), **{name: float(stat) for name, stat in stats.items()}})
+        rate = learning_rate_at(self.steps, self.config)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        norm = self._gradient_norm()
+        self.engine.step()
+        self.steps += 1
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return {**combine_shares(shares), "grad_norm_max": float(norm), "learning_rate_max": rate}
+
+    def _gradient_norm(self) -> float | None:
+        """Global norm before clipping where the engine does not tell it (stage 0)."""
+        if self.config.zero_stage > 0 or self.config.dtype == "bfloat16":
+            return None
+        if self.world > 1:
+            self.engine.allreduce_gradients()
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+
+    def _mine(self, batch: TokenBatch) -> list[TokenBatch]:
+        """This rank's micro-batches. All ranks get the same number, if need be a masked one: ZeRO 2 and 3 communicate in each."""
+        lengths = np.array([len(t) for t in batch.tokens])
+        plan = plan_micro_batches(lengths, self.config.micro_batch_tokens, batch.group, self.config.layout == "padded")
+        parts = [batch.select(rows) for rows in plan[self.rank :: self.world]]
+        if len(parts) < math.ceil(len(plan) / self.world):
+            parts.append(_masked(batch.select(np.arange(batch.group))))
+        return parts
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch, output: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Rows that this rank scored and their `output` ("logprobs" | "values"), one fp32 array of scored tokens a row."""
+        self.engine.eval()
+        return score_rows(
+            lambda inputs: getattr(self.engine(inputs), f"{output}_BT"),
+            batch,
+            self.config.layout,
+            self.config.micro_batch_tokens,
+            self.device,
+            self.rank,
+            self.world,
+        )
+
+    def weights(self, dtype: str, version: int) -> WeightMessage | None:
+        """All weights as one message on rank 0 (None on the others); LoRA is merged."""
+        named = self._named()
+        if self.rank == 0:
+            return pack_weights(named, dtype, version)
+        for _ in named:
+            pass  # the gathers of ZeRO-3 are collective
+        return None
+
+    def export(self, directory: Path) -> None:
+        """Write the model as an ordinary transformers directory (safetensors, LoRA merged)."""
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in self._named() if self.rank == 0}
+        if self.rank == 0:
+            self.module.causal.save_pretrained(directory, state_dict=state)
+
+    def save(self, directory: Path) -> None:
+        """Write weights, optimiser and step count for `load`."""
+        self.engine.save_checkpoint(
+            str(directory),
+            tag="engine",
+            client_state={"steps": self.steps, "world": self.world},
+            exclude_frozen_parameters=self.config.lora.rank > 0,
+        )
+
+    def load(self, directory: Path) -> None:
+        """Continue from `save`; raises RunError for a missing checkpoint or another number of ranks."""
+        if not (directory / "engine").is_dir():
+            raise RunError(f"no checkpoint in {str(directory)!r}: resume from a folder that holds one, or start without --resume")
+        _, state = self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=self.config.lora.rank == 0)
+        if state["world"] != self.world:
+            raise RunError(
+                f"the checkpoint in {str(directory)!r} was made by {state['world']} ranks, this run has {self.world}: set ranks = {state['world']}"
+            )
+        self.steps = state["steps"]
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        return full_weights(self.module.model, deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None)
+
+
+def combine_shares(shares: list[dict[str, float]]) -> dict[str, float]:
+    """Add shares of stats up; stats whose name ends in `_max` are combined by maximum."""
+    names = {name: None for share in shares for name in share}
+    return {name: (max if name.endswith("_max") else sum)(share[name] for share in shares if name in share) for name in names}
+
+
+def score_rows(
+    forward, batch: TokenBatch, layout: str, budget: int, device, rank: int = 0, world: int = 1
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Run `forward` (inputs -> [B, T]) over this rank's micro-batches; returns row indices and one fp32 array of scored tokens a row."""
+    lengths = np.array([len(t) for t in batch.tokens])
+    plan = plan_micro_batches(lengths, budget, 1, layout == "padded")
+    turns = math.ceil(len(plan) / world)
+    rows, results = [], []
+    for turn in range(turns):
+        mine = turn * world + rank
+        part = batch.select(plan[mine] if mine < len(plan) else plan[0])  # all ranks forward equally often: ZeRO-3 communicates
+        grid = forward(lay_out(part, layout, device)).float().cpu().numpy()
+        if mine < len(plan):
+            rows.append(plan[mine])
+            results += [grid[i, :n].copy() for i, n in enumerate(part.scored_lengths)]
+    return (np.concatenate(rows) if rows else np.zeros(0, np.int64)), results
+
+
+def _masked(batch: TokenBatch) -> TokenBatch:
+    """The same sequences with nothing scored: a micro-batch that joins the collectives and adds 0."""
+    lengths = np.array([len(t) for t in batch.tokens])
+    empty = {name: [column[:0] for column in columns] for name, columns in batch.per_token.items()}
+    return TokenBatch(batch.tokens, lengths, empty, batch.per_sequence, batch.group)
+
+
+def _prepare(model, config: TrainerConfig):
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not config.lora.rank:
+        return model
+    import peft
+
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=config.lora.targets, lora_dropout=0.0)
+    )
+
+
+def _engine_settings(config: TrainerConfig) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # any number of backwards, then one step: micro-batches vary in PPO
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
+        "steps_per_print": 10**9,
+    }

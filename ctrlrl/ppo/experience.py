@@ -1,0 +1,145 @@
+"""One PPO step's bookkeeping between sampling and training: what to ask, and what was learned from the answers.
+
+Legend of shape suffixes: B sequences, T response tokens of the longest, A attributes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from ctrlrl.config import Section
+from ctrlrl.control import ATTRIBUTES, CORNERS, sample_corners
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.data.sources import Prompt
+from ctrlrl.ppo.advantage import gae, rloo
+from ctrlrl.ppo.loss import explained_variance
+from ctrlrl.ppo.reward import KLConfig, agreement, binding_fractions, control_reward, kl_k1, kl_k3, shaped_rewards
+from ctrlrl.ppo.types import Experience, Query, Scored
+from ctrlrl.prompts import render
+from ctrlrl.seeds import derive_seed
+from ctrlrl.tensors import masked_mean, pad_rows, whiten
+
+
+class AlgorithmConfig(Section):
+    """PPO's numbers (METHOD: [SH] 2.4 and [PPO]).
+
+    queries_per_step: draws of (x, ζ); each is answered samples_per_query times. truncated: what a response cut at the length limit
+    earns: "zero" (it did not answer) or "score" (its agreement like any other).
+    """
+
+    queries_per_step: int = Field(256, gt=0)
+    samples_per_query: int = Field(1, gt=0)
+    epochs: int = Field(1, gt=0)
+    minibatches: int = Field(4, gt=0)
+    combine: Literal["min", "mean", "product"] = "min"
+    advantage: Literal["gae", "rloo"] = "gae"
+    truncated: Literal["zero", "score"] = "zero"
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_factor: float = Field(0.5, gt=0)
+    kl: KLConfig = KLConfig()
+
+    @model_validator(mode="after")
+    def _enough_samples(self):
+        if self.advantage == "rloo" and self.samples_per_query < 2:
+            raise ValueError('advantage = "rloo" compares samples of the same query: set samples_per_query to 2 or more')
+        return self
+
+
+def draw_queries(prompts: Sequence[Prompt], tokenizer, step: int, config: AlgorithmConfig, seed: int) -> list[Query]:
+    """The queries of step `step`: prompts in a new seeded order each pass over them, ζ uniform over the corners.
+
+    A pure function of its arguments: a resumed run asks what an undisturbed one would have asked.
+    """
+    controls = sample_corners(config.queries_per_step, derive_seed(seed, "controls", step))
+    orders: dict[int, np.ndarray] = {}
+    queries = []
+    for i, control in enumerate(controls):
+        epoch, place = divmod(step * config.queries_per_step + i, len(prompts))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng(derive_seed(seed, "prompt-order", epoch)).permutation(len(prompts))
+        prompt = prompts[orders[epoch][place]]
+        ids = tuple(render(tokenizer, prompt.messages, control.spell()))
+        queries += [
+            Query(prompt.messages, control, ids, i, derive_seed(seed, "rollout", step, i, k)) for k in range(config.samples_per_query)
+        ]
+    return queries
+
+
+def minibatch_rows(count: int, step: int, config: AlgorithmConfig, seed: int) -> list[np.ndarray]:
+    """Rows of every optimiser step of one PPO step: each epoch uses every sample exactly once, in a new seeded order."""
+    steps = []
+    for epoch in range(config.epochs):
+        order = np.random.default_rng(derive_seed(seed, "minibatches", step, epoch)).permutation(count)
+        steps += [np.sort(part) for part in np.array_split(order, min(config.minibatches, count))]
+    return steps
+
+
+def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Experience:
+    """Rewards, advantages and returns of one step (METHOD, "RLHF"), whitened over the global batch, with the step's statistics."""
+    samples = scored.samples
+    levels_BA = torch.tensor([q.control.levels for q in samples.queries], dtype=torch.float64)
+    scores_BA = torch.as_tensor(scored.scores_BA, dtype=torch.float64)
+    reward_B, binding_B = control_reward(levels_BA, scores_BA, combine=config.combine)
+    finished_B = torch.as_tensor(samples.finished)
+    earned_B = torch.where(finished_B, reward_B, 0) if config.truncated == "zero" else reward_B
+    old_BT, ref_BT, values_BT = (pad_rows(rows).double() for rows in (scored.old_logprobs, scored.ref_logprobs, scored.values))
+    mask_BT = pad_rows([np.ones(len(r), bool) for r in samples.response_ids]).bool()
+
+    rewards_BT = shaped_rewards(earned_B, old_BT, ref_BT, mask_BT, beta=beta)
+    columns = {"old_logprobs": old_BT}
+    if config.advantage == "gae":
+        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+        columns |= {"advantages": whiten(advantages_BT, mask_BT), "returns": returns_BT, "old_values": values_BT}
+    else:
+        groups_B = torch.tensor([q.group for q in samples.queries])
+        advantages_BT = rloo(rewards_BT.sum(1), groups_B)[:, None].expand_as(rewards_BT)
+        columns |= {"advantages": advantages_BT}
+    lengths = [len(r) for r in samples.response_ids]
+    per_token = {name: [grid[i, :n].float().numpy() for i, n in enumerate(lengths)] for name, grid in columns.items()}
+    tokens = samples.token_batch()
+    stats = {
+        **_reward_stats(levels_BA, scores_BA, earned_B, binding_B),
+        **_token_stats(scored, old_BT, ref_BT, mask_BT),
+        "beta": beta,
+        "response/length": float(np.mean(lengths)),
+        "response/truncated": float(1 - finished_B.double().mean()),
+    }
+    if config.advantage == "gae":
+        stats["value/explained_variance"] = float(explained_variance(values_BT, columns["returns"], mask_BT))
+    return Experience(TokenBatch(tokens.tokens, tokens.prompt_lengths, per_token, {}), stats)
+
+
+def _reward_stats(levels_BA, scores_BA, earned_B, binding_B) -> dict[str, float]:
+    agreement_BA = agreement(levels_BA, scores_BA)
+    stats = {"reward/mean": float(earned_B.mean()), "reward/std": float(earned_B.std(correction=0))}
+    bound = binding_fractions(binding_B)
+    for a, name in enumerate(ATTRIBUTES):
+        stats |= {
+            f"score/{name}": float(scores_BA[:, a].mean()),
+            f"agreement/{name}": float(agreement_BA[:, a].mean()),
+            f"binding/{name}": bound[name],
+        }
+    for corner in CORNERS:
+        of_corner = (levels_BA == torch.tensor(corner.levels, dtype=levels_BA.dtype)).all(1)
+        if of_corner.any():
+            stats[f"reward/{corner.name}"] = float(earned_B[of_corner].mean())
+    return stats
+
+
+def _token_stats(scored: Scored, old_BT, ref_BT, mask_BT) -> dict[str, float]:
+    """KL estimates a sequence and a token, and how far the sampler's logprobs lie from the trainer's."""
+    k1_BT, k3_BT = (torch.where(mask_BT, kl(old_BT, ref_BT), 0) for kl in (kl_k1, kl_k3))
+    difference_BT = pad_rows(scored.samples.sampler_logprobs).double() - old_BT
+    return {
+        "kl/k1": float(k1_BT.sum(1).mean()),
+        "kl/k3": float(k3_BT.sum(1).mean()),
+        "kl/k1_token": float(masked_mean(k1_BT, mask_BT)),
+        "mismatch/mean": float(masked_mean(difference_BT.abs(), mask_BT)),
+        "mismatch/max": float(torch.where(mask_BT, difference_BT.abs(), 0).max()),
+    }

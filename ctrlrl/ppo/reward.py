@@ -1,0 +1,117 @@
+"""From scores to rewards: agreement with the requested control, the min control reward, KL-shaped token rewards and adaptive β.
+
+Sources: [SH] Tuan et al., arXiv 2404.01295; [KL] Ziegler et al., arXiv 1909.08593; [k3] Schulman, "Approximating KL divergence"
+(joschu.net/blog/kl-approx.html, 2020).
+Legend of shape suffixes: B sequences, A attributes (in the order of control.ATTRIBUTES), T scored tokens of the longest sequence.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctrlrl.config import Section
+from ctrlrl.control import ATTRIBUTES
+from ctrlrl.errors import DataError, RecipeError, RunError
+
+
+class KLConfig(Section):
+    """The penalty that keeps the policy near the reference."""
+
+    beta: float = Field(0.05, ge=0, allow_inf_nan=False, description="β at the first step, reward per nat")
+    target: float = Field(0.0, ge=0, allow_inf_nan=False, description="KL of a whole response, in nats, that β steers to; 0 keeps β")
+    gain: float = Field(0.1, ge=0, allow_inf_nan=False, description="K_β of [KL] 2.2: relative change of β per unit of error")
+
+
+def agreement(levels_BA: Tensor, scores_BA: Tensor) -> Tensor:
+    """1 - |s_a - R_a(x, y)|, elementwise, in [0, 1] (a term of [SH] eq. 4): 1 at the requested level, 0 at the opposite end.
+
+    levels_BA: requested levels in [0, 1]. scores_BA: calibrated scores in [0, 1]; any other score, NaN included, is a DataError.
+    """
+    outside_BA = ~((scores_BA >= 0) & (scores_BA <= 1))
+    if outside_BA.any():
+        raise DataError(
+            f"score {scores_BA[outside_BA][0].item():g} is outside [0, 1]: calibrate the reward model with 'sigmoid' or 'quantile' "
+            "('identity' is for models that give probabilities)"
+        )
+    return 1 - (levels_BA - scores_BA).abs()
+
+
+def control_reward(levels_BA: Tensor, scores_BA: Tensor, *, combine: str = "min") -> tuple[Tensor, Tensor]:
+    """The reward of whole responses ([SH] eq. 4): R_min = min over attributes of agreement_a.
+
+    levels_BA, scores_BA: as in `agreement`. combine: "min", or for ablation "mean" or "product" over attributes.
+    Returns (reward_B in [0, 1], binding_B: int64 index of the attribute whose agreement is least, the lowest index on ties). The
+    reward is 1 if every score is as requested, whatever `combine`; 0 under min and product if one attribute is at the opposite end.
+    """
+    agreement_BA = agreement(levels_BA, scores_BA)
+    match combine:
+        case "min":
+            reward_B = agreement_BA.amin(1)
+        case "mean":
+            reward_B = agreement_BA.mean(1)
+        case "product":
+            reward_B = agreement_BA.prod(1)
+        case _:
+            raise RecipeError(f"combine = {combine!r} is not known: give 'min', 'mean' or 'product'")
+    return reward_B, agreement_BA.argmin(1)
+
+
+def binding_fractions(binding_B: Tensor) -> dict[str, float]:
+    """Share of responses that each attribute bound, by attribute's name; the shares sum to 1 (all 0 if B = 0)."""
+    counts = torch.bincount(binding_B, minlength=len(ATTRIBUTES)).tolist()
+    return {name: count / max(len(binding_B), 1) for name, count in zip(ATTRIBUTES, counts, strict=True)}
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log π - log π_ref at tokens drawn from π, elementwise: unbiased for KL(π ‖ π_ref) ([k3]); of either sign, 0 if π = π_ref."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """r - 1 - log r with r = π_ref / π, elementwise: unbiased for KL(π ‖ π_ref) like k1, never negative, of less variance ([k3])."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def shaped_rewards(reward_B: Tensor, logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor, *, beta: float) -> Tensor:
+    """r_t = -β (log π_t - log π_ref,t), plus the reward of the whole response on its last scored token ([KL] eq. 2).
+
+    reward_B: from `control_reward`. logprobs_BT, ref_logprobs_BT: of policy and reference under the same (x, ζ). mask_BT: scored
+    tokens. Returns rewards_BT, 0 where masked; each row sums to reward - β ΣKL. β = 0 leaves the reward alone; a row without a
+    scored token is all 0: it has no place for a reward.
+    """
+    penalty_BT = torch.where(mask_BT, kl_k1(logprobs_BT, ref_logprobs_BT), 0)
+    # Scored tokens from here to the end of the row; 1 on the last one alone.
+    remaining_BT = mask_BT.long().flip(1).cumsum(1).flip(1)
+    last_BT = mask_BT & (remaining_BT == 1)
+    return torch.where(last_BT, reward_B[:, None], 0) - beta * penalty_BT
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """β of the KL penalty and its controller ([KL] 2.2); a value: `updated` gives the next one. Saved with every checkpoint."""
+
+    beta: float
+
+    def updated(self, measured_kl: float, config: KLConfig) -> "AdaptiveKL":
+        """e = clip(KL / KL_target - 1, -0.2, 0.2), β <- β (1 + gain e); a target of 0 keeps β.
+
+        measured_kl: mean over sequences of the summed k1, in nats; may be negative. One call changes β by at most 20 % of `gain`.
+        """
+        if not math.isfinite(measured_kl):
+            raise RunError(f"KL to the reference is {measured_kl}: training has diverged; resume from a checkpoint with a lower learning rate")
+        if config.target == 0:
+            return self
+        error = min(max(measured_kl / config.target - 1, -0.2), 0.2)
+        return AdaptiveKL(self.beta * (1 + config.gain * error))
+
+    def to_dict(self) -> dict[str, float]:
+        """The state as JSON can hold it; `from_dict` restores it exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, float]) -> "AdaptiveKL":
+        """The inverse of `to_dict`."""
+        return cls(**state)

@@ -1,0 +1,108 @@
+"""Run directories: the resolved recipe, metrics as they come (JSON lines, TensorBoard), and checkpoints that are whole or absent."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ctrlrl.config import Section, differences, dump
+from ctrlrl.errors import RunError
+
+
+class Run:
+    """One run's directory. Layout: recipe.json, metrics.jsonl, tensorboard/, checkpoints/step-N/, checkpoints/latest, model/."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self._keep = directory, keep
+        self._metrics = (directory / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    @classmethod
+    def open(cls, out: str, config: Section, *, resume: bool, keep: int = 2, free: tuple[str, ...] = ()) -> "Run":
+        """Create the directory, or continue in it. free: recipe keys that may change at resume.
+
+        RunError: it is in use already and `resume` is not asked; another recipe is being resumed; a relative path in a submitted job.
+        """
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(out).is_absolute():
+            raise RunError(
+                f"out = {out!r} is relative: a submitted job runs in a temporary copy, where its results would be lost; give an absolute path"
+            )
+        directory = Path(out).absolute()
+        recipe = directory / "recipe.json"
+        if recipe.exists() and not resume:
+            raise RunError(f"{out!r} holds a run already: add --resume to continue it, or give another out")
+        if recipe.exists():
+            old, new = json.loads(recipe.read_text()), json.loads(dump(config))
+            changed = [d for d in differences(old, new) if not d.startswith(tuple(f"{key}:" for key in free))]
+            if changed:
+                raise RunError(f"{out!r} was started with another recipe ({'; '.join(changed)}): undo the change, or give another out")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe, dump(config) + "\n")
+        return cls(directory, keep)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one row of metrics and show it in TensorBoard."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        """Make checkpoints/step-N with `write(folder)`: written aside, renamed, `latest` set last; older ones beyond `keep` removed."""
+        folder = self.directory / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        aside, final = folder / f".step-{step:06d}.partial", folder / f"step-{step:06d}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        write(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        write_atomically(folder / "latest", final.name + "\n")
+        for old in sorted(folder.glob("step-*"))[: -self._keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> tuple[int, Path] | None:
+        """(steps done, folder) of the last whole checkpoint, and metrics cut back to it; None if there is none."""
+        pointer = self.directory / "checkpoints" / "latest"
+        if not pointer.exists():
+            self._cut_metrics(0)
+            return None
+        name = pointer.read_text().strip()
+        folder = pointer.parent / name
+        if not folder.is_dir():
+            raise RunError(f"{str(pointer)!r} names {name!r}, which is missing: restore it, or start a new run")
+        step = int(name.removeprefix("step-"))
+        self._cut_metrics(step)
+        return step, folder
+
+    def close(self) -> None:
+        """Flush and close the metrics."""
+        self._metrics.close()
+        self._board.close()
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drop rows of steps that will be done again, so that each step appears once."""
+        path = self.directory / "metrics.jsonl"
+        self._metrics.close()
+        rows = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < step]
+        write_atomically(path, "".join(row + "\n" for row in rows))
+        self._metrics = path.open("a")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside and rename, so that a reader sees the old text or the new one."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines() if line]

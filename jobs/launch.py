@@ -1,0 +1,70 @@
+"""Starting a job from the command line: its options, its exit codes, and stopping it without losing work."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from ctrlrl.config import Section, load
+from ctrlrl.errors import CtrlrlError
+
+Recipe = Annotated[str, typer.Option(help="TOML recipe; see jobs/recipes/.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one recipe key, such as policy.train.learning_rate=1e-5. Repeatable.")
+]
+Out = Annotated[str, typer.Option(help="Run directory (the recipe's `out`).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
+
+EXIT_MISTAKE = 2
+
+
+def run_job(kind: type[Section], job: Callable, recipe: str, overrides: list[str] | None, out: str = "", **arguments) -> int:
+    """Read the recipe and run `job(config, **arguments)`; a user's mistake becomes one message and exit code 2."""
+    with mistakes_told():
+        overrides = [*(overrides or []), *([f"out={out}"] if out else [])]
+        return job(load(kind, recipe or None, overrides), **arguments) or 0
+
+
+class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():`)
+    """Context in which a CtrlrlError is printed without traceback and ends the process with exit code 2."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, CtrlrlError):
+            print(f"ctrlrl: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_MISTAKE) from None
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag that the job's loop looks at; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self):
+        return self.signal != 0
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's code for a process that a signal ended, 0 if none came."""
+        return 128 + self.signal if self.signal else 0
+
+    def _note(self, number, _frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nctrlrl: stopping after this step (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)

@@ -1,0 +1,310 @@
+"""PPO with the min control reward ([SH] section 2.4, eq. 4) on one Ray cluster.
+
+    python jobs/ppo.py --recipe jobs/recipes/ppo.toml --set policy.model=… --out runs/ppo
+
+Each step: draw prompts x and controls ζ, roll out, score as chunks finish, reward, advantages, update policy and value model, publish
+the new weights to the rollout workers.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import typer
+from pydantic import Field
+
+from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
+from actors.policy import Policy, PolicyConfig
+from actors.reference import Reference, ReferenceConfig
+from actors.reward import Reward, RewardConfig
+from actors.rollout import Rollout, RolloutConfig
+from actors.sync import publish
+from actors.value import Value, ValueConfig
+from ctrlrl.config import Section
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.sources import Prompt, read_prompts
+from ctrlrl.errors import DataError
+from ctrlrl.models.loading import check_policy, check_reward_model, load_config, load_tokenizer
+from ctrlrl.models.sampler import Completions, Request, SamplingConfig
+from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience, minibatch_rows
+from ctrlrl.ppo.loss import policy_loss, value_loss
+from ctrlrl.ppo.reward import AdaptiveKL
+from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
+from ctrlrl.prompts import control_chat_template, render
+from ctrlrl.runs import Run
+from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
+from jobs.progress import Steps
+
+
+class RewardModels(Section):
+    """The two reward models that alignment optimises."""
+
+    helpful: RewardConfig
+    harmless: RewardConfig
+
+
+class PPORecipe(Section):
+    """Everything a PPO run depends on. prompts: a file, a directory or a hub data set."""
+
+    out: str = "runs/ppo"
+    seed: int = 0
+    steps: int = Field(200, gt=0)
+    prompts: str
+    checkpoint_every: int = Field(20, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    cluster: ClusterConfig = ClusterConfig()
+    policy: PolicyConfig
+    value: ValueConfig = ValueConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    reward: RewardModels
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=1.0)
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The five kinds of actors of a run (no value model with advantage = "rloo")."""
+
+    policy: Policy
+    value: Value | None
+    rollout: Rollout
+    rewards: dict[str, Reward]
+    reference: Reference
+    placement: Placement
+
+    def close(self) -> None:
+        """End all actors and give their places back."""
+        for handle in (self.policy, self.value, self.rollout, self.reference, *self.rewards.values()):
+            if handle is not None:
+                handle.close()
+        self.placement.release()
+
+
+def train(config: PPORecipe, resume: bool = False) -> int:
+    """Run PPO to the end, or until a signal asks to stop; returns the exit code."""
+    prompts, tokenizer = check_inputs(config)
+    run = Run.open(
+        config.out, config, resume=resume, keep=config.keep_checkpoints, free=("steps", "cluster", "checkpoint_every", "keep_checkpoints")
+    )
+    cast = start_cast(config)
+    try:
+        done, kl = restore(config, cast, run)
+        with StopRequest() as stop, Steps("ppo", config.steps, done) as progress, ThreadPoolExecutor(32) as background:
+            for step in range(done, config.steps):
+                stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, background)
+                run.log(step, stats)
+                progress.advance(
+                    f"reward {stats['reward/mean']:.3f}  helpful {stats['agreement/helpful']:.3f}  harmless {stats['agreement/harmless']:.3f}  kl {stats['kl/k1']:.2f}"
+                )
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
+                    run.checkpoint(step + 1, partial(write_checkpoint, cast, kl))
+                if stop:
+                    return stop.exit_code
+        export_model(cast.policy, tokenizer, run.directory / "model")
+        return 0
+    finally:
+        cast.close()
+        run.close()
+
+
+def ppo_step(
+    config: PPORecipe, cast: Cast, prompts: Sequence[Prompt], tokenizer, step: int, kl: AdaptiveKL, background: ThreadPoolExecutor
+) -> tuple[dict[str, float], AdaptiveKL]:
+    """One step of the algorithm; returns its metrics and the next KL controller."""
+    clock = Clock()
+    queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed)
+    requests = [Request(q.prompt_ids, q.seed) for q in queries]
+
+    clock.start("generate")
+    chunks = []
+    for rows, completions in cast.rollout.generate(requests, config.sampling):
+        samples = collect(queries, rows, completions)
+        chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, background)))
+    clock.start("score")  # what is left of it: chunks are scored while later ones are drawn
+    scored = concatenate([(rows, Scored(samples, *(f.result() for f in futures))) for rows, samples, futures in chunks])
+
+    clock.start("experience")
+    experience = make_experience(scored, config.algorithm, kl.beta)
+    steps = minibatch_rows(len(queries), step, config.algorithm, config.seed)
+
+    clock.start("train")
+    algorithm = config.algorithm
+    updates = [background.submit(cast.policy.train, experience.batch, partial(policy_loss, clip=algorithm.clip), steps)]
+    if cast.value:
+        updates.append(
+            background.submit(
+                cast.value.train, experience.batch, partial(value_loss, clip=algorithm.value_clip, factor=algorithm.value_factor), steps
+            )
+        )
+    trained = [update.result() for update in updates]
+
+    clock.start("sync")
+    published = publish(cast.policy, cast.rollout, step + 1)
+    clock.stop()
+
+    tokens = int(experience.batch.scored_lengths.sum())
+    stats = {
+        **experience.stats,
+        **update_stats(trained),
+        **clock.metrics(tokens),
+        "sync/bytes": published.bytes,
+        "policy/version": published.version,
+    }
+    return stats, kl.updated(experience.stats["kl/k1"], algorithm.kl)
+
+
+def collect(queries: list[Query], rows: np.ndarray, completions: Completions) -> Samples:
+    """The queries of one chunk with their responses."""
+    return Samples(
+        tuple(queries[i] for i in rows),
+        tuple(completions.response_ids),
+        tuple(completions.logprobs),
+        completions.finished,
+        completions.version,
+    )
+
+
+def score_chunk(cast: Cast, samples: Samples, tokenizer, background: ThreadPoolExecutor) -> tuple[Future, ...]:
+    """Start all scoring of a chunk: the fields of Scored after `samples`, as futures."""
+    batch = samples.token_batch()
+    texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
+    conversations = [(q.messages, text.strip()) for q, text in zip(samples.queries, texts, strict=True)]
+    zeros = [np.zeros(len(r), np.float32) for r in samples.response_ids]
+    return (
+        background.submit(lambda: np.stack([cast.rewards[a].score(conversations) for a in ATTRIBUTES], 1)),
+        background.submit(cast.policy.logprobs, batch),
+        background.submit(cast.reference.logprobs, batch),
+        background.submit(cast.value.values, batch) if cast.value else background.submit(lambda: zeros),
+    )
+
+
+def update_stats(trained: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Mean (for `_max`: maximum) over the optimiser steps of this PPO step, and the first step's ratio, which must be 1."""
+    stats = {}
+    for part, steps in zip(("policy", "value"), trained, strict=False):
+        for name in steps[0]:
+            values = [s[name] for s in steps]
+            stats[f"{part}/{name}"] = max(values) if name.endswith("_max") else float(np.mean(values))
+    stats["policy/first_ratio"] = trained[0][0]["ratio_mean"]
+    return stats
+
+
+def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
+    """Everything that can be wrong before an actor starts; returns the prompts and the policy's tokenizer."""
+    check_policy(config.policy.model)
+    load_config(config.value.model or config.policy.model)
+    load_config(config.reference.model or config.policy.model)
+    for model in (config.reward.helpful.model, config.reward.harmless.model):
+        check_reward_model(model)
+    prompts = list(read_prompts(config.prompts))
+    tokenizer = load_tokenizer(config.policy.model)
+    room = config.rollout.engine.max_model_tokens - config.sampling.max_new_tokens
+    long = [p for p in prompts if len(render(tokenizer, p.messages, CORNERS[0].spell())) > room]
+    if not prompts or long:
+        problem = (
+            f"{len(long)} of {len(prompts)} prompts, the first at {long[0].source}, exceed {room} tokens"
+            if long
+            else f"{config.prompts!r} has no prompts"
+        )
+        raise DataError(f"{problem}: raise rollout.engine.max_model_tokens, lower sampling.max_new_tokens, or change the prompts")
+    return prompts, tokenizer
+
+
+def start_cast(config: PPORecipe) -> Cast:
+    """Reserve the places of all actors, start them at the same time, and return when all are ready."""
+    with_value = config.algorithm.advantage == "gae"
+    demands: Demands = {
+        "policy": [config.policy.resources.bundle] * config.policy.ranks,
+        "value": [config.value.resources.bundle] * config.value.ranks * with_value,
+        "rollout": [config.rollout.resources.bundle] * config.rollout.workers,
+        **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
+        "reference": [config.reference.resources.bundle] * config.reference.workers,
+    }
+    connect(config.cluster, demands)
+    place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
+    cast = Cast(
+        rollout=Rollout(config.rollout, model, place, cluster),
+        rewards={a: Reward(f"reward.{a}", reward, place, cluster) for a, reward in config.reward},
+        reference=Reference(
+            config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature
+        ),
+        policy=Policy(config.policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
+        value=Value(config.value, place, cluster, model=config.value.model or model, seed=config.seed) if with_value else None,
+        placement=place,
+    )
+    try:
+        for handle in (cast.policy, cast.value, cast.reference, *cast.rewards.values(), cast.rollout):
+            if handle is not None:
+                handle.wait_ready()
+    except BaseException:
+        cast.close()
+        raise
+    return cast
+
+
+def restore(config: PPORecipe, cast: Cast, run: Run) -> tuple[int, AdaptiveKL]:
+    """Steps done and the KL controller: from the last checkpoint if there is one, which is then loaded everywhere."""
+    last = run.latest()
+    if last is None:
+        return 0, AdaptiveKL(config.algorithm.kl.beta)
+    done, folder = last
+    cast.policy.load(folder / "policy")
+    if cast.value:
+        cast.value.load(folder / "value")
+    publish(cast.policy, cast.rollout, done)
+    return done, AdaptiveKL.from_dict(json.loads((folder / "state.json").read_text())["kl"])
+
+
+def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
+    """All that a resumed run needs; everything else is a function of the recipe and the step."""
+    cast.policy.save(folder / "policy")
+    if cast.value:
+        cast.value.save(folder / "value")
+    (folder / "state.json").write_text(json.dumps({"kl": kl.to_dict()}) + "\n")
+
+
+def export_model(policy: Policy, tokenizer, folder: Path) -> None:
+    """An ordinary transformers directory whose chat template takes the control as `helpful` and `harmless`."""
+    policy.export(folder)
+    tokenizer.chat_template = control_chat_template(tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+
+
+class Clock:
+    """Seconds of the phases of one step, one after the other."""
+
+    def __init__(self):
+        self._seconds, self._phase, self._since, self._began = {}, "prepare", time.perf_counter(), time.perf_counter()
+
+    def start(self, phase: str) -> None:
+        """End the current phase and begin the next."""
+        self.stop()
+        self._phase = phase
+
+    def stop(self) -> None:
+        """End the current phase."""
+        now = time.perf_counter()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Seconds by phase, of the whole step, and tokens/s of the phases that handle each response token."""
+        seconds = {f"seconds/{phase}": s for phase, s in self._seconds.items()}
+        total = time.perf_counter() - self._began
+        rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train")}
+        return {**seconds, "seconds/step": total, **rates, "tokens_per_s/step": tokens / total}
+
+
+def main(recipe: Recipe = "jobs/recipes/ppo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+    """Train a controllable policy with PPO and the min control reward."""
+    raise typer.Exit(run_job(PPORecipe, train, recipe, overrides, out, resume=resume))
+
+
+if __name__ == "__main__":
+    typer.run(main)
