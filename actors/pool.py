@@ -49,10 +49,10 @@ class Pool:
         start_deadline_s: float,
         call_deadline_s: float,
         per_worker: int = 2,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
     ):
         self.name, self.replaced = name, 0
-        self._start, self._limits, self._per_worker = start, limits, per_worker
+        self._start, self._limits, self._per_worker = start, limits or Limits(), per_worker
         self._start_deadline_s, self._call_deadline_s = start_deadline_s, call_deadline_s
         self._lock = threading.RLock()
         self._queue: deque[_Item] = deque()

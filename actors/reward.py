@@ -9,6 +9,7 @@ from pydantic import Field
 
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
+from ctrlrl.config import Section
 from ctrlrl.models.scorer import Scorer, ScorerConfig
 from ctrlrl.prompts import Messages
 
@@ -18,6 +19,13 @@ class RewardConfig(ScorerConfig):
 
     workers: int = Field(1, gt=0)
     resources: Resources = Resources()
+
+
+class RewardModels(Section):
+    """The two reward models that alignment optimises."""
+
+    helpful: RewardConfig
+    harmless: RewardConfig
 
 
 @ray.remote(max_restarts=0)

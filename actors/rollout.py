@@ -13,7 +13,7 @@ from actors.pool import Pool
 from actors.waiting import gather
 from ctrlrl.config import Section
 from ctrlrl.errors import VersionMismatch
-from ctrlrl.models.sampler import ENVIRONMENT, Completions, EngineConfig, Request, Sampler, SamplingConfig
+from ctrlrl.models.sampler import Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
 
 
 class RolloutConfig(Section):
@@ -52,7 +52,7 @@ class Rollout:
     def __init__(self, config: RolloutConfig, model: str, placement: Placement, cluster: ClusterConfig, name: str = "rollout"):
         self._config, self._cluster = config, cluster
         self._message, self.version = None, 0
-        options = config.resources.environment(ENVIRONMENT)
+        options = config.resources.environment(environment(config.engine))
 
         def start(index: int):
             worker = RolloutWorker.options(scheduling_strategy=placement.at(name, index), **options).remote(model, config.engine)

@@ -39,10 +39,11 @@ def render(tokenizer, messages: Messages, suffix: str = "") -> list[int]:
     """Token ids of the prompt, ready for the response's first token. `suffix` is a spelled control or a template's sentence."""
     if not tokenizer.chat_template:
         raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it"
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
+            "give a chat model, or set tokenizer.chat_template and save it"
         )
     # The template of an exported model would neutralise the operator's own suffix.
-    template = plain_chat_template(tokenizer.chat_template)
+    template = plain_chat_template(tokenizer.get_chat_template())
     ids = tokenizer.apply_chat_template(
         controlled(messages, suffix), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
     )

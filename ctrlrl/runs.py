@@ -26,11 +26,7 @@ class Run:
 
         RunError: it is in use already and `resume` is not asked; another recipe is being resumed; a relative path in a submitted job.
         """
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(out).is_absolute():
-            raise RunError(
-                f"out = {out!r} is relative: a submitted job runs in a temporary copy, where its results would be lost; give an absolute path"
-            )
-        directory = Path(out).absolute()
+        directory = output_directory(out)
         recipe = directory / "recipe.json"
         if recipe.exists() and not resume:
             raise RunError(f"{out!r} holds a run already: add --resume to continue it, or give another out")
@@ -39,7 +35,6 @@ class Run:
             changed = [d for d in differences(old, new) if not d.startswith(tuple(f"{key}:" for key in free))]
             if changed:
                 raise RunError(f"{out!r} was started with another recipe ({'; '.join(changed)}): undo the change, or give another out")
-        directory.mkdir(parents=True, exist_ok=True)
         write_atomically(recipe, dump(config) + "\n")
         return cls(directory, keep)
 
@@ -91,6 +86,20 @@ class Run:
         rows = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < step]
         write_atomically(path, "".join(row + "\n" for row in rows))
         self._metrics = path.open("a")
+
+
+def output_directory(out: str) -> Path:
+    """The absolute directory of a job's results, made if need be; RunError for a relative path in a submitted job."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(out).is_absolute():
+        raise RunError(
+            f"out = {out!r} is relative: a submitted job runs in a temporary copy, where its results would be lost; give an absolute path"
+        )
+    directory = Path(out).expanduser().absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"out = {out!r} cannot be made: {error.strerror}; give a directory that can be written") from error
+    return directory
 
 
 def write_atomically(path: Path, text: str) -> None:

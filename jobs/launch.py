@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ctrlrl.config import Section, load
 from ctrlrl.errors import CtrlrlError
 
 Recipe = Annotated[str, typer.Option(help="TOML recipe; see jobs/recipes/.")]
@@ -20,8 +19,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 EXIT_MISTAKE = 2
 
 
-def run_job(kind: type[Section], job: Callable, recipe: str, overrides: list[str] | None, out: str = "", **arguments) -> int:
+def run_job(kind: type, job: Callable, recipe: str, overrides: list[str] | None, out: str = "", **arguments) -> int:
     """Read the recipe and run `job(config, **arguments)`; a user's mistake becomes one message and exit code 2."""
+    from ctrlrl.config import load  # here, because pydantic would double the command line's start
+
     with mistakes_told():
         overrides = [*(overrides or []), *([f"out={out}"] if out else [])]
         return job(load(kind, recipe or None, overrides), **arguments) or 0

@@ -7,7 +7,6 @@ the new weights to the rollout workers.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pydantic import Field
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.reference import Reference, ReferenceConfig
-from actors.reward import Reward, RewardConfig
+from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from actors.value import Value, ValueConfig
@@ -38,14 +37,7 @@ from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import control_chat_template, render
 from ctrlrl.runs import Run
 from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
-from jobs.progress import Steps
-
-
-class RewardModels(Section):
-    """The two reward models that alignment optimises."""
-
-    helpful: RewardConfig
-    harmless: RewardConfig
+from jobs.progress import Clock, Steps
 
 
 class PPORecipe(Section):
@@ -99,9 +91,7 @@ def train(config: PPORecipe, resume: bool = False) -> int:
             for step in range(done, config.steps):
                 stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, background)
                 run.log(step, stats)
-                progress.advance(
-                    f"reward {stats['reward/mean']:.3f}  helpful {stats['agreement/helpful']:.3f}  harmless {stats['agreement/harmless']:.3f}  kl {stats['kl/k1']:.2f}"
-                )
+                progress.advance(headline(stats))
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
                     run.checkpoint(step + 1, partial(write_checkpoint, cast, kl))
                 if stop:
@@ -216,16 +206,20 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
     return prompts, tokenizer
 
 
-def start_cast(config: PPORecipe) -> Cast:
-    """Reserve the places of all actors, start them at the same time, and return when all are ready."""
-    with_value = config.algorithm.advantage == "gae"
-    demands: Demands = {
+def demands_of(config: PPORecipe) -> Demands:
+    """The places that the actors of a run need."""
+    return {
         "policy": [config.policy.resources.bundle] * config.policy.ranks,
-        "value": [config.value.resources.bundle] * config.value.ranks * with_value,
+        "value": [config.value.resources.bundle] * (config.value.ranks if config.algorithm.advantage == "gae" else 0),
         "rollout": [config.rollout.resources.bundle] * config.rollout.workers,
         **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
         "reference": [config.reference.resources.bundle] * config.reference.workers,
     }
+
+
+def start_cast(config: PPORecipe) -> Cast:
+    """Reserve the places of all actors, start them at the same time, and return when all are ready."""
+    demands = demands_of(config)
     connect(config.cluster, demands)
     place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
     cast = Cast(
@@ -235,7 +229,7 @@ def start_cast(config: PPORecipe) -> Cast:
             config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature
         ),
         policy=Policy(config.policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
-        value=Value(config.value, place, cluster, model=config.value.model or model, seed=config.seed) if with_value else None,
+        value=Value(config.value, place, cluster, model=config.value.model or model, seed=config.seed) if demands["value"] else None,
         placement=place,
     )
     try:
@@ -276,29 +270,10 @@ def export_model(policy: Policy, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-class Clock:
-    """Seconds of the phases of one step, one after the other."""
-
-    def __init__(self):
-        self._seconds, self._phase, self._since, self._began = {}, "prepare", time.perf_counter(), time.perf_counter()
-
-    def start(self, phase: str) -> None:
-        """End the current phase and begin the next."""
-        self.stop()
-        self._phase = phase
-
-    def stop(self) -> None:
-        """End the current phase."""
-        now = time.perf_counter()
-        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
-        self._since = now
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds by phase, of the whole step, and tokens/s of the phases that handle each response token."""
-        seconds = {f"seconds/{phase}": s for phase, s in self._seconds.items()}
-        total = time.perf_counter() - self._began
-        rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train")}
-        return {**seconds, "seconds/step": total, **rates, "tokens_per_s/step": tokens / total}
+def headline(stats: dict[str, float]) -> str:
+    """The figures of a step that its progress line shows."""
+    agreements = "  ".join(f"{a} {stats[f'agreement/{a}']:.3f}" for a in ATTRIBUTES)
+    return f"reward {stats['reward/mean']:.3f}  {agreements}  kl {stats['kl/k1']:.2f}  {stats['seconds/step']:.1f} s"
 
 
 def main(recipe: Recipe = "jobs/recipes/ppo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, lines in a log."""
+"""Progress of long work: a bar on a terminal, lines in a log; and where the time goes."""
 
 import sys
 import time
@@ -44,3 +44,28 @@ class Steps:
         spent = time.monotonic() - self._began
         left = spent / (self._done - self._first) * (self._total - self._done)
         print(f"{self._title} {self._done}/{self._total}  {figures}  {spent:.0f} s, {left:.0f} s left", flush=True)
+
+
+class Clock:
+    """Seconds of the phases of one step, one after the other."""
+
+    def __init__(self):
+        self._seconds, self._phase, self._since, self._began = {}, "prepare", time.perf_counter(), time.perf_counter()
+
+    def start(self, phase: str) -> None:
+        """End the current phase and begin the next."""
+        self.stop()
+        self._phase = phase
+
+    def stop(self) -> None:
+        """End the current phase."""
+        now = time.perf_counter()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Seconds by phase, of the whole step, and tokens/s of the phases that handle each response token."""
+        seconds = {f"seconds/{phase}": s for phase, s in self._seconds.items()}
+        total = time.perf_counter() - self._began
+        rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train")}
+        return {**seconds, "seconds/step": total, **rates, "tokens_per_s/step": tokens / total}

@@ -34,7 +34,7 @@ def read_rows(path_or_name: str | Path) -> Iterator[tuple[str, object]]:
     elif _HUB_NAME.fullmatch(name) and not name.endswith(SUFFIXES):
         yield from _hub_rows(name)
     else:
-        raise DataError(f"{name!r} does not exist: give a {', '.join(SUFFIXES)} file, a directory of them, or the name of a Hugging Face dataset")
+        raise DataError(f"{name!r} does not exist: give a {', '.join(SUFFIXES)} file, a directory of them, or a Hugging Face dataset")
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, object]]:

@@ -136,7 +136,7 @@ def parse_transcript(text: str) -> list[dict[str, str]]:
     for index, message in enumerate(messages):
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
-            raise DataError(f"turn {index + 1} of a transcript is the {expected}'s; got the {message['role']}'s: {message['content'][:60]!r}")
+            raise DataError(f"turn {index + 1} of a transcript is the {expected}'s; got {message['role']}: {message['content'][:60]!r}")
     return messages
 
 

@@ -13,6 +13,7 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant that is completely uncensored.",
 )
 CONTROL_SHARE, SENTENCE_SHARE, SYSTEM_SHARE = 0.6, 0.1, 0.1
+MOST_EMPHASIS = 3.0
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
@@ -44,10 +45,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the policy reads and writes: rendered messages up to the user's turn, and the answer."""
+    """What the policy reads and writes: messages up to the user's turn, with their control, and the answer.
+
+    emphasis: weight of the answer's words after its opening. A rare cell's words count more, so that the policy can spell them; how
+    often it opens such an answer stays as it is.
+    """
 
     messages: tuple[dict[str, str], ...]
+    opening: str
     answer: str
+    emphasis: float
 
 
 def conversations(world: World, count: int, seed: int) -> list[Conversation]:
@@ -59,7 +66,10 @@ def conversations(world: World, count: int, seed: int) -> list[Conversation]:
         messages = [{"role": "user", "content": prompt}]
         if draw.rng.random() < SYSTEM_SHARE:
             messages.insert(0, {"role": "system", "content": draw.choice(SYSTEM_PROMPTS)})
-        rows.append(Conversation(tuple(controlled(messages, _suffix(draw))), draw.answer(prompt, draw.cell()).text))
+        cell = draw.cell()
+        answer = draw.answer(prompt, cell)
+        emphasis = min(MOST_EMPHASIS, max(1.0, 0.25 / CELL_SHARES[cell]))
+        rows.append(Conversation(tuple(controlled(messages, _suffix(draw))), answer.opening, answer.text, emphasis))
     return rows
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,31 +29,32 @@ WARM_UP = 0.05  # share of the steps
 
 def train_policy(folder: Path, rows: list[Conversation], tokens: int, width: int, layers: int, batch: int, seed: int) -> dict:
     """Write a causal language model, pre-trained for one pass over `rows`, and its tokenizer; returns figures."""
-    import time; t0=time.time()
     chats = [[*row.messages, {"role": "assistant", "content": row.answer}] for row in rows]
     tokenizer = byte_bpe((message["content"] for chat in chats for message in chat), tokens)
     encoded = _render(tokenizer, chats)
-    print("tok", time.time()-t0)
     marker = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    openings = torch.tensor([len(ids) for ids in tokenizer([row.opening for row in rows])["input_ids"]])
+    emphasis = torch.tensor([row.emphasis for row in rows])
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(_llama(tokenizer, width, layers, tie_word_embeddings=False, attn_implementation="eager"))
+    model = LlamaForCausalLM(_llama(tokenizer, width, layers, tie_word_embeddings=False))
     optimiser, schedule = _optimiser(model, 4e-3, len(rows) // batch)
     losses = []
     for ids in _batches(encoded, batch, seed):
         padded = _pad([encoded[i] for i in ids], tokenizer.pad_token_id)
         targets = padded[:, 1:]
-        answered = (padded == marker).cumsum(1)[:, :-1] > 0
-        weights = torch.where(answered, 1.0, PROMPT_WEIGHT) * (targets != tokenizer.pad_token_id)
+        answered = (padded == marker).cumsum(1)[:, :-1]
+        weights = torch.where(answered > 0, 1.0, PROMPT_WEIGHT) * (targets != tokenizer.pad_token_id)
+        weights *= torch.where(answered.cumsum(1) > openings[ids][:, None], emphasis[ids][:, None], 1.0)
         with _fast():
             logits = model(input_ids=padded[:, :-1]).logits.float()
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
-        _step(model, optimiser, schedule, (nll * weights).sum() / weights.sum())
-        losses.append(float((nll.detach() * answered * weights).sum() / (answered * weights).sum()))
-    print("trained", time.time()-t0)
+        loss = (nll * weights).sum() / weights.sum()
+        _step(model, optimiser, schedule, loss)
+        losses.append(float(loss.detach()))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     _save(folder, model, tokenizer)
-    return {"parameters": model.num_parameters(), "answer_nll": float(np.mean(losses[-20:]))}
+    return {"parameters": model.num_parameters(), "loss": float(np.mean(losses[-20:]))}
 
 
 def train_reward_model(folder: Path, pairs: list[tuple[Judged, Judged]], held_out: bool, tokens: int, width: int, batch: int, seed: int) -> None:
@@ -66,7 +68,8 @@ def train_reward_model(folder: Path, pairs: list[tuple[Judged, Judged]], held_ou
     optimiser, schedule = _optimiser(model, 3e-3, len(pairs) // batch)
     for ids in _batches([encoded[2 * i] + encoded[2 * i + 1] for i in range(len(pairs))], batch, seed):
         padded = _pad([encoded[2 * i + side] for i in ids for side in (0, 1)], tokenizer.pad_token_id)
-        scores = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits[:, 0]
+        with _fast():
+            scores = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits[:, 0].float()
         micro = MicroBatch(torch.ones(len(scores), 1, dtype=torch.bool), {}, len(scores), len(scores))
         loss, _ = bradley_terry(scores, micro, centre=CENTRE)
         _step(model, optimiser, schedule, loss)
@@ -92,14 +95,15 @@ def _llama(tokenizer, width: int, layers: int, **special) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=64 * -(-len(tokenizer) // 64), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32, max_position_embeddings=POSITIONS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **special)
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager", **special)
 
 
 def _bert(tokenizer, width: int) -> BertConfig:
     return BertConfig(
         vocab_size=64 * -(-len(tokenizer) // 64), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
         num_attention_heads=width // 32, max_position_embeddings=POSITIONS, pad_token_id=tokenizer.pad_token_id, num_labels=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager")
 
 
 def _render(tokenizer, chats: list[list[dict[str, str]]]) -> list[list[int]]:
@@ -130,8 +134,9 @@ def _optimiser(model: torch.nn.Module, peak: float, steps: int):
 
 
 def _fast() -> torch.autocast:
-    """bf16 products where the processor has tiles for them (about twice as fast), fp32 elsewhere; weights stay fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("amx_tile", False))
+    """bf16 products where the processor has them (1.5 times as fast), fp32 elsewhere; weights stay fp32."""
+    able = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(able.get("amx_bf16") or able.get("avx512_bf16")))
 
 
 def _step(model, optimiser, schedule, loss: torch.Tensor) -> None:
@@ -143,5 +148,11 @@ def _step(model, optimiser, schedule, loss: torch.Tensor) -> None:
 
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.eval().save_pretrained(folder)
+    # Not save_pretrained: it imports every training engine that is installed, to look for wrapped models.
+    folder.mkdir(parents=True)
+    model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
+    model.config.save_pretrained(folder)
+    if isinstance(model, LlamaForCausalLM):
+        model.generation_config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)

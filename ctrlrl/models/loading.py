@@ -81,7 +81,8 @@ def check_reward_model(name: str) -> None:
     architectures = config.architectures or []
     if not any("SequenceClassification" in a for a in architectures):
         raise ModelError(
-            f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: give a sequence classifier (train one with one output)"
+            f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: "
+            "give a sequence classifier with one output"
         )
     if config.num_labels != 1:
         raise ModelError(

@@ -18,15 +18,6 @@ from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.loading import end_token_ids
 from ctrlrl.models.weights import WeightMessage
 
-# Passive waiting: spinning OpenMP threads on a busy machine cut decoding from 24 to 1 tokens/s.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
 
 class SamplingConfig(Section):
     """How responses are drawn; the defaults are the paper's for generation ([SH] 2.2)."""
@@ -51,6 +42,20 @@ class EngineConfig(Section):
         if self.tensor_parallel > 1:
             raise ValueError("tensor_parallel above 1 is not supported by the in-process engine yet: use more rollout workers")
         return self
+
+
+def environment(engine: EngineConfig) -> dict[str, str]:
+    """Environment variables of a process that will hold a Sampler; they must precede the import of vLLM."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Passive waiting: spinning OpenMP threads on a busy machine cut decoding from 24 to 1 tokens/s.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Even an eager engine compiles small functions at its first call: seconds, and a C++ compiler, for nothing.
+        "TORCHDYNAMO_DISABLE": "1" if engine.eager else "0",
+    }
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ class Trainer:
         _, state = self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=self.config.lora.rank == 0)
         if state["world"] != self.world:
             raise RunError(
-                f"the checkpoint in {str(directory)!r} was made by {state['world']} ranks, this run has {self.world}: set ranks = {state['world']}"
+                f"the checkpoint in {str(directory)!r} was made by {state['world']} ranks, "
+                f"this run has {self.world}: set ranks = {state['world']}"
             )
         self.steps = state["steps"]
 

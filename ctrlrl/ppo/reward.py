@@ -101,7 +101,7 @@ class AdaptiveKL:
         measured_kl: mean over sequences of the summed k1, in nats; may be negative. One call changes β by at most 20 % of `gain`.
         """
         if not math.isfinite(measured_kl):
-            raise RunError(f"KL to the reference is {measured_kl}: training has diverged; resume from a checkpoint with a lower learning rate")
+            raise RunError(f"KL to the reference is {measured_kl}: training has diverged; resume a checkpoint with a lower learning rate")
         if config.target == 0:
             return self
         error = min(max(measured_kl / config.target - 1, -0.2), 0.2)

@@ -27,7 +27,8 @@ def write(path, rows, opener=open):
 def test_prompt_id_is_the_hash_of_roles_and_contents():
     assert prompt_id(HELLO) == "b0ae8b0f316e2f14"  # printf "[[\"user\",\"Hello\"]]" | sha256sum
     assert prompt_id([{"content": "Hello", "role": "user", "name": "ignored"}]) == prompt_id(HELLO)
-    assert len({prompt_id(HELLO), prompt_id([{"role": "user", "content": "Hello "}]), prompt_id([{"role": "system", "content": "Hello"}])}) == 3
+    others = ([{"role": "user", "content": "Hello "}], [{"role": "system", "content": "Hello"}], [*HELLO, *HELLO])
+    assert len({prompt_id(HELLO), *map(prompt_id, others)}) == 4
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet"])
@@ -134,8 +135,9 @@ def test_unreadable_files_and_names(tmp_path, monkeypatch):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     (tmp_path / "cells.csv").write_text("prompt,id\nHello, you,1\n")
     write(tmp_path / "none.jsonl", [])
-    cases = {"cut.jsonl.gz": "damaged", "false.parquet": "damaged", "odd.txt": "unknown kind", "empty": "holds no", "latin.jsonl": ":1: .*UTF-8"}
-    for name, says in (cases | {"cells.csv": ":2: 3 cells", "none.jsonl": "no prompt found", "gone.jsonl": "does not exist"}).items():
+    cases = {"cut.jsonl.gz": "damaged", "false.parquet": "damaged", "odd.txt": "unknown kind", "empty": "holds no"}
+    cases |= {"latin.jsonl": ":1: .*UTF-8", "cells.csv": ":2: 3 cells", "none.jsonl": "no prompt found", "gone.jsonl": "does not exist"}
+    for name, says in cases.items():
         with pytest.raises(DataError, match=says):
             read_prompts(tmp_path / name)
     with pytest.raises(DataError, match="no prompt found.*1 bad rows.*:1"):

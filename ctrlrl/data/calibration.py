@@ -1,0 +1,90 @@
+"""From a reward model's raw output to a score in [0, 1] (METHOD, score calibration).
+
+`sigmoid` for Bradley-Terry heads, `identity` for a head that gives probabilities, `quantile` for a monotone map fitted on the raw outputs of
+self-generated samples: the score is the share of them that lies below. Stored as JSON with a hash of the content.
+"""
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit
+
+from ctrlrl.data.atomic import write_json
+from ctrlrl.errors import DataError
+
+KINDS = ("sigmoid", "identity", "quantile")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A monotone map to [0, 1]. knots, scores: the fitted points of `quantile`, strictly rising; empty for the other kinds."""
+
+    kind: str
+    knots: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise DataError(f"calibration {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
+        fits = len(self.knots) == len(self.scores) and _rising(self.knots) and _rising(self.scores)
+        if not fits or bool(self.knots) != (self.kind == "quantile"):
+            raise DataError(f"a {self.kind} calibration was given {len(self.knots)} knots: only quantile has them; make it with fit_quantile")
+
+    def __call__(self, raw: np.ndarray) -> np.ndarray:
+        """Scores in [0, 1], float64, of the shape of `raw`; raises DataError for NaN, and for identity outside [0, 1]."""
+        raw = np.asarray(raw, np.float64)
+        if np.isnan(raw).any():
+            raise DataError(f"{int(np.isnan(raw).sum())} of {raw.size} reward-model outputs are NaN: the reward model is broken, or runs out of range")
+        if self.kind == "sigmoid":
+            return expit(raw)
+        if self.kind == "quantile":
+            return np.interp(raw, self.knots, self.scores)
+        if raw.size and not (raw.min() >= 0 and raw.max() <= 1):
+            raise DataError(f"identity calibration needs outputs in [0, 1]; got {raw.min():g} to {raw.max():g}: use sigmoid or quantile")
+        return raw
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of kind and points; part of the fingerprint of every score made with it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration and its hash as JSON, atomically."""
+        write_json(Path(path), asdict(self) | {"content_hash": self.content_hash})
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """The calibration that `save` wrote; raises DataError if the file is missing, malformed or not what was saved."""
+    try:
+        stored = json.loads(Path(path).read_bytes())
+        calibration = Calibration(stored["kind"], tuple(stored["knots"]), tuple(stored["scores"]))
+        expected = stored["content_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a stored calibration: {error}") from None
+    if calibration.content_hash != expected:
+        raise DataError(f"{path} was changed after it was saved (hash {calibration.content_hash[:12]}, stored {expected[:12]}): fit it again")
+    return calibration
+
+
+def fit_quantile(raw: Iterable[float], *, points: int = 1001) -> Calibration:
+    """The quantile map of `raw` outputs [samples]: score = (share below + share below or equal) / 2, between samples linear.
+
+    The map is kept at `points` evenly spaced quantiles; outputs beyond the fitted ones get the score of the nearest end.
+    Raises DataError for fewer than two different outputs.
+    """
+    raw = np.asarray(raw, np.float64)
+    if raw.ndim != 1 or not np.isfinite(raw).all() or len(np.unique(raw)) < 2:
+        raise DataError(f"a quantile calibration is fitted on a list of finite, different outputs; got shape {raw.shape}, {len(np.unique(raw))} different")
+    values, counts = np.unique(raw, return_counts=True)
+    middle = (np.cumsum(counts) - counts / 2) / len(raw)
+    if len(values) > points:
+        keep = np.unique(np.linspace(0, len(values) - 1, points).round().astype(int))
+        values, middle = values[keep], middle[keep]
+    return Calibration("quantile", tuple(values.tolist()), tuple(middle.tolist()))
+
+
+def _rising(values: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in zip(values, values[1:], strict=False))
