@@ -87,9 +87,9 @@ class TrainerGroup:
         shares = self.call(Trainer.train, ray.put(batch), loss, steps)
         return [combine_shares(list(ranks)) for ranks in zip(*shares, strict=True)]
 
-    def score(self, batch: TokenBatch, output: str) -> list:
-        """`output` of the scored tokens, one fp32 array a row, in the batch's order."""
-        parts = self.call(Trainer.score, ray.put(batch), output)
+    def score(self, batch: TokenBatch) -> list:
+        """Logprobs or values of the scored tokens, one fp32 array a row, in the batch's order."""
+        parts = self.call(Trainer.score, ray.put(batch))
         rows = [row for part, _ in parts for row in part]
         return in_order(rows, [values for _, results in parts for values in results])
 

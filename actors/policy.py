@@ -42,7 +42,7 @@ class Policy:
 
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens under the current weights, one fp32 array a row."""
-        return self._group.score(batch, "logprobs")
+        return self._group.score(batch)
 
     def weights(self, dtype: str, version: int) -> ray.ObjectRef:
         """A reference to one WeightMessage with all current weights."""

@@ -40,7 +40,7 @@ class Value:
 
     def values(self, batch: TokenBatch) -> list[np.ndarray]:
         """Value of the state before each scored token, one fp32 array a row."""
-        return self._group.score(batch, "values")
+        return self._group.score(batch)
 
     def save(self, directory: Path) -> None:
         """Write a checkpoint of weights and optimiser."""

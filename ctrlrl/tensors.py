@@ -70,10 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden_ND[rows] = grad_CV @ weight_VD
             if for_weight:
                 grad_weight_VD += grad_CV.T @ hidden_ND[rows]
-        if for_weight:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        if for_bias:
-            grad_bias_V = grad_bias_V.to(bias_V.dtype)
+        # Autograd itself casts a gradient to the dtype of its input.
         return grad_hidden_ND, grad_weight_VD, None, grad_bias_V, None, None
 
 
@@ -107,13 +104,14 @@ def masked_row_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
     """Population variance of `values` where `mask` is true, a float64 scalar; 0 for one value, for none, and for equal values.
 
-    Equal up to rounding: a deviation below 16 units in the last place of the largest magnitude counts as none.
+    Equal up to rounding: a deviation below 16 float32 units in the last place of the largest magnitude counts as none, in any
+    dtype, since what is measured here was computed in float32.
     """
     # Double precision: a large mean would leave nothing but rounding of a small deviation.
     wide = torch.where(mask, values, 0).double()
     variance = masked_mean((wide - masked_mean(wide, mask)).square(), mask)
     largest = wide.abs().amax() if wide.numel() else variance
-    return torch.where(variance.sqrt() > 16 * torch.finfo(values.dtype).eps * largest, variance, 0)
+    return torch.where(variance.sqrt() > 16 * torch.finfo(torch.float32).eps * largest, variance, 0)
 
 
 def whiten(values_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tensor:
@@ -122,9 +120,9 @@ def whiten(values_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tenso
     The deviation is `masked_variance`'s root, the population's. With shift_mean=False the mean is added back: variance 1, mean
     unchanged. Without variance (one element, equal values) the result is 0, or the mean if it is added back.
     """
-    deviation = masked_variance(values_BT, mask_BT).sqrt()
-    mean = masked_mean(values_BT.double(), mask_BT)
-    whitened_BT = torch.where(deviation > 0, (values_BT - mean) / deviation, 0)
+    wide_BT = values_BT.double()
+    deviation, mean = masked_variance(wide_BT, mask_BT).sqrt(), masked_mean(wide_BT, mask_BT)
+    whitened_BT = torch.where(deviation > 0, (wide_BT - mean) / deviation, 0)
     if not shift_mean:
         whitened_BT = whitened_BT + mean
     return torch.where(mask_BT, whitened_BT, 0).to(values_BT.dtype)

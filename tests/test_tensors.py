@@ -175,14 +175,21 @@ def test_whiten_without_variance_is_zero(value, count):
     values, mask = torch.full((count, 1), value), torch.ones(count, 1, dtype=torch.bool)
     assert whiten(values, mask).count_nonzero() == 0
     assert whiten(values, mask, shift_mean=False).flatten().tolist() == pytest.approx([value] * count, rel=1e-6)
-    # The same constant with the noise of float32 rounding.
-    noisy = values * (1 + 1e-7 * torch.tensor([(-1.0) ** i for i in range(count)])[:, None])
-    assert whiten(noisy, mask).count_nonzero() == 0
+    # The same constant with the noise of float32 rounding, beside a masked column.
+    noisy = values.double() * (1 + 1e-7 * torch.tensor([(-1.0) ** i for i in range(count)])[:, None])
+    noisy, mask = torch.cat([noisy, noisy], 1), torch.cat([mask, ~mask], 1)
+    assert whiten(noisy.float(), mask).count_nonzero() == whiten(noisy, mask).count_nonzero() == 0
 
 
 def test_whiten_keeps_small_deviations_from_a_large_mean():
     values, mask = torch.tensor([[1000.0, 1001.0]]), torch.ones(1, 2, dtype=torch.bool)
     assert whiten(values, mask).tolist() == [[-1.0, 1.0]]
+    # In float32 these numbers are 1/40 of the deviation apart, and a rounded mean would shift them all.
+    values = 4096 + 0.02 * torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
+    exact = values.numpy().astype(np.float64)
+    whitened = whiten(values, torch.ones(4096, 1, dtype=torch.bool))
+    assert whitened.dtype == torch.float32
+    assert np.allclose(whitened.numpy(), (exact - exact.mean()) / exact.std(), atol=1e-6)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)

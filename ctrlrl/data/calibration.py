@@ -1,7 +1,7 @@
 """From a reward model's raw output to a score in [0, 1] (METHOD, score calibration).
 
-`sigmoid` for Bradley-Terry heads, `identity` for a head that gives probabilities, `quantile` for a monotone map fitted on the raw outputs of
-self-generated samples: the score is the share of them that lies below. Stored as JSON with a hash of the content.
+`sigmoid` for Bradley-Terry heads, `identity` for a head that gives probabilities, `quantile` for a monotone map fitted on the raw
+outputs of self-generated samples: the score is the share of them that lies below. Stored as JSON with a hash of the content.
 """
 import hashlib
 import json
@@ -31,13 +31,14 @@ class Calibration:
             raise DataError(f"calibration {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         fits = len(self.knots) == len(self.scores) and _rising(self.knots) and _rising(self.scores)
         if not fits or bool(self.knots) != (self.kind == "quantile"):
-            raise DataError(f"a {self.kind} calibration was given {len(self.knots)} knots: only quantile has them; make it with fit_quantile")
+            raise DataError(f"a {self.kind} calibration was given {len(self.knots)} knots: quantile alone has some, from fit_quantile")
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         """Scores in [0, 1], float64, of the shape of `raw`; raises DataError for NaN, and for identity outside [0, 1]."""
         raw = np.asarray(raw, np.float64)
         if np.isnan(raw).any():
-            raise DataError(f"{int(np.isnan(raw).sum())} of {raw.size} reward-model outputs are NaN: the reward model is broken, or runs out of range")
+            broken = f"{int(np.isnan(raw).sum())} of {raw.size} outputs"
+            raise DataError(f"{broken} of a reward model are NaN: its weights are broken, or its dtype overflows")
         if self.kind == "sigmoid":
             return expit(raw)
         if self.kind == "quantile":
@@ -65,7 +66,7 @@ def load_calibration(path: str | Path) -> Calibration:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a stored calibration: {error}") from None
     if calibration.content_hash != expected:
-        raise DataError(f"{path} was changed after it was saved (hash {calibration.content_hash[:12]}, stored {expected[:12]}): fit it again")
+        raise DataError(f"{path} was changed after it was saved (hash {calibration.content_hash[:12]}, not {expected[:12]}): fit it again")
     return calibration
 
 
@@ -76,9 +77,9 @@ def fit_quantile(raw: Iterable[float], *, points: int = 1001) -> Calibration:
     Raises DataError for fewer than two different outputs.
     """
     raw = np.asarray(raw, np.float64)
-    if raw.ndim != 1 or not np.isfinite(raw).all() or len(np.unique(raw)) < 2:
-        raise DataError(f"a quantile calibration is fitted on a list of finite, different outputs; got shape {raw.shape}, {len(np.unique(raw))} different")
     values, counts = np.unique(raw, return_counts=True)
+    if raw.ndim != 1 or not np.isfinite(raw).all() or len(values) < 2:
+        raise DataError(f"a quantile calibration is fitted on a list of finite outputs; got shape {raw.shape}, {len(values)} different")
     middle = (np.cumsum(counts) - counts / 2) / len(raw)
     if len(values) > points:
         keep = np.unique(np.linspace(0, len(values) - 1, points).round().astype(int))

@@ -27,7 +27,7 @@ from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
 from ctrlrl.data.keys import prompt_keys, sample_ranks
 from ctrlrl.errors import RunError
 
-ROW_GROUP = 65_536  # rows that are read at a time; equal for every shard, so that shards of equal rows have equal groups
+ROW_GROUP = 32_768  # rows that are read at a time; equal for every shard, so that shards of equal rows have equal groups
 _OWN_FILES = {"store.json", "manifest.json", "shards", ".lock"}
 _KEY = ["prompt_id", "unit", "index"]
 _RECORD = re.compile(r"(\d{6,})\.json")

@@ -112,8 +112,11 @@ def micro_batch(batch: TokenBatch, inputs: ModelInputs, tokens: int, sequences: 
 class PolicyModule(nn.Module):
     """A causal LM whose forward returns logprobs and entropy of the scored tokens, chunked over the vocabulary.
 
-    The head is applied inside forward, which is where ZeRO-3 gathers its weight.
+    The head is applied inside forward, which is where ZeRO-3 gathers its weight; and forward returns a tuple, because ZeRO-3 looks
+    for tensors in tuples to know when to gather again for the backward. `outputs_type` gives the tuple its names.
     """
+
+    outputs_type = TokenOutputs
 
     def __init__(self, model: nn.Module, temperature: float):
         super().__init__()
@@ -126,7 +129,7 @@ class PolicyModule(nn.Module):
         """The transformers model inside, without the adapter's wrapping."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, inputs: ModelInputs) -> TokenOutputs:
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         if self.full_logits:
             logits = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads].float() / self.temperature
             log_probs = logits.log_softmax(-1)
@@ -138,11 +141,13 @@ class PolicyModule(nn.Module):
             logprobs, entropy = token_logprobs(
                 hidden, head.weight, inputs.targets, temperature=self.temperature, bias_V=getattr(head, "bias", None)
             )
-        return TokenOutputs(inputs.grid(logprobs), inputs.grid(entropy))
+        return inputs.grid(logprobs), inputs.grid(entropy)
 
 
 class ValueModule(nn.Module):
-    """A token classifier with one output whose forward returns the value of the state before each scored token."""
+    """A token classifier with one output whose forward returns the value of the state before each scored token (a tuple of one)."""
+
+    outputs_type = ValueOutputs
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -153,6 +158,6 @@ class ValueModule(nn.Module):
         """The transformers model inside, without the adapter's wrapping."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, inputs: ModelInputs) -> ValueOutputs:
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor]:
         values = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads, 0]
-        return ValueOutputs(inputs.grid(values.float()))
+        return (inputs.grid(values.float()),)

@@ -14,8 +14,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from ctrlrl.errors import ModelError
+
+# Their bars about loading and writing shards would tear up the jobs' own progress.
+disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

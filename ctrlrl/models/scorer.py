@@ -92,7 +92,7 @@ class ReferenceModel:
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens, one fp32 array a row, in the batch's order."""
         rows, results = score_rows(
-            lambda inputs: self.module(inputs).logprobs_BT, batch, self.config.layout, self.config.batch_tokens, self.device
+            lambda inputs: self.module(inputs)[0], batch, self.config.layout, self.config.batch_tokens, self.device
         )
         return in_order(rows, results)
 

@@ -123,7 +123,7 @@ class Trainer:
         shares = []
         for part in self._mine(batch):
             inputs = lay_out(part, self.config.layout, self.device)
-            value, stats = loss(self.engine(inputs), micro_batch(part, inputs, tokens, sequences))
+            value, stats = loss(self.module.outputs_type(*self.engine(inputs)), micro_batch(part, inputs, tokens, sequences))
             self.engine.backward(value * self.world)  # DeepSpeed averages gradients over ranks; shares have to be summed
             shares.append({"loss": float(value.detach()), **{name: float(stat) for name, stat in stats.items()}})
         rate = learning_rate_at(self.steps, self.config)
@@ -153,11 +153,11 @@ class Trainer:
         return parts
 
     @torch.no_grad()
-    def score(self, batch: TokenBatch, output: str) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Rows that this rank scored and their `output` ("logprobs" | "values"), one fp32 array of scored tokens a row."""
+    def score(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Rows that this rank scored, and logprobs (of a policy) or values (of a value model), one fp32 array of scored tokens a row."""
         self.engine.eval()
         return score_rows(
-            lambda inputs: getattr(self.engine(inputs), f"{output}_BT"),
+            lambda inputs: self.engine(inputs)[0],
             batch,
             self.config.layout,
             self.config.micro_batch_tokens,

@@ -42,7 +42,7 @@ def rloo(reward_B: Tensor, groups_B: Tensor) -> Tensor:
     if alone_G.any():
         raise RecipeError(
             f"advantage 'rloo' compares samples of the same prompt and control, but group {ids_G[alone_G][0].item()} has only one: "
-            "draw at least 2 samples of each, or set advantage = 'gae'"
+            "set samples_per_query to 2 or more, or advantage = 'gae'"
         )
     total_G = torch.zeros(len(ids_G), dtype=reward_B.dtype, device=reward_B.device).index_add_(0, group_B, reward_B)
     return reward_B - (total_G[group_B] - reward_B) / (size_G[group_B] - 1)

@@ -23,7 +23,7 @@ def shard(index, rows=6):
     """Rows that depend on the shard's number alone."""
     ids = [f"{index:08x}{row // 2:08x}" for row in range(rows)]
     units = pa.array([0] * rows, pa.int32())
-    columns = {"prompt_id": ids, "unit": units, "index": [row % 2 for row in range(rows)], "score": [index + row / 8 for row in range(rows)]}
+    columns = {"prompt_id": ids, "unit": units, "index": [r % 2 for r in range(rows)], "score": [index + r / 8 for r in range(rows)]}
     return conform(pa.table(columns), SCORES, "scores")
 
 

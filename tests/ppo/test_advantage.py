@@ -133,5 +133,5 @@ def test_no_samples_give_no_advantages():
 
 
 def test_a_group_of_one_names_itself_and_the_remedy():
-    with pytest.raises(RecipeError, match="group 9 has only one.*at least 2 samples"):
+    with pytest.raises(RecipeError, match="group 9 has only one.*samples_per_query to 2 or more"):
         rloo(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4, 4, 9]))

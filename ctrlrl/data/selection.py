@@ -1,0 +1,218 @@
+"""Which samples a distillation keeps, how often, and under which control ([SH] section 2.3, Table 3): vanilla, oversampling, MOEC.
+
+Every method sees all samples twice, as ScoredRows in any batches, and then says how often each row is written. Draws go by
+ctrlrl.data.keys.sample_ranks, so they do not depend on the order, the size or the number of shards.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ctrlrl.control import CORNERS, HIGH, LOW
+from ctrlrl.data.keys import sample_ranks
+from ctrlrl.errors import RecipeError
+
+LOW_END, HIGH_START, MIDDLE = 0.2, 0.8, 0.5
+_BUCKETS = 1 << 16  # of ranks, by their upper 16 bits
+_RECORD = np.dtype([("cell", "<u8"), ("rank", "<u8"), ("row", "<u8")])
+# Working bytes per extreme sample while a part is sorted: the record, its three columns, the order, and as much again for the sort.
+_WORKING = 128
+_MOST_PARTS = 512  # open files
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, 2] (helpfulness first)."""
+
+    start: int
+    prompt: np.ndarray  # number in the PromptIndex
+    key: np.ndarray  # uint64 of the prompt_id
+    unit: np.ndarray
+    index: np.ndarray
+    scores: np.ndarray
+
+    def ranks(self, seed: int) -> np.ndarray:
+        """The seeded draw of each sample, uint64 [n]."""
+        return sample_ranks(self.key, self.unit, self.index, seed)
+
+
+class Selection(Protocol):
+    """What `distill` asks of a method, in this order."""
+
+    def count(self, rows: ScoredRows) -> None: ...
+
+    def choose(self, rows: ScoredRows) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def copies(self, rows: ScoredRows) -> np.ndarray: ...
+
+    def levels(self, scores: np.ndarray) -> np.ndarray: ...
+
+
+def classes(scores: np.ndarray) -> np.ndarray:
+    """Number in CORNERS of scores [n, 2] quantised at 0.5: LOW if below, else HIGH."""
+    high = scores >= MIDDLE
+    return 2 * high[:, 0] + high[:, 1]
+
+
+def extremes(scores: np.ndarray) -> np.ndarray:
+    """Which of scores [n, 2] are extreme in both attributes: in [0, 0.2] or [0.8, 1], ends included."""
+    return ((scores <= LOW_END) | (scores >= HIGH_START)).all(axis=1)
+
+
+def quantised(scores: np.ndarray) -> np.ndarray:
+    """LOW or HIGH for each score, [n, 2]."""
+    return np.where(scores >= MIDDLE, HIGH, LOW)
+
+
+class Vanilla:
+    """Every sample once; the control is its scores, rounded to `precision` decimals so that they are spelled in full."""
+
+    def __init__(self, precision: int):
+        if not 1 <= precision <= 6:
+            raise RecipeError(f"precision = {precision} is not from 1 to 6 digits, which is what a control can spell")
+        self._precision = precision
+
+    def count(self, rows: ScoredRows) -> None:
+        """Nothing to learn."""
+
+    def choose(self, rows: ScoredRows) -> None:
+        """Nothing to learn."""
+
+    def settle(self) -> None:
+        """Nothing to learn."""
+
+    def copies(self, rows: ScoredRows) -> np.ndarray:
+        """1 for every row."""
+        return np.ones(len(rows.scores), np.int64)
+
+    def levels(self, scores: np.ndarray) -> np.ndarray:
+        """The rounded scores."""
+        return np.round(scores, self._precision)
+
+
+class Oversampling:
+    """Every non-empty class as large as the largest, m: each of a class's n samples m // n times, and m % n drawn ones once more."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._counts = np.zeros((len(CORNERS), _BUCKETS), np.int64)
+        self._in_bucket: list[list[np.ndarray]] = [[] for _ in CORNERS]
+
+    def count(self, rows: ScoredRows) -> None:
+        """Sizes of the classes, and within each how the ranks spread."""
+        place = classes(rows.scores) * _BUCKETS + (rows.ranks(self._seed) >> np.uint64(48)).astype(np.int64)
+        self._counts += np.bincount(place, minlength=self._counts.size).reshape(self._counts.shape)
+
+    def choose(self, rows: ScoredRows) -> None:
+        """Keep the few ranks among which the last drawn one is."""
+        of, ranks = classes(rows.scores), rows.ranks(self._seed)
+        for c, (_, _, bucket) in self._wanted().items():
+            self._in_bucket[c].append(ranks[(of == c) & (ranks >> np.uint64(48) == bucket)])
+
+    def settle(self) -> None:
+        """The largest rank that is still drawn, by class."""
+        sizes = self._counts.sum(axis=1)
+        self._whole = np.array([sizes.max() // n if n else 0 for n in sizes])
+        self._last = np.zeros(len(CORNERS), np.uint64)
+        self._draws = np.zeros(len(CORNERS), bool)
+        for c, (drawn, before, _) in self._wanted().items():
+            self._draws[c] = True
+            self._last[c] = np.sort(np.concatenate(self._in_bucket[c]))[drawn - before - 1]
+
+    def copies(self, rows: ScoredRows) -> np.ndarray:
+        """How often each row is written, at least once."""
+        of = classes(rows.scores)
+        return self._whole[of] + (self._draws[of] & (rows.ranks(self._seed) <= self._last[of]))
+
+    def levels(self, scores: np.ndarray) -> np.ndarray:
+        """LOW or HIGH, whichever side of 0.5."""
+        return quantised(scores)
+
+    def _wanted(self) -> dict[int, tuple[int, int, int]]:
+        """For each class of which some are drawn: how many, how many of them lie in lower buckets, and the bucket of the last."""
+        sizes, found = self._counts.sum(axis=1), {}
+        for c, n in enumerate(sizes):
+            drawn = int(sizes.max() % n) if n else 0
+            if drawn:
+                below = np.cumsum(self._counts[c])
+                bucket = int(np.searchsorted(below, drawn))
+                found[c] = (drawn, int(below[bucket] - self._counts[c, bucket]), bucket)
+        return found
+
+
+class Moec:
+    """More than one extreme case: see `ctrlrl.data.distill.distill`. Grouping by prompt goes through files in `scratch`.
+
+    The samples of a prompt may lie anywhere in the shards. The extreme ones are split by prompt into so many files that sorting one of
+    them stays within `memory` bytes; the rows that are kept are marked in a file of one byte a sample, which is mapped, not loaded.
+    """
+
+    def __init__(self, seed: int, per_cell: int, memory: int, scratch: Path, samples: int, prompts: int):
+        if per_cell < 1:
+            raise RecipeError(f"per_cell = {per_cell} keeps nothing: give 1 or more")
+        parts = max(-(-samples * _WORKING // memory), 1)
+        if parts > _MOST_PARTS:
+            least = -(-samples * _WORKING // _MOST_PARTS)
+            raise RecipeError(f"memory = {memory} bytes is too little for {samples} samples: give {least} or more")
+        self._seed, self._per_cell, self._prompts = seed, per_cell, max(prompts, 1)
+        self._paths = [scratch / f"part-{number:03d}" for number in range(parts)]
+        self._files = [open(path, "wb") for path in self._paths]  # noqa: SIM115 (closed by settle)
+        self._kept = np.memmap(scratch / "kept", np.bool_, mode="w+", shape=(max(samples, 1),))
+
+    def count(self, rows: ScoredRows) -> None:
+        """Nothing to learn."""
+
+    def choose(self, rows: ScoredRows) -> None:
+        """Put the extreme samples into the files of their prompts."""
+        extreme = np.flatnonzero(extremes(rows.scores))
+        records = np.empty(len(extreme), _RECORD)
+        prompt = rows.prompt[extreme].astype(np.uint64)
+        records["cell"] = prompt * np.uint64(len(CORNERS)) + classes(rows.scores[extreme]).astype(np.uint64)
+        records["rank"] = rows.ranks(self._seed)[extreme]
+        records["row"] = extreme + rows.start
+        part = prompt * np.uint64(len(self._files)) // np.uint64(self._prompts)
+        order = np.argsort(part, kind="stable")
+        ends = np.searchsorted(part[order], np.arange(len(self._files) + 1))
+        for file, first, last in zip(self._files, ends, ends[1:], strict=False):
+            if first < last:
+                file.write(records[order[first:last]])
+
+    def settle(self) -> None:
+        """Mark the rows that are kept, file by file."""
+        for file, path in zip(self._files, self._paths, strict=True):
+            file.close()
+            self._kept[moec(np.fromfile(path, _RECORD), self._per_cell)] = True
+            path.unlink()
+
+    def copies(self, rows: ScoredRows) -> np.ndarray:
+        """1 for the rows that are kept, else 0."""
+        return self._kept[rows.start : rows.start + len(rows.scores)].astype(np.int64)
+
+    def levels(self, scores: np.ndarray) -> np.ndarray:
+        """The corner of an extreme pair."""
+        return quantised(scores)
+
+
+def moec(records: np.ndarray, per_cell: int) -> np.ndarray:
+    """Rows that MOEC keeps of extreme samples: `cell` is 4 x prompt + corner; all samples of a prompt are among them.
+
+    A prompt with at least two different corners gives, for each of them, the `per_cell` samples of smallest rank.
+    """
+    if not len(records):
+        return np.zeros(0, np.int64)
+    order = np.lexsort((records["rank"], records["cell"]))
+    cell = records["cell"][order]
+    prompt = cell // len(CORNERS)
+    new_cell, new_prompt = _changes(cell), _changes(prompt)
+    place = np.arange(len(cell)) - np.flatnonzero(new_cell)[np.cumsum(new_cell) - 1]
+    cells = np.add.reduceat(new_cell.astype(np.int64), np.flatnonzero(new_prompt))
+    keep = (place < per_cell) & (cells[np.cumsum(new_prompt) - 1] >= 2)
+    return records["row"][order[keep]].astype(np.int64)
+
+
+def _changes(ordered: np.ndarray) -> np.ndarray:
+    return np.concatenate([[True], ordered[1:] != ordered[:-1]])
+

@@ -1,0 +1,159 @@
+"""Shared by all tests: a private Ray cluster for the session, tiny models, and a check that nothing is left running.
+
+The environment is set before Ray is imported; logical CPUs are over-committed, since tiny workers mostly wait.
+"""
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+# Short, because Unix socket paths end at 107 bytes.
+_RAY_FOLDER = tempfile.mkdtemp(prefix="ctrlrl")
+os.environ.update(
+    RAY_TMPDIR=_RAY_FOLDER,
+    RAY_AUTH_MODE="disabled",
+    RAY_memory_monitor_refresh_ms="0",  # other processes on the machine are not our tests' fault
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+QUESTIONS = [f"How do I bake {count} loaves of bread?" for count in range(40)]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray cluster for all tests that need one."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=32,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace="ctrlrl",
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def cluster_config():
+    """Deadlines that suit tiny models on a busy machine."""
+    from actors.placement import ClusterConfig
+
+    return ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE with a chat template; pad, begin and end differ."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<pad>", "<s>", "<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(QUESTIONS + ["[helpful=0.2][harmless=1]", "user: assistant: Mix flour and water."], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="<end>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def _llama(**changes):
+    from transformers import LlamaConfig
+
+    sizes = dict(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+    )  # fmt: skip
+    return LlamaConfig(**{**sizes, **changes})
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, tokenizer) -> dict[str, str]:
+    """Directories of tiny random models: policy (untied head), tied (tied head), helpful and harmless (reward models), two_labels."""
+    import torch
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    root, made = tmp_path_factory.mktemp("models"), {}
+    kinds = {
+        "policy": (LlamaForCausalLM, {}),
+        "tied": (LlamaForCausalLM, {"tie_word_embeddings": True}),
+        "helpful": (LlamaForSequenceClassification, {"num_labels": 1}),
+        "harmless": (LlamaForSequenceClassification, {"num_labels": 1}),
+        "two_labels": (LlamaForSequenceClassification, {"num_labels": 2}),
+    }
+    for seed, (name, (kind, changes)) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        kind(_llama(**changes)).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        made[name] = str(root / name)
+    return made
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory) -> str:
+    """A JSONL file of the questions."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def ppo_overrides(models, prompt_file) -> list[str]:
+    """Overrides that make PPO run on the tiny models within seconds."""
+    settings = {
+        "prompts": prompt_file, "steps": 2, "checkpoint_every": 1, "policy.model": models["policy"],
+        "policy.train.dtype": "float32", "policy.train.learning_rate": 1e-3, "policy.train.zero_stage": 0,
+        "value.train.dtype": "float32", "value.train.learning_rate": 1e-3, "value.train.zero_stage": 0,
+        "reference.dtype": "float32", "reward.helpful.model": models["helpful"], "reward.harmless.model": models["harmless"],
+        "rollout.chunk": 8, "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 128, "rollout.engine.kv_cache_gib": 0.05,
+        "sampling.max_new_tokens": 12, "algorithm.queries_per_step": 24, "algorithm.minibatches": 2, "algorithm.truncated": "score",
+        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def _ours() -> list[int]:
+    """Processes that belong to our Ray folder, by command line or environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            known = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if _RAY_FOLDER.encode() in known and int(entry.name) != os.getpid() and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Fail the run if it leaves processes behind, and end those."""
+    end = time.monotonic() + 10
+    while _ours() and time.monotonic() < end:
+        time.sleep(0.2)
+    left = _ours()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    if left and exitstatus == 0:
+        print(f"\nprocesses were left running: {left}")
+        session.exitstatus = 1
+    shutil.rmtree(_RAY_FOLDER, ignore_errors=True)

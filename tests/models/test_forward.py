@@ -1,0 +1,84 @@
+"""Packed and padded layouts give the same outputs and gradients as one sequence at a time; positions are scored by the state before."""
+import numpy as np
+import pytest
+import torch
+
+from ctrlrl.data.batches import TokenBatch, TokenOutputs
+from ctrlrl.errors import ModelError
+from ctrlrl.models.forward import SEGMENTS, PolicyModule, ValueModule, attention_for, lay_out, micro_batch
+from ctrlrl.models.loading import load_policy, load_value_model
+
+CPU = torch.device("cpu")
+
+
+def batch_of(lengths, prompts, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(3, 384, size=n) for n in lengths]
+    prompt_lengths = np.array(prompts)
+    weights = [rng.normal(size=n - p).astype(np.float32) for n, p in zip(lengths, prompts, strict=True)]
+    return TokenBatch(tokens, prompt_lengths, {"weights": weights}, {})
+
+
+BATCH = batch_of([9, 30, 5, 17], [4, 3, 1, 16])
+
+
+def slow_logprobs(model, tokens, prompt, temperature):
+    """One sequence, full logits: the token at p is scored by the logits at p - 1."""
+    logits = model(input_ids=torch.as_tensor(tokens)[None]).logits[0].double() / temperature
+    return torch.stack([logits[p - 1].log_softmax(-1)[tokens[p]] for p in range(prompt, len(tokens))])
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["policy", "tied"])
+def test_logprobs_and_gradients_equal_one_sequence_at_a_time(models, layout, kind):
+    slow_model = load_policy(models[kind], "float32")
+    expected = [slow_logprobs(slow_model, t, int(p), 0.7) for t, p in zip(BATCH.tokens, BATCH.prompt_lengths, strict=True)]
+    sum((torch.as_tensor(w) * e).sum() for w, e in zip(BATCH.per_token["weights"], expected, strict=True)).backward()
+
+    module = PolicyModule(load_policy(models[kind], "float32", attention_for(layout, slow_model.config)), 0.7)
+    inputs = lay_out(BATCH, layout, CPU)
+    outputs, micro = TokenOutputs(*module(inputs)), micro_batch(BATCH, inputs, 26, 4)
+    assert outputs.logprobs_BT.shape == (4, 27)
+    for row, wanted in enumerate(expected):
+        assert torch.allclose(outputs.logprobs_BT[row, : len(wanted)].double(), wanted, atol=3e-6)
+        assert not outputs.logprobs_BT[row, len(wanted) :].any()
+        assert micro.mask_BT[row].sum() == len(wanted)
+    (micro.columns["weights"] * outputs.logprobs_BT).sum().backward()
+    grads = dict(module.model.named_parameters())
+    for name, parameter in slow_model.named_parameters():
+        assert torch.allclose(grads[name].grad, parameter.grad, atol=2e-5), name
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_values_read_the_state_before_each_token(models, layout):
+    model = load_value_model(models["helpful"], "float32", "sdpa")
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    module = ValueModule(load_value_model(models["helpful"], "float32", attention_for(layout, model.config)))
+    module.model.load_state_dict(model.state_dict())
+    values_BT = module(lay_out(BATCH, layout, CPU))[0]
+    for row, (tokens, prompt) in enumerate(zip(BATCH.tokens, BATCH.prompt_lengths, strict=True)):
+        alone = model(input_ids=torch.as_tensor(tokens)[None]).logits[0, :, 0]
+        wanted = alone[prompt - 1 : len(tokens) - 1].detach()
+        assert torch.allclose(values_BT[row, : len(wanted)], wanted, atol=1e-5)
+
+
+def test_a_new_value_head_starts_at_zero(models):
+    module = ValueModule(load_value_model(models["policy"], "float32", "sdpa"))
+    assert not module(lay_out(BATCH, "padded", CPU))[0].any()
+
+
+def test_later_tokens_and_neighbours_do_not_matter(models):
+    module = PolicyModule(load_policy(models["policy"], "float32", SEGMENTS), 1.0)
+    alone = module(lay_out(BATCH.select(np.array([1])), "packed", CPU))[0][0, :27]
+    among = module(lay_out(BATCH, "packed", CPU))[0][1, :27]
+    cut = TokenBatch([BATCH.tokens[1][:20]], np.array([3]), {}, {})
+    assert torch.allclose(alone, among, atol=2e-6)
+    assert torch.allclose(module(lay_out(cut, "packed", CPU))[0][0], alone[:17], atol=2e-6)
+
+
+def test_packing_is_refused_for_windowed_attention(models):
+    from transformers import MistralConfig
+
+    with pytest.raises(ModelError, match='layout = "padded"'):
+        attention_for("packed", MistralConfig(sliding_window=64))
+    assert attention_for("padded", MistralConfig(sliding_window=64)) == "sdpa"

@@ -1,0 +1,163 @@
+"""DeepSpeed training through the policy's actors: equal to a plain PyTorch loop at every ZeRO stage, layout, cutting and number of ranks."""
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from actors.placement import reserve
+from actors.policy import Policy, PolicyConfig
+from actors.value import Value, ValueConfig
+from ctrlrl.data.batches import TokenBatch, TokenOutputs
+from ctrlrl.errors import RunError
+from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
+from ctrlrl.models.loading import load_policy
+from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
+from ctrlrl.ppo.loss import policy_loss, value_loss
+
+STEPS = [np.arange(0, 5), np.arange(5, 11), np.array([2, 3, 5, 7, 8, 10])]
+LOSS = partial(policy_loss, clip=0.2)
+
+
+def ppo_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    lengths, prompts = rng.integers(6, 40, size=11), rng.integers(1, 5, size=11)
+    tokens = [rng.integers(3, 384, size=n) for n in lengths]
+    columns = {
+        name: [(scale * rng.normal(size=n - p) + shift).astype(np.float32) for n, p in zip(lengths, prompts, strict=True)]
+        for name, scale, shift in (("old_logprobs", 0.1, -6.0), ("advantages", 1, 0), ("returns", 1, 0), ("old_values", 1, 0))
+    }
+    return TokenBatch(tokens, prompts, columns, {})
+
+
+def plain_loop(model_name, batch):
+    """The same three steps with nothing but PyTorch: one micro-batch a step, padded."""
+    module = PolicyModule(load_policy(model_name, "float32"), 1.0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for rows in STEPS:
+        part = batch.select(rows)
+        inputs = lay_out(part, "padded", torch.device("cpu"))
+        loss, _ = LOSS(TokenOutputs(*module(inputs)), micro_batch(part, inputs, int(part.scored_lengths.sum()), len(part)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in module.model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    return plain_loop(models["policy"], ppo_batch())
+
+
+def start_policy(model, cluster_config, ranks=1, **train):
+    config = PolicyConfig(model=model, ranks=ranks, train=TrainerConfig(**{"learning_rate": 1e-3, "dtype": "float32", **train}))
+    place = reserve({"policy": [config.resources.bundle] * ranks}, cluster_config)
+    policy = Policy(config, place, cluster_config, temperature=1.0, seed=0)
+    policy.wait_ready()
+    return policy, place
+
+
+def weights_of(policy, ray):
+    return {name: tensor.clone() for name, tensor in ray.get(policy.weights("float32", 1)).tensors()}
+
+
+CASES = [
+    (1, {"zero_stage": 0, "micro_batch_tokens": 10_000}),
+    (1, {"zero_stage": 1, "layout": "padded", "micro_batch_tokens": 60}),
+    (2, {"zero_stage": 2, "micro_batch_tokens": 45}),
+    (2, {"zero_stage": 3, "micro_batch_tokens": 70, "gradient_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "train"), CASES, ids=["z0", "z1-padded", "z2-two-ranks", "z3-two-ranks"])
+def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, reference, ranks, train, tmp_path):
+    losses, weights = reference
+    policy, place = start_policy(models["policy"], cluster_config, ranks, **train)
+    try:
+        stats = policy.train(ppo_batch(), LOSS, STEPS)
+        assert [s["loss"] for s in stats] == pytest.approx(losses, abs=1e-5)
+        trained = weights_of(policy, ray_cluster)
+        assert trained.keys() == weights.keys()
+        assert max((trained[name] - weights[name]).abs().max().item() for name in weights) < 1e-4
+        policy.export(tmp_path / "model")
+        exported = load_policy(str(tmp_path / "model"), "float32").state_dict()
+        assert all(torch.equal(exported[name], trained[name]) for name in weights)
+        batch = ppo_batch(1)
+        module = PolicyModule(load_policy(str(tmp_path / "model"), "float32"), 1.0)
+        wanted = module(lay_out(batch, "padded", torch.device("cpu")))[0]
+        for row, scored in enumerate(policy.logprobs(batch)):
+            assert scored == pytest.approx(wanted[row, : len(scored)].detach().numpy(), abs=2e-5)
+    finally:
+        policy.close()
+        place.release()
+
+
+def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray_cluster, cluster_config, models, tmp_path):
+    train = {"zero_stage": 1, "lora": {"rank": 4}}
+    policy, place = start_policy(models["policy"], cluster_config, **train)
+    base = dict(load_policy(models["policy"], "float32").named_parameters())
+    batch = ppo_batch()
+    try:
+        policy.train(batch, LOSS, STEPS[:1])
+        policy.save(tmp_path / "checkpoint")
+        changed = {n for n, t in weights_of(policy, ray_cluster).items() if not torch.equal(t, base[n])}
+        assert changed == {n for n in base if "proj" in n}
+        policy.train(batch, LOSS, STEPS[1:])
+        wanted, logprobs = weights_of(policy, ray_cluster), policy.logprobs(batch)
+        policy.export(tmp_path / "model")
+    finally:
+        policy.close()
+    module = PolicyModule(load_policy(str(tmp_path / "model"), "float32"), 1.0)
+    merged = module(lay_out(batch, "padded", torch.device("cpu")))[0]
+    assert merged[0, : len(logprobs[0])].detach().numpy() == pytest.approx(logprobs[0], abs=2e-5)
+
+    again, place_again = start_policy(models["policy"], cluster_config, **train)
+    try:
+        again.load(tmp_path / "checkpoint")
+        again.train(batch, LOSS, STEPS[1:])
+        resumed = weights_of(again, ray_cluster)
+        assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+        with pytest.raises(RunError, match="no checkpoint"):
+            again.load(tmp_path / "nowhere")
+    finally:
+        again.close()
+        place.release()
+        place_again.release()
+
+
+def test_bf16_follows_fp32_and_value_model_learns(ray_cluster, cluster_config, models, reference):
+    losses, _ = reference
+    policy, place = start_policy(models["policy"], cluster_config, zero_stage=1, dtype="bfloat16")
+    try:
+        stats = policy.train(ppo_batch(), LOSS, STEPS)
+        assert [s["loss"] for s in stats] == pytest.approx(losses, abs=3e-2)
+    finally:
+        policy.close()
+        place.release()
+    config = ValueConfig(train=TrainerConfig(learning_rate=1e-2, dtype="float32", zero_stage=0))
+    place = reserve({"value": [config.resources.bundle]}, cluster_config)
+    value = Value(config, place, cluster_config, model=models["policy"], seed=0)
+    try:
+        value.wait_ready()
+        batch = ppo_batch()
+        assert not np.concatenate(value.values(batch)).any()  # a new head
+        stats = value.train(batch, partial(value_loss, clip=10.0, factor=0.5), [np.arange(11)] * 30)
+        assert stats[-1]["value_error_sq"] < 0.6 * stats[0]["value_error_sq"]
+    finally:
+        value.close()
+        place.release()
+
+
+def test_learning_rate_schedules():
+    linear = TrainerConfig(learning_rate=1.0, schedule="linear", warmup_steps=2, total_steps=6)
+    assert [learning_rate_at(s, linear) for s in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    cosine = TrainerConfig(learning_rate=2.0, schedule="cosine", total_steps=4)
+    assert [learning_rate_at(s, cosine) for s in (0, 2, 4, 9)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert learning_rate_at(99, TrainerConfig(learning_rate=3e-4)) == 3e-4
+
+
+def test_shares_add_up_and_maxima_do_not():
+    assert combine_shares([{"a": 1.0, "b_max": 3.0}, {"a": 0.5, "b_max": 2.0}]) == {"a": 1.5, "b_max": 3.0}
