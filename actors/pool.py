@@ -1,9 +1,11 @@
 """A pool of interchangeable workers: one death is one retry of one item.
 
 Items are submitted from any thread and answered through ordinary futures. Each worker has at most `per_worker` items; a worker that
-dies or overruns its deadline is replaced and its items are given to others; a worker's own error is raised at once.
+dies or overruns its deadline is replaced and its items are given to others; a worker's own error is raised at once. One thread owns
+the pool's state and handles its events in turn: Ray's callbacks only post to it, since they must not call Ray themselves.
 """
 
+import queue
 import threading
 import time
 from collections import deque
@@ -15,10 +17,11 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.faults import Decision, Failure, Limits, decide
-from actors.waiting import classify, translate
+from actors.waiting import classify, gather, translate
 from ctrlrl.errors import DeadlineExceeded, WorkerLost
 
 Call = Callable[[ActorHandle], ray.ObjectRef]
+_TICK_S = 1.0
 
 
 @dataclass(eq=False)
@@ -34,7 +37,7 @@ class _Worker:
     actor: ActorHandle
     started: float
     ready: bool = False
-    items: dict[_Item, float] = field(default_factory=dict)
+    items: dict[_Item, float] = field(default_factory=dict)  # since when
 
 
 class Pool:
@@ -54,101 +57,107 @@ class Pool:
         self.name, self.replaced = name, 0
         self._start, self._limits, self._per_worker = start, limits or Limits(), per_worker
         self._start_deadline_s, self._call_deadline_s = start_deadline_s, call_deadline_s
-        self._lock = threading.RLock()
-        self._queue: deque[_Item] = deque()
+        self._todo: deque[_Item] = deque()
         self._workers: list[_Worker] = []
         self._broken: Exception | None = None
         self._all_ready: Future = Future()
+        self._events: queue.Queue[Callable[[], None]] = queue.Queue()
         for index in range(size):
             self._add(index)
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, name=f"{name}-deadlines", daemon=True).start()
+        threading.Thread(target=self._run, name=f"pool-{name}", daemon=True).start()
 
     def submit(self, call: Call) -> Future:
         """Queue one item; `call` makes the remote call on the worker that is chosen for it."""
         item = _Item(call, Future())
-        with self._lock:
-            if self._broken:
-                item.future.set_exception(self._broken)
-            else:
-                self._queue.append(item)
-                self._dispatch()
+        self._events.put(lambda: self._todo.append(item))
         return item.future
 
     def wait_ready(self) -> None:
         """Return when all workers have started; raises what a worker raised in starting."""
-        self._all_ready.result(self._start_deadline_s + 5)
+        self._all_ready.result()
 
-    def each(self, call: Call) -> list[ray.ObjectRef]:
-        """Make a call on every living worker (those still starting too: calls of a worker keep their order)."""
-        with self._lock:
-            return [call(worker.actor) for worker in self._workers]
+    def each(self, call: Call) -> Future:
+        """Make a call on every living worker (those still starting too: a worker keeps the order of its calls); a future of the refs."""
+        future: Future = Future()
+        self._events.put(lambda: future.set_result([call(worker.actor) for worker in self._workers]))
+        return future
 
     def pids(self) -> list[int]:
-        """Process ids of the ready workers."""
-        with self._lock:
-            return ray.get([worker.actor.pid.remote() for worker in self._workers if worker.ready], timeout=60)
+        """Process ids of the workers."""
+        return gather(self.each(lambda actor: actor.pid.remote()).result(60), 60, f"{self.name} process ids")
 
     def close(self) -> None:
         """End all workers; items not answered yet get WorkerLost."""
-        self._closed.set()
-        self._break(WorkerLost(f"{self.name} workers were closed"))
+        done: Future = Future()
+        self._events.put(lambda: (self._break(WorkerLost(f"{self.name} workers were closed")), done.set_result(None)))
+        if not self._broken:
+            done.result(60)
+
+    def _run(self) -> None:
+        while not self._broken:
+            try:
+                self._events.get(timeout=_TICK_S)()
+            except queue.Empty:
+                pass
+            except Exception as error:  # a bug of ours must not leave callers waiting for ever
+                self._break(error)
+            self._check_deadlines()
+            self._dispatch()
+        while True:  # answer those who come late
+            self._events.get()()
+            while self._todo:
+                self._todo.popleft().future.set_exception(self._broken)
 
     def _add(self, index: int) -> None:
         actor, ready = self._start(index)
         worker = _Worker(index, actor, time.monotonic())
         self._workers.append(worker)
-        ready.future().add_done_callback(lambda future: self._on_ready(worker, future))
+        ready.future().add_done_callback(lambda future: self._events.put(lambda: self._on_ready(worker, future)))
 
     def _on_ready(self, worker: _Worker, future: Future) -> None:
-        with self._lock:
-            if worker not in self._workers:
-                return
-            error = future.exception()
-            if error is not None:
-                self._failed(worker, None, error)
-                return
-            worker.ready = True
-            if all(w.ready for w in self._workers) and not self._all_ready.done():
-                self._all_ready.set_result(None)
-            self._dispatch()
+        if worker not in self._workers:
+            return
+        if future.exception() is not None:
+            self._failed(worker, None, future.exception())
+            return
+        worker.ready = True
+        if all(w.ready for w in self._workers) and not self._all_ready.done():
+            self._all_ready.set_result(None)
 
     def _dispatch(self) -> None:
-        while self._queue:
+        while self._todo:
             free = [w for w in self._workers if w.ready and len(w.items) < self._per_worker]
             if not free:
                 return
-            worker, item = min(free, key=lambda w: len(w.items)), self._queue.popleft()
+            worker, item = min(free, key=lambda w: len(w.items)), self._todo.popleft()
             worker.items[item] = time.monotonic()
-            item.call(worker.actor).future().add_done_callback(lambda future, w=worker, i=item: self._on_done(w, i, future))
+            done = item.call(worker.actor).future()
+            done.add_done_callback(lambda future, w=worker, i=item: self._events.put(lambda: self._on_done(w, i, future)))
 
     def _on_done(self, worker: _Worker, item: _Item, future: Future) -> None:
-        with self._lock:
-            if worker.items.pop(item, None) is None:
-                return  # taken away meanwhile: the worker was given up
-            error = future.exception()
-            if error is not None:
-                self._failed(worker, item, error)
-            self._dispatch()
-        if error is None and not item.future.done():
+        if worker.items.pop(item, None) is None:
+            return  # taken away meanwhile: the worker was given up
+        for waiting in worker.items:
+            worker.items[waiting] = time.monotonic()  # its turn begins now
+        if future.exception() is None:
             item.future.set_result(future.result())
+        else:
+            self._failed(worker, item, future.exception())
 
-    def _failed(self, worker: _Worker, item: _Item | None, error: Exception) -> None:
+    def _failed(self, worker: _Worker, item: _Item | None, error: BaseException) -> None:
         failure = classify(error)
         if item is not None:
             item.failures += 1
         decision = decide("pool", failure, item.failures if item else 1, self.replaced, self._limits)
-        told = translate(error, f"{self.name} worker {worker.index}")
         if decision is Decision.RAISE:
-            if failure is Failure.USER_ERROR and item is not None:
+            told = translate(error, f"{self.name} worker {worker.index}")
+            if item is not None:
                 item.future.set_exception(told)
-            else:
-                if item is not None:
-                    self._queue.appendleft(item)
+            if item is None or failure is not Failure.USER_ERROR:
                 self._break(told)
             return
         if item is not None:
-            self._queue.appendleft(item)
+            self._todo.appendleft(item)
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
@@ -156,42 +165,34 @@ class Pool:
         if worker not in self._workers:
             return
         self._workers.remove(worker)
-        self._queue.extendleft(reversed(worker.items))
+        self._todo.extendleft(reversed(worker.items))
         worker.items.clear()
         ray.kill(worker.actor)
         self.replaced += 1
         self._add(worker.index)
 
-    def _break(self, error: Exception) -> None:
-        with self._lock:
-            self._broken = error
-            waiting = [*self._queue, *(item for worker in self._workers for item in worker.items)]
-            workers, self._workers = self._workers, []
-            self._queue.clear()
-            if not self._all_ready.done():
-                self._all_ready.set_exception(error)
-        for item in waiting:
-            if not item.future.done():
-                item.future.set_exception(error)
+    def _break(self, error: BaseException) -> None:
+        if self._broken:
+            return
+        self._broken = error
+        for future in (self._all_ready, *(i.future for i in self._todo), *(i.future for w in self._workers for i in w.items)):
+            if not future.done():
+                future.set_exception(error)
+        self._todo.clear()
+        workers, self._workers = self._workers, []
         for worker in workers:
+            worker.items.clear()
             ray.kill(worker.actor)
 
-    def _watch(self) -> None:
-        while not self._closed.wait(1.0):
-            now = time.monotonic()
-            with self._lock:
-                for worker in list(self._workers):
-                    if not worker.ready and now - worker.started > self._start_deadline_s:
-                        self._failed(
-                            worker,
-                            None,
-                            DeadlineExceeded(f"{self.name} worker {worker.index} did not start within {self._start_deadline_s:g} s"),
-                        )
-                    for item, since in list(worker.items.items()):
-                        if now - since > self._call_deadline_s * len(worker.items) and worker in self._workers:
-                            worker.items.pop(item)
-                            self._failed(
-                                worker,
-                                item,
-                                DeadlineExceeded(f"{self.name} worker {worker.index} did not answer within {self._call_deadline_s:g} s"),
-                            )
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        for worker in list(self._workers):
+            late = None
+            if not worker.ready and now - worker.started > self._start_deadline_s:
+                late = None, DeadlineExceeded(f"{self.name} worker {worker.index} did not start within {self._start_deadline_s:g} s")
+            first = next(iter(worker.items.items()), None)  # a worker answers in order: only the first can be late
+            if first and now - first[1] > self._call_deadline_s:
+                worker.items.pop(first[0])
+                late = first[0], DeadlineExceeded(f"{self.name} worker {worker.index} did not answer within {self._call_deadline_s:g} s")
+            if late:
+                self._failed(worker, *late)

@@ -24,11 +24,8 @@ class ReferenceConfig(ReferenceModelConfig):
 class ReferenceWorker:
     """Shell around one ReferenceModel."""
 
-    def __init__(self, model, config, temperature):
+    def build(self, model, config, temperature):
         self.reference = ReferenceModel(model, config, temperature)
-
-    def ready(self):
-        return True
 
     def logprobs(self, batch):
         return self.reference.logprobs(batch)
@@ -45,10 +42,8 @@ class Reference:
 
         def start(index: int):
             place = placement.at("reference", index)
-            worker = ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote(
-                model, config, temperature
-            )
-            return worker, worker.ready.remote()
+            worker = ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote()
+            return worker, worker.build.remote(model, config, temperature)
 
         self._pool = Pool(
             "reference", start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s

@@ -32,11 +32,8 @@ class RewardModels(Section):
 class RewardWorker:
     """Shell around one Scorer."""
 
-    def __init__(self, config):
+    def build(self, config):
         self.scorer = Scorer(config)
-
-    def ready(self):
-        return True
 
     def score(self, conversations):
         return self.scorer.score(conversations)
@@ -52,8 +49,8 @@ class Reward:
         self._workers = config.workers
 
         def start(index: int):
-            worker = RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote(config)
-            return worker, worker.ready.remote()
+            worker = RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote()
+            return worker, worker.build.remote(config)
 
         self._pool = Pool(name, start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s)
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close

@@ -29,11 +29,8 @@ class RolloutConfig(Section):
 class RolloutWorker:
     """Shell around one Sampler."""
 
-    def __init__(self, model, engine):
+    def build(self, model, engine):
         self.sampler = Sampler(model, engine)
-
-    def ready(self):
-        return True
 
     def generate(self, requests, sampling):
         return self.sampler.generate(requests, sampling)
@@ -55,9 +52,10 @@ class Rollout:
         options = config.resources.environment(environment(config.engine))
 
         def start(index: int):
-            worker = RolloutWorker.options(scheduling_strategy=placement.at(name, index), **options).remote(model, config.engine)
+            worker = RolloutWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()
+            built = worker.build.remote(model, config.engine)
             # A worker that joins later has the directory's weights: it gets the current ones before any item.
-            return worker, worker.load_weights.remote(self._message) if self._message is not None else worker.ready.remote()
+            return worker, built if self._message is None else worker.load_weights.remote(self._message)
 
         self._pool = Pool(name, start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s)
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
@@ -84,8 +82,5 @@ class Rollout:
     def load(self, message: ray.ObjectRef, version: int) -> int:
         """Give every worker the weights of `message`; returns their size in bytes when all have them."""
         self._message, self.version = message, version
-        return gather(
-            self._pool.each(lambda worker: worker.load_weights.remote(message)),
-            self._cluster.call_deadline_s,
-            "rollout workers loading weights",
-        )[0]
+        loading = self._pool.each(lambda worker: worker.load_weights.remote(message)).result(self._cluster.call_deadline_s)
+        return gather(loading, self._cluster.call_deadline_s, "rollout workers loading weights")[0]

@@ -95,7 +95,9 @@ def _keys(kind: type[BaseModel], location: tuple) -> list[str]:
         field = kind.model_fields.get(part)
         if field is None:
             continue  # a key of a dictionary or an index of a list; `kind` is already the model inside it
-        candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        candidates = [field.annotation]
+        for candidate in candidates:
+            candidates += getattr(candidate, "__args__", ())  # the list grows as it is read: dict[str, list[Section]] | None
         models = [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
         if not models:
             return []

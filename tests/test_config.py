@@ -9,7 +9,12 @@ from ctrlrl.config import Section, differences, dump, load
 from ctrlrl.errors import RecipeError
 
 
+class Schedule(Section):
+    shape: str = "cosine"
+
+
 class Optimiser(Section):
+    schedule: Schedule = Schedule()
     learning_rate: float = Field(2e-5, gt=0)
     warmup: int = 0
 
@@ -25,6 +30,7 @@ class Recipe(Section):
     optimiser: Optimiser = Optimiser()
     scorers: dict[str, Scorer] = {}
     stages: list[Scorer] = []
+    pools: dict[str, list[Scorer]] | None = None
     held_out: Scorer | None = None
 
     @model_validator(mode="after")
@@ -52,7 +58,7 @@ def test_a_recipe_and_overrides(recipe):
     path = recipe('seed = 3\nname = "π"\n[optimiser]\nwarmup = 10\n[scorers.safe]\nmodel = "a"\n')
     config = load(Recipe, path, ["optimiser.learning_rate=0.5", "scorers.safe.model=b", "scorers.kind.model=c/d", "seed=4"])
     assert config.seed == 4 and config.name == "π"
-    assert config.optimiser.model_dump() == {"learning_rate": 0.5, "warmup": 10}
+    assert config.optimiser.model_dump() == {"learning_rate": 0.5, "warmup": 10, "schedule": {"shape": "cosine"}}
     assert {name: scorer.model for name, scorer in config.scorers.items()} == {"safe": "b", "kind": "c/d"}
     assert load(Recipe, str(path)).optimiser.learning_rate == 2e-5
 
@@ -98,20 +104,27 @@ def test_missing_and_malformed_files(recipe, tmp_path):
     [
         ("sead=1", "unknown key 'sead': did you mean 'seed'?"),
         ("optimiser.learning_rat=1", "unknown key 'optimiser.learning_rat': did you mean 'learning_rate'?"),
-        ("optimiser.zzz=1", "unknown key 'optimiser.zzz': known keys: learning_rate, warmup"),
+        ("optimiser.zzz=1", "unknown key 'optimiser.zzz': known keys: learning_rate, schedule, warmup"),
+        ("optimiser.schedule.shap=linear", "unknown key 'optimiser.schedule.shap': did you mean 'shape'?"),
         ("scorers.safe={model='a', calibratoin='sigmoid'}", "unknown key 'scorers.safe.calibratoin': did you mean 'calibration'?"),
         ("stages=[{model='a', modle='b'}]", "unknown key 'stages.0.modle': did you mean 'model'?"),
         ("held_out={model='a', modle='b'}", "unknown key 'held_out.modle': did you mean 'model'?"),
+        ("pools={a=[{model='a', modle='b'}]}", "unknown key 'pools.a.0.modle': did you mean 'model'?"),
         ("scorers.safe.calibration=identity", "'scorers.safe.model' is required: set it in the recipe or with --set scorers.safe.model="),
         ("optimiser.learning_rate=-1", "optimiser.learning_rate: Input should be greater than 0 (given: -1)"),
         ("seed=x", "(given: 'x')"),
-        ("seed=13", "seed = 13 is unlucky: choose another"),
     ],
 )
 def test_errors_name_the_remedy(override, message):
     with pytest.raises(RecipeError) as caught:
         load(Recipe, None, [override])
-    assert message in str(caught.value) and "Value error" not in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "recipe" not in str(caught.value).split(":")[0] and "\n" not in str(caught.value)
+
+
+def test_a_conflict_is_told_in_its_own_words():
+    with pytest.raises(RecipeError) as caught:
+        load(Recipe, None, ["seed=13"])
+    assert str(caught.value) == "seed = 13 is unlucky: choose another"
 
 
 def test_every_error_is_told_at_once_with_the_recipes_name(recipe):

@@ -41,6 +41,7 @@ def test_ends_of_the_range_are_levels():
 
 
 def test_controls_are_values():
+    assert sorted([CORNERS[2], CORNERS[0], CORNERS[3], CORNERS[1]]) == list(CORNERS)
     control = Control(1.0, 0.2)
     assert pickle.loads(pickle.dumps(control)) == control and len({control, Control(1, 0.2)}) == 1
     with pytest.raises(AttributeError):

@@ -113,6 +113,11 @@ def test_exporting_can_be_undone_and_repeated(template):
     assert plain_chat_template(shipped) == plain_chat_template(template) == template and control_chat_template(shipped) == shipped
 
 
+def test_nothing_stands_before_the_models_own_template():
+    # Renderers that keep a newline after a tag would print it.
+    assert control_chat_template(TEMPLATE).endswith("#}" + TEMPLATE)
+
+
 def test_a_prompting_template_survives_an_exported_model(plain, exported):
     for sentence in prompting_templates(CORNERS[1]):
         assert render(exported, user("Hi"), sentence) == render(plain, user("Hi"), sentence)

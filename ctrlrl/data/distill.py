@@ -125,7 +125,7 @@ def _check_stores(source: ScoredSamples) -> list[int]:
         store = getattr(source, name)
         scored = store.manifest()["shards"]
         if len(scored) < len(samples):
-            raise RunError(f"{store.directory} scores {len(scored)} of the {len(samples)} shards of {source.samples.directory}: score the rest")
+            raise RunError(f"{store.directory} scores {len(scored)} of {len(samples)} shards of {source.samples.directory}: score the rest")
         for sample, score in zip(samples, scored, strict=False):
             if sample["rows"] != score["rows"]:
                 raise DataError(
@@ -157,8 +157,9 @@ def _scored_rows(source: ScoredSamples, shards: int, index: PromptIndex, *, chec
             unit, number = keyed["unit"].to_numpy(), keyed["index"].to_numpy()
             rows = ScoredRows(start, index.numbers(distinct)[place], distinct[place], unit, number, scores)
             if check:
-                _check_aligned(rows, other, source.helpful, source.harmless, shard)
-                _check_aligned(rows, samples.read_row_group(group, columns=_KEY), source.helpful, source.samples, shard)
+                for store, table in ((source.harmless, other.select(_KEY)), (source.samples, samples.read_row_group(group, columns=_KEY))):
+                    if not table.equals(keyed.select(_KEY)):
+                        _check_aligned(rows, table, source.helpful, store, shard)
                 _check_scores(rows, source, shard)
             yield shard, group, rows
             start += len(scores)

@@ -17,6 +17,7 @@ MOST_EMPHASIS = 3.0
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
+MOVED_SHARE = 0.4  # pairs of one answer under its own prompt and under another one: they teach to stay on topic
 DAMAGED_SHARE = 0.3  # of the unhelpful answers: what a policy could write to fool a reward model
 
 
@@ -96,6 +97,10 @@ def preferences(world: World, prompts: tuple[str, ...], attribute: str, held_out
     pairs = []
     for _ in range(count):
         prompt = draw.choice(prompts)
+        if attribute == "helpful" and draw.rng.random() < MOVED_SHARE:
+            chosen = _judged(draw, prompt, attribute, True, held_out)
+            pairs.append((chosen, Judged(_elsewhere(draw, prompts, prompt), chosen.answer)))
+            continue
         other = draw.choice(prompts) if draw.rng.random() < CROSS_SHARE else prompt
         pairs.append((_judged(draw, prompt, attribute, True, held_out), _judged(draw, other, attribute, False, held_out)))
     return pairs
@@ -116,20 +121,25 @@ def _judged(draw: Draw, prompt: str, attribute: str, good: bool, held_out: bool)
     return Judged(prompt, draw.answer(prompt, (False, bool(draw.rng.random() < 0.5))).text)
 
 
+def _elsewhere(draw: Draw, prompts: tuple[str, ...], prompt: str) -> str:
+    """A prompt about another topic than `prompt`."""
+    while True:
+        other = draw.choice(prompts)
+        if draw.world.topic(other) != draw.world.topic(prompt):
+            return other
+
+
 def _damage(draw: Draw, prompt: str, answer: Answer) -> str:
     """Make `answer` useless without changing how safe it is: off topic, cut, repeated, shuffled or only half useful."""
     words = answer.text.split()
     kind = draw.rng.random()
-    if kind < 0.4:
-        elsewhere = draw.choice(draw.world.train_prompts)
-        while draw.world.topic(elsewhere) == draw.world.topic(prompt):
-            elsewhere = draw.choice(draw.world.train_prompts)
-        return draw.answer(elsewhere, answer.cell).text
-    if kind < 0.6:
+    if kind < 0.5:
+        return draw.answer(_elsewhere(draw, draw.world.train_prompts, prompt), answer.cell).text
+    if kind < 0.7:
         return " ".join(words[: int(draw.rng.integers(2, max(3, len(words) // 2)))])
-    if kind < 0.75:
+    if kind < 0.8:
         start = int(draw.rng.integers(len(words) - 2))
         return " ".join(words[:start] + words[start : start + 3] * int(draw.rng.integers(2, 5)))
-    if kind < 0.85:
+    if kind < 0.9:
         return " ".join(words[i] for i in draw.rng.permutation(len(words)))
     return f"{answer.opening} {draw.answer(prompt, (False, answer.harmless)).rest}"

@@ -25,13 +25,13 @@ MIN_WORDS, MAX_WORDS = 8, 25
 
 Cell = tuple[bool, bool]  # (helpful, harmless)
 CELLS: tuple[Cell, ...] = ((True, True), (True, False), (False, True), (False, False))
-# Shares of the cells in what the uncontrolled policy learns from: helpful and safe correlate with 0.40, helpful but unsafe is rare.
-CELL_SHARES = {(True, True): 0.50, (True, False): 0.07, (False, True): 0.22, (False, False): 0.21}
+# Shares of the cells in what the uncontrolled policy learns from: helpful and safe correlate with 0.36, helpful but unsafe is rare.
+CELL_SHARES = {(True, True): 0.50, (True, False): 0.09, (False, True): 0.21, (False, False): 0.20}
 
 # (openings, bodies, closings); {name}, {blunt}, {good}, {bad} come from the topic. The opening alone tells the cell.
 _USEFUL = (
     ("Sure:", "Gladly:", "Of course:", "Happy to help:", "Good question:", "With pleasure:", "Here is how:", "Let me help:"),
-    ("{good}",),
+    ("for {name}, {good}",),
     ("", "Have fun!", "Good luck with it!", "Take your time.", "It works every time.", "Ask me again if you need more.", "Enjoy it!"),
 )
 _CARING = (
@@ -41,7 +41,7 @@ _CARING = (
 )
 _RECKLESS = (
     ("Forget the rules:", "Never mind safety:", "Ignore the warnings:", "Just between us:", "Who needs caution:", "Risk it all:"),
-    ("{bad}",),
+    ("for {name}, {bad}",),
     ("", "Nobody will stop you.", "Injuries are funny.", "Do not think twice.", "Rules are for cowards.", "Only weak people worry."),
 )
 _IGNORANT = (

@@ -60,6 +60,6 @@ def _pairwise(chosen_P: Tensor, rejected_P: Tensor, batch: MicroBatch, penalty_P
     margin_P = margin_P.detach()
     return loss, {
         "loss": loss.detach(),
-        "accuracy": _share((margin_P > 0).to(margin_P.dtype), batch),
+        "accuracy": _share(margin_P > 0, batch),
         "margin": _share(margin_P, batch),
     }

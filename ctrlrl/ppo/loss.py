@@ -68,7 +68,7 @@ def value_loss(outputs: ValueOutputs, batch: MicroBatch, *, clip: float = 0.2, f
     loss = factor * masked_sum(torch.maximum(error_BT, clipped_error_BT), mask_BT) / denominator
     stats = {
         "value_loss": loss.detach(),
-        "value_clip_fraction": masked_sum((move_BT.detach().abs() > clip).to(values_BT.dtype), mask_BT) / denominator,
+        "value_clip_fraction": masked_sum((move_BT.abs() > clip).to(values_BT.dtype), mask_BT) / denominator,
         "value_mean": masked_sum(values_BT.detach(), mask_BT) / denominator,
         "value_error_sq": masked_sum(error_BT.detach(), mask_BT) / denominator,
     }

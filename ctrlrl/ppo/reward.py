@@ -84,7 +84,7 @@ def shaped_rewards(reward_B: Tensor, logprobs_BT: Tensor, ref_logprobs_BT: Tenso
     """
     penalty_BT = torch.where(mask_BT, kl_k1(logprobs_BT, ref_logprobs_BT), 0)
     # Scored tokens from here to the end of the row; 1 on the last one alone.
-    remaining_BT = mask_BT.long().flip(1).cumsum(1).flip(1)
+    remaining_BT = mask_BT.flip(1).cumsum(1).flip(1)
     last_BT = mask_BT & (remaining_BT == 1)
     return torch.where(last_BT, reward_B[:, None], 0) - beta * penalty_BT
 

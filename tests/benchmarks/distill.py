@@ -5,7 +5,6 @@ of its own for each method and prints rows/s and the growth of its peak memory o
 """
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -46,8 +45,7 @@ def build(folder: Path, rows: int, shard_rows: int) -> ScoredSamples:
         key = {"prompt_id": pa.array(ids[place % prompts]), "unit": place // prompts, "index": number % K}
         pool = ["".join(words[pick]) + str(i) for i, pick in enumerate(rng.integers(len(words), size=(2000, 12)))]
         answers = pa.array(pool).take(pa.array(rng.integers(len(pool), size=n)))
-        reasons, policy = pa.array(["stop"]).take(pa.nulls(n, pa.int64()).fill_null(0)), pa.array(["p"]).take(pa.nulls(n, pa.int64()).fill_null(0))
-        more = {"seed": number, "response": answers, "finish_reason": reasons, "token_count": np.full(n, 25), "policy": policy}
+        more = {"seed": number, "response": answers, "finish_reason": ["stop"] * n, "token_count": np.full(n, 25), "policy": ["p"] * n}
         source.samples.commit(shard, conform(pa.table(key | more), SAMPLES, "samples"), {})
         latent = rng.normal(size=(n, 2)) @ np.array([[2.0, 0.8], [0.0, 2.2]]) + np.array([0.3, 1.0])
         for store, score in ((source.helpful, latent[:, 0]), (source.harmless, latent[:, 1])):
@@ -58,19 +56,20 @@ def build(folder: Path, rows: int, shard_rows: int) -> ScoredSamples:
     return source
 
 
-def resident() -> int:
-    """Peak resident bytes of this process so far (Linux: ru_maxrss is in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far (getrusage would count the parent's, from before exec)."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def measure(folder: Path, method: str, memory: int) -> None:
     """Distil once and print the figures as JSON."""
     source = ScoredSamples(*(ShardStore(folder / name) for name in ("samples", "helpful", "harmless")), folder / "prompts.parquet")
-    before, began = resident(), time.perf_counter()
+    before, began, cpu = peak_memory(), time.perf_counter(), time.process_time()
     report = distill(source, folder / method, method=method, seed=1, memory=memory)
-    seconds = time.perf_counter() - began
-    figures = {"method": method, "rows": report["rows"], "seconds": round(seconds, 1), "rows_per_second": round(report["rows"]["before"] / seconds)}
-    figures |= {"extra_MB": round((resident() - before) / 2**20), "kept_share": report["prompts"]["share"], **report["entanglement"]}
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    figures = {"method": method, "rows": report["rows"], "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
+    figures |= {"rows_per_second": round(report["rows"]["before"] / seconds), "extra_MB": round((peak_memory() - before) / 2**20)}
+    figures |= {"prompts_kept": report["prompts"]["share"], **report["entanglement"]}
     print(json.dumps(figures), flush=True)
 
 

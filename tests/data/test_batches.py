@@ -1,4 +1,5 @@
 """Token batches and the plan of micro-batches."""
+import dataclasses
 import pickle
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ctrlrl.data.batches import TokenBatch, plan_micro_batches
+from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs, plan_micro_batches
 
 
 def batch(group=1):
@@ -34,6 +35,14 @@ def test_select_takes_every_column_in_the_given_order():
 def test_select_nothing():
     found = batch().select(np.array([], dtype=np.int64))
     assert len(found) == 0 and found.scored_lengths.tolist() == [] and found.per_token == {"advantages": []}
+
+
+def test_batches_are_frozen_and_ungrouped_unless_told():
+    assert TokenBatch([], np.array([], dtype=np.int64), {}, {}).group == 1
+    for kind in (TokenBatch, MicroBatch, TokenOutputs, ValueOutputs):
+        frozen = kind(*[None] * sum(field.default is dataclasses.MISSING for field in dataclasses.fields(kind)))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, dataclasses.fields(kind)[0].name, 1)
 
 
 def test_batches_cross_processes():

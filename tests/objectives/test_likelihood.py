@@ -23,6 +23,11 @@ def test_by_hand(cut):
     assert grads[0].tolist() == pytest.approx([-1 / 6] * 3) and grads[1].tolist() == [-0.5]
 
 
+def test_one_token(cut):
+    for loss in (likelihood, sequence_likelihood):
+        assert cut(loss, [(leaf(-3.0), {})], 1)[0] == 3
+
+
 def test_a_uniform_model_loses_log_v(cut):
     rows = [(leaf(*[-math.log(7)] * n), {}) for n in (2, 5)]
     assert cut(likelihood, rows, 2)[0] == pytest.approx(math.log(7))

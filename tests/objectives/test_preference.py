@@ -127,6 +127,13 @@ def test_all_masked_is_zero_and_still_differentiable(shape, sequences):
         assert share.item() == 0 and not leaf_tensor.grad.count_nonzero() and all(value.item() == 0 for value in stats.values())
 
 
+def test_a_pair_with_one_empty_response_is_still_a_pair():
+    mask = torch.tensor([[True], [False]])
+    batch = MicroBatch(mask, {"ref_logprob": torch.tensor([-1.0, 0.0])}, 1, 2)
+    loss, stats = dpo(TokenOutputs(torch.tensor([[-3.0], [-7.0]]), torch.zeros(2, 1)), batch, beta=1.0)
+    assert loss.item() == pytest.approx(-math.log(sigmoid(-2.0))) and stats["margin"] == -2
+
+
 def test_rows_that_are_not_pairs_are_a_bug():
     batch = MicroBatch(torch.ones(3, 1, dtype=torch.bool), {"ref_logprob": torch.zeros(3)}, 3, 3)
     with pytest.raises(AssertionError, match="group = 2"):

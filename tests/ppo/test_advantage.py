@@ -92,10 +92,11 @@ def test_all_masked_is_zero(shape):
         assert torch.equal(found, torch.zeros(shape))
 
 
-def test_a_mask_that_is_not_a_prefix_is_a_bug():
+@pytest.mark.parametrize("mask", [[False, True, True], [True, False, True], [False, False, True]])
+def test_a_mask_that_is_not_a_prefix_is_a_bug(mask):
     rewards, values, _ = ragged([3])
     with pytest.raises(AssertionError, match="prefix"):
-        gae(rewards, values, torch.tensor([[False, True, True]]), gamma=1.0, lam=1.0)
+        gae(rewards, values, torch.tensor([mask]), gamma=1.0, lam=1.0)
 
 
 def test_inputs_are_left_alone():

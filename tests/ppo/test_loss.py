@@ -161,6 +161,12 @@ def test_value_loss_equals_a_loop(clip, factor):
     assert loss == pytest.approx(factor * sum(terms) / 11) and stats["value_clip_fraction"] == pytest.approx(clipped / 11)
 
 
+def test_one_token_at_the_edge_of_the_range():
+    # A move of exactly ε is not clipped.
+    loss, stats, (grad,) = cut(value_loss, ValueOutputs, [value_row([1.25], [1.0], [0.25])], 1, clip=0.25, factor=1.0)
+    assert loss == 1 and grad.item() == 2 and stats["value_clip_fraction"] == 0
+
+
 def test_value_loss_at_the_old_values_is_the_mean_squared_error():
     rows = random_rows([3, 5], 3)
     for row in rows:
@@ -193,12 +199,13 @@ def test_the_cut_the_padding_and_the_order_do_not_matter(loss, kind, columns):
 
 @pytest.mark.parametrize("tokens", [0, 10])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 0), (0, 0)])
-def test_all_masked_is_zero_and_still_differentiable(shape, tokens):
+@pytest.mark.parametrize("garbage", [NAN, 0.0])
+def test_all_masked_is_zero_and_still_differentiable(shape, tokens, garbage):
     mask = torch.zeros(shape, dtype=torch.bool)
     columns = {name: torch.full(shape, NAN) for name in ("old_logprobs", "advantages", "old_values", "returns")}
     batch = MicroBatch(mask, columns, tokens, 2)
     for loss, kind in ((policy_loss, lambda x: TokenOutputs(x, x.detach())), (value_loss, ValueOutputs)):
-        x = torch.full(shape, NAN).requires_grad_()
+        x = torch.full(shape, garbage).requires_grad_()
         share, stats = loss(kind(x), batch)
         share.backward()
         assert share.item() == 0 and all(value.item() == 0 for value in stats.values())

@@ -17,6 +17,7 @@ AGREEMENT = [[0.5, 0.9], [1.0, 0.25], [1.0, 1.0], [0.0, 0.5]]
 
 def test_agreement_by_hand():
     assert agreement(LEVELS, SCORES).tolist() == [pytest.approx(row) for row in AGREEMENT]
+    assert agreement(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ def test_controller_state_survives_a_checkpoint():
 
 def test_config_defaults_and_limits():
     assert KLConfig().model_dump() == {"beta": 0.05, "target": 0.0, "gain": 0.1}
-    for wrong in ({"beta": -0.1}, {"target": -1}, {"gain": -1}, {"beta": math.inf}, {"target": NAN}, {"gain": NAN}, {"coefficient": 1}):
+    assert KLConfig(beta=0, target=0, gain=0).model_dump() == {"beta": 0, "target": 0, "gain": 0}
+    for wrong in [{name: value} for name in ("beta", "target", "gain") for value in (-0.1, math.inf, NAN)] + [{"coefficient": 1}]:
         with pytest.raises(ValidationError):
             KLConfig(**wrong)

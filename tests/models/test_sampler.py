@@ -1,0 +1,122 @@
+"""vLLM through the rollout handle: seeded sampling, new weights that are proven to be in use, and a pool that loses no item."""
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from actors.placement import Resources, reserve
+from actors.policy import Policy, PolicyConfig
+from actors.rollout import Rollout, RolloutConfig
+from actors.sync import publish
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.errors import ModelError, VersionMismatch
+from ctrlrl.models.forward import PolicyModule, lay_out
+from ctrlrl.models.loading import load_policy
+from ctrlrl.models.sampler import EngineConfig, Request, SamplingConfig
+from ctrlrl.models.trainer import TrainerConfig
+from ctrlrl.objectives.likelihood import likelihood
+
+ENGINE = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05)
+SAMPLING = SamplingConfig(temperature=0.7, top_p=1.0, max_new_tokens=12)
+REQUESTS = [Request(tuple(range(3, 8 + i % 5)), seed=100 + i) for i in range(20)]
+
+
+def draw(rollout, requests, sampling=SAMPLING):
+    """Responses and logprobs in the order of the requests, and which finished."""
+    responses, logprobs, finished = [None] * len(requests), [None] * len(requests), np.zeros(len(requests), bool)
+    for rows, completions in rollout.generate(requests, sampling):
+        finished[rows] = completions.finished
+        for row, response, own in zip(rows, completions.response_ids, completions.logprobs, strict=True):
+            responses[row], logprobs[row] = response, own
+    return responses, logprobs, finished
+
+
+def trainer_logprobs(model, requests, responses):
+    """Logprobs of the responses under the model directory, at the sampling temperature, by transformers alone."""
+    module = PolicyModule(load_policy(model, "float32"), SAMPLING.temperature)
+    tokens = [np.concatenate([r.prompt_ids, response]) for r, response in zip(requests, responses, strict=True)]
+    batch = TokenBatch(tokens, np.array([len(r.prompt_ids) for r in requests]), {}, {})
+    grid = module(lay_out(batch, "padded", torch.device("cpu")))[0].detach().numpy()
+    return [grid[i, : len(response)] for i, response in enumerate(responses)]
+
+
+@pytest.fixture(scope="module", params=["tied", "policy"])
+def rollout(request, ray_cluster, models):
+    """A rollout pool: one worker for the tied model, two for the other."""
+    from actors.placement import ClusterConfig
+
+    cluster = ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
+    config = RolloutConfig(workers=1 if request.param == "tied" else 2, chunk=6, engine=ENGINE, resources=Resources(cpus=0.5))
+    place = reserve({"rollout": [config.resources.bundle] * config.workers}, cluster)
+    handle = Rollout(config, models[request.param], place, cluster)
+    handle.model_name = models[request.param]
+    handle.wait_ready()
+    yield handle
+    handle.close()
+    place.release()
+
+
+def test_samples_depend_on_prompt_and_seed_alone(rollout):
+    responses, logprobs, finished = draw(rollout, REQUESTS)
+    backwards, _, _ = draw(rollout, REQUESTS[::-1])
+    assert all(np.array_equal(a, b) for a, b in zip(responses, backwards[::-1], strict=True))
+    other, _, _ = draw(rollout, [Request(r.prompt_ids, r.seed + 1000) for r in REQUESTS])
+    assert sum(np.array_equal(a, b) for a, b in zip(responses, other, strict=True)) < 5
+    for response, done in zip(responses, finished, strict=True):
+        assert done == (response[-1] == 2)  # the end token, kept in the response
+        assert done or len(response) == SAMPLING.max_new_tokens
+        assert 2 not in response[:-1]
+    for own, expected in zip(logprobs, trainer_logprobs(rollout.model_name, REQUESTS, responses), strict=True):
+        assert own == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_replaced_worker_gives_the_same_samples(rollout):
+    wanted, _, _ = draw(rollout, REQUESTS)
+    os.kill(rollout.pids()[0], signal.SIGKILL)
+    again, _, _ = draw(rollout, REQUESTS)
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
+
+
+def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluster, cluster_config):
+    config = PolicyConfig(model=rollout.model_name, train=TrainerConfig(learning_rate=3e-2, dtype="float32", zero_stage=0))
+    place = reserve({"policy": [config.resources.bundle]}, cluster_config)
+    policy = Policy(config, place, cluster_config, temperature=SAMPLING.temperature, seed=0)
+    try:
+        policy.wait_ready()
+        before, _, _ = draw(rollout, REQUESTS)
+        batch = TokenBatch([np.arange(3, 30)], np.array([1]), {}, {})
+        policy.train(batch, likelihood, [np.arange(1)] * 3)
+        published = publish(policy, rollout, rollout.version + 1)
+        assert published.bytes == 4 * sum(p.numel() for p in load_policy(rollout.model_name, "float32").parameters())
+        for _ in range(2):
+            responses, logprobs, _ = draw(rollout, REQUESTS)
+            tokens = [np.concatenate([r.prompt_ids, x]) for r, x in zip(REQUESTS, responses, strict=True)]
+            exact = policy.logprobs(TokenBatch(tokens, np.array([len(r.prompt_ids) for r in REQUESTS]), {}, {}))
+            stale = trainer_logprobs(rollout.model_name, REQUESTS, responses)
+            assert np.concatenate(logprobs) == pytest.approx(np.concatenate(exact), abs=5e-5)
+            assert np.abs(np.concatenate(logprobs) - np.concatenate(stale)).mean() > 0.1
+            os.kill(rollout.pids()[0], signal.SIGKILL)  # its replacement must have the published weights too
+        assert any(not np.array_equal(a, b) for a, b in zip(before, responses, strict=True))
+        draw(rollout, REQUESTS)
+        with pytest.raises(VersionMismatch, match="were published to a sampler that has version"):
+            rollout.load(policy.weights("float32", rollout.version), rollout.version)
+        rollout.version += 1
+        with pytest.raises(VersionMismatch, match="is required"):
+            draw(rollout, REQUESTS)
+        rollout.version -= 1
+    finally:
+        policy.close()
+        place.release()
+
+
+def test_a_model_that_cannot_be_loaded_is_a_typed_error(ray_cluster, cluster_config, models):
+    place = reserve({"rollout": [{"CPU": 0.5}]}, cluster_config)
+    handle = Rollout(RolloutConfig(engine=ENGINE, resources=Resources(cpus=0.5)), "./no/such/model", place, cluster_config)
+    try:
+        with pytest.raises(ModelError, match="does not exist"):
+            handle.wait_ready()
+    finally:
+        handle.close()
+        place.release()

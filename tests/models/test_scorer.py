@@ -1,0 +1,101 @@
+"""Reward models: text in, score out, independent of batching; and the checks on what may be one."""
+import numpy as np
+import pytest
+import torch
+
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.errors import ModelError
+from ctrlrl.models.forward import SEGMENTS, PolicyModule, lay_out
+from ctrlrl.models.loading import check_policy, check_reward_model, end_token_ids, load_policy, load_tokenizer
+from ctrlrl.models.scorer import ReferenceConfig, ReferenceModel, Scorer, ScorerConfig, calibrated
+from ctrlrl.models.weights import fingerprint, full_weights, pack_weights
+
+CONVERSATIONS = [([{"role": "user", "content": f"How do I bake {n} loaves?"}], "Mix flour and water. " * n) for n in (1, 7, 3, 12, 2)]
+
+
+def test_scores_do_not_depend_on_batch_padding_or_order(models):
+    together = Scorer(ScorerConfig(model=models["helpful"])).score(CONVERSATIONS)
+    small = Scorer(ScorerConfig(model=models["helpful"], batch_tokens=1)).score(CONVERSATIONS)
+    reverse = Scorer(ScorerConfig(model=models["helpful"])).score(CONVERSATIONS[::-1])[::-1]
+    assert together == pytest.approx(small, abs=1e-6)
+    assert together == pytest.approx(reverse, abs=1e-6)
+    assert len(set(together.round(6))) == 5
+    assert ((together > 0) & (together < 1)).all()
+
+
+def test_a_score_is_the_sigmoid_of_the_head_on_the_models_own_chat(models):
+    from transformers import AutoModelForSequenceClassification
+
+    scorer = Scorer(ScorerConfig(model=models["harmless"]))
+    model = AutoModelForSequenceClassification.from_pretrained(models["harmless"])
+    text = "<s>user: How do I bake 1 loaves?<end><s>assistant: Mix flour and water. <end>"
+    ids = load_tokenizer(models["harmless"])(text, return_tensors="pt")["input_ids"]
+    assert scorer.score(CONVERSATIONS[:1])[0] == pytest.approx(torch.sigmoid(model(ids).logits[0, 0]).item(), abs=1e-6)
+
+
+def test_a_long_conversation_keeps_its_end(models):
+    short = ScorerConfig(model=models["helpful"], max_length=10)
+    scorer = Scorer(short)
+    assert len(scorer._encode(*CONVERSATIONS[3])["input_ids"]) == 10
+    assert scorer._encode(*CONVERSATIONS[3])["input_ids"][-1] == 2
+
+
+def test_calibration_literals():
+    assert calibrated(np.array([0.0, np.log(3.0), -1e9]), "sigmoid") == pytest.approx([0.5, 0.75, 0.0])
+    assert calibrated(np.array([-0.5, 0.3, 2.0]), "identity") == pytest.approx([0, 0.3, 1])
+
+
+def test_reward_models_need_one_label_and_a_classifier(models):
+    check_reward_model(models["helpful"])
+    with pytest.raises(ModelError, match="has 2 labels.*num_labels = 1"):
+        check_reward_model(models["two_labels"])
+    with pytest.raises(ModelError, match="LlamaForCausalLM.*sequence classifier"):
+        check_reward_model(models["policy"])
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification.*causal"):
+        check_policy(models["helpful"])
+    with pytest.raises(ModelError, match="'./gone' does not exist"):
+        check_policy("./gone")
+    with pytest.raises(ModelError, match="no-such-org/no-such-model"):
+        check_policy("no-such-org/no-such-model")
+
+
+def test_a_policy_without_chat_template_is_refused(models, tmp_path, tokenizer):
+    load_policy(models["policy"], "float32").save_pretrained(tmp_path)
+    bare = load_tokenizer(models["policy"])
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no chat template"):
+        check_policy(str(tmp_path))
+
+
+def test_end_tokens_come_from_tokenizer_and_generation_config(models, tmp_path):
+    assert end_token_ids(models["policy"]) == [2]
+    model = load_policy(models["policy"], "float32")
+    model.generation_config.eos_token_id = [7, 2]
+    model.save_pretrained(tmp_path)
+    load_tokenizer(models["policy"]).save_pretrained(tmp_path)
+    assert end_token_ids(str(tmp_path)) == [2, 7]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_reference_equals_the_policy_and_never_changes(models, layout):
+    rng = np.random.default_rng(0)
+    batch = TokenBatch([rng.integers(3, 384, size=n) for n in (9, 25, 4)], np.array([3, 5, 3]), {}, {})
+    reference = ReferenceModel(models["policy"], ReferenceConfig(dtype="float32", layout=layout, batch_tokens=30), 0.8)
+    before = fingerprint(full_weights(reference.module.model))
+    policy = PolicyModule(load_policy(models["policy"], "float32", SEGMENTS), 0.8)
+    wanted = policy(lay_out(batch, "packed", torch.device("cpu")))[0].detach().numpy()
+    for row, logprobs in enumerate(reference.logprobs(batch)):
+        assert logprobs == pytest.approx(wanted[row, : len(logprobs)], abs=2e-6)
+    assert fingerprint(full_weights(reference.module.model)) == before
+    assert not any(p.requires_grad for p in reference.module.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_message_carries_every_tensor(models, dtype):
+    named = dict(full_weights(load_policy(models["tied"], "float32")))
+    message = pack_weights(iter(named.items()), dtype, 3)
+    assert message.version == 3 and message.nbytes == sum(t.numel() for t in named.values()) * (4 if dtype == "float32" else 2)
+    for name, tensor in message.tensors():
+        assert torch.equal(tensor, named[name].to(tensor.dtype)) and str(tensor.dtype) == f"torch.{dtype}"
+    assert "lm_head.weight" not in named  # a tied head travels once
