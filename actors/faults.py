@@ -18,7 +18,6 @@ class Failure(Enum):
 class Decision(Enum):
     """What the owner of the worker does next."""
 
-    RETRY = "retry the item on another worker"
     REPLACE = "replace the worker and retry the item"
     RESTART = "restart all ranks from the last checkpoint"
     RAISE = "give up with an error"
@@ -40,6 +39,4 @@ def decide(crowd: Literal["pool", "group"], failure: Failure, item_failures: int
         return Decision.RAISE
     if crowd == "group":
         return Decision.RESTART
-    if failure is Failure.OUT_OF_MEMORY and item_failures == 1:
-        return Decision.RETRY  # Ray has killed the worker's call; another worker may have room
     return Decision.REPLACE

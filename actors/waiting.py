@@ -64,5 +64,5 @@ def classify(error: Exception) -> Failure:
     if isinstance(error, NodeDiedError):
         return Failure.NODE_LOST
     if isinstance(error, LOST):
-        return Failure.NODE_LOST if "node" in str(error).lower() and "died" in str(error).lower() else Failure.WORKER_DIED
+        return Failure.NODE_LOST if "its node" in str(error) else Failure.WORKER_DIED  # Ray: "died because its node has died"
     return Failure.USER_ERROR

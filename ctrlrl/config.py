@@ -98,8 +98,5 @@ def _keys(kind: type[BaseModel], location: tuple) -> list[str]:
         candidates = [field.annotation]
         for candidate in candidates:
             candidates += getattr(candidate, "__args__", ())  # the list grows as it is read: dict[str, list[Section]] | None
-        models = [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
-        if not models:
-            return []
-        kind = models[-1]
+        kind = [kind, *(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))][-1]
     return list(kind.model_fields)

@@ -9,34 +9,40 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrlrl.config import Section, differences, dump
+from ctrlrl.data.atomic import write_text
 from ctrlrl.errors import RunError
 
 
 class Run:
     """One run's directory. Layout: recipe.json, metrics.jsonl, tensorboard/, checkpoints/step-N/, checkpoints/latest, model/."""
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory, self._keep = directory, keep
-        self._metrics = (directory / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"))
+    def __init__(self, directory: Path, recipe: str, keep: int):
+        self.directory, self._recipe, self._keep = directory, recipe, keep
+        self._metrics = self._board = None
 
     @classmethod
     def open(cls, out: str, config: Section, *, resume: bool, keep: int = 2, free: tuple[str, ...] = ()) -> "Run":
-        """Create the directory, or continue in it. free: recipe keys that may change at resume.
+        """A run in `out`, new or continued; nothing is written before `begin`. free: recipe keys that may change at resume.
 
         RunError: it is in use already and `resume` is not asked; another recipe is being resumed; a relative path in a submitted job.
         """
-        directory = output_directory(out)
+        directory = absolute_out(out)
         recipe = directory / "recipe.json"
         if recipe.exists() and not resume:
             raise RunError(f"{out!r} holds a run already: add --resume to continue it, or give another out")
         if recipe.exists():
             old, new = json.loads(recipe.read_text()), json.loads(dump(config))
-            changed = [d for d in differences(old, new) if not d.startswith(tuple(f"{key}:" for key in free))]
+            changed = [d for d in differences(old, new) if not d.startswith(tuple(f"{key}{end}" for key in free for end in ":."))]
             if changed:
                 raise RunError(f"{out!r} was started with another recipe ({'; '.join(changed)}): undo the change, or give another out")
-        write_atomically(recipe, dump(config) + "\n")
-        return cls(directory, keep)
+        return cls(directory, dump(config) + "\n", keep)
+
+    def begin(self) -> None:
+        """Make the directory, write the resolved recipe, open the metrics."""
+        output_directory(str(self.directory))
+        write_text(self.directory / "recipe.json", self._recipe)
+        self._metrics = (self.directory / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(self.directory / "tensorboard"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one row of metrics and show it in TensorBoard."""
@@ -56,7 +62,7 @@ class Run:
         write(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        write_atomically(folder / "latest", final.name + "\n")
+        write_text(folder / "latest", final.name + "\n")
         for old in sorted(folder.glob("step-*"))[: -self._keep]:
             shutil.rmtree(old)
 
@@ -76,40 +82,36 @@ class Run:
 
     def close(self) -> None:
         """Flush and close the metrics."""
-        self._metrics.close()
-        self._board.close()
+        if self._metrics:
+            self._metrics.close()
+            self._board.close()
 
     def _cut_metrics(self, step: int) -> None:
         """Drop rows of steps that will be done again, so that each step appears once."""
         path = self.directory / "metrics.jsonl"
         self._metrics.close()
         rows = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < step]
-        write_atomically(path, "".join(row + "\n" for row in rows))
+        write_text(path, "".join(row + "\n" for row in rows))
         self._metrics = path.open("a")
 
 
-def output_directory(out: str) -> Path:
-    """The absolute directory of a job's results, made if need be; RunError for a relative path in a submitted job."""
+def absolute_out(out: str) -> Path:
+    """`out` as an absolute path; RunError for a relative path in a submitted job."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(out).is_absolute():
         raise RunError(
             f"out = {out!r} is relative: a submitted job runs in a temporary copy, where its results would be lost; give an absolute path"
         )
-    directory = Path(out).expanduser().absolute()
+    return Path(out).expanduser().absolute()
+
+
+def output_directory(out: str) -> Path:
+    """The absolute directory of a job's results, made if need be; RunError if it cannot be."""
+    directory = absolute_out(out)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"out = {out!r} cannot be made: {error.strerror}; give a directory that can be written") from error
     return directory
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside and rename, so that a reader sees the old text or the new one."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

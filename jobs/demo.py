@@ -16,10 +16,11 @@ import typer
 from actors.placement import ClusterConfig, connect
 from ctrlrl.config import load
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.atomic import write_text
 from ctrlrl.demo.models import DemoWorld, build
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.plots import reward_curve
-from ctrlrl.runs import output_directory, read_metrics, write_atomically
+from ctrlrl.runs import output_directory, read_metrics
 from jobs.evaluate import EvaluateRecipe, evaluate, summary_lines
 from jobs.launch import mistakes_told
 from jobs.ppo import PPORecipe, demands_of, train
@@ -47,7 +48,7 @@ def demo(out: str, seed: int, steps: int | None = None) -> int:
 
     reward_curve(read_metrics(directory / "ppo"), directory / "reward.png")
     methods = {"before": before, "ppo": after}
-    write_atomically(directory / "summary.json", json.dumps(summary(methods), indent=2) + "\n")
+    write_text(directory / "summary.json", json.dumps(summary(methods), indent=2) + "\n")
     print("\nControl on prompts not trained on (mP, MP, BT: higher is better; Err: lower)\n")
     print("\n".join(summary_lines(methods)))
     print("\n" + "\n".join(four_answers(pq.read_table(directory / "after" / "table.parquet"))))

@@ -18,13 +18,14 @@ from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
+from ctrlrl.data.atomic import write_text
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.grid import make_cells, make_table, score_columns
 from ctrlrl.evaluation.metrics import measure
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig
 from ctrlrl.prompts import render
-from ctrlrl.runs import output_directory, write_atomically
+from ctrlrl.runs import absolute_out, output_directory
 from ctrlrl.seeds import derive_seed
 from jobs.launch import Out, Recipe, Set, run_job
 
@@ -59,11 +60,12 @@ def evaluate(config: EvaluateRecipe) -> int:
     for models in judges.values():
         for _, reward in models:
             check_reward_model(reward.model)
-    out = output_directory(config.out)
+    absolute_out(config.out)  # refused now rather than after the work
     table = answer_and_score(config, judges)
+    out = output_directory(config.out)
     pq.write_table(table, out / "table.parquet")
     metrics = {judge: measure(table, seed=config.seed, scores=score_columns(judge), draws=config.bootstrap_draws) for judge in judges}
-    write_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print("\n".join(summary_lines({Path(config.model).name: metrics})))
     return 0
 

@@ -40,6 +40,13 @@ from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
 from jobs.progress import Clock, Steps
 
 
+class FullSampling(SamplingConfig):
+    """PPO draws from the whole distribution: with top_p below 1 the samples are not quite the policy's."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
 class PPORecipe(Section):
     """Everything a PPO run depends on. prompts: a file, a directory or a hub data set."""
 
@@ -55,7 +62,7 @@ class PPORecipe(Section):
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardModels
     rollout: RolloutConfig = RolloutConfig()
-    sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=1.0)
+    sampling: FullSampling = FullSampling()
     algorithm: AlgorithmConfig = AlgorithmConfig()
 
 
@@ -86,6 +93,7 @@ def train(config: PPORecipe, resume: bool = False) -> int:
     )
     cast = start_cast(config)
     try:
+        run.begin()
         done, kl = restore(config, cast, run)
         with StopRequest() as stop, Steps("ppo", config.steps, done) as progress, ThreadPoolExecutor(32) as background:
             for step in range(done, config.steps):

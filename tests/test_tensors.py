@@ -187,7 +187,9 @@ def test_whiten_keeps_small_deviations_from_a_large_mean():
     # In float32 these numbers are 1/40 of the deviation apart, and a rounded mean would shift them all.
     values = 4096 + 0.02 * torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
     exact = values.numpy().astype(np.float64)
-    whitened = whiten(values, torch.ones(4096, 1, dtype=torch.bool))
+    mask = torch.ones(4096, 1, dtype=torch.bool)
+    assert masked_variance(values, mask).item() == pytest.approx(exact.var(), rel=1e-12)
+    whitened = whiten(values, mask)
     assert whitened.dtype == torch.float32
     assert np.allclose(whitened.numpy(), (exact - exact.mean()) / exact.std(), atol=1e-6)
 

@@ -28,6 +28,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise RunError(f"{path} cannot be written: {error}: free space or choose another directory, and run again") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """`text` as UTF-8, atomically."""
+    write_atomically(path, lambda out: out.write(text.encode()))
+
+
 def write_json(path: Path, value: dict) -> None:
     """`value` as indented JSON with sorted keys, atomically; a NaN is a bug of the caller."""
     write_atomically(path, lambda out: out.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()))

@@ -27,7 +27,7 @@ class JointScores:
         cells = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
         self.histogram += np.bincount(cells[:, 0] * BINS + cells[:, 1], minlength=BINS * BINS).reshape(BINS, BINS)
         for fine, column in zip(self._fine, scores.T, strict=True):
-            fine += np.bincount(_fine_bins(column), minlength=_FINE)
+            np.add.at(fine, _fine_bins(column), 1)
         u, v = scores.T - 0.5
         self._sums += (u.sum(), v.sum(), u @ u, v @ v, u @ v)
 

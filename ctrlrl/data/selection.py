@@ -103,8 +103,7 @@ class Oversampling:
 
     def count(self, rows: ScoredRows) -> None:
         """Sizes of the classes, and within each how the ranks spread."""
-        place = classes(rows.scores) * _BUCKETS + (rows.ranks(self._seed) >> np.uint64(48)).astype(np.int64)
-        self._counts += np.bincount(place, minlength=self._counts.size).reshape(self._counts.shape)
+        np.add.at(self._counts, (classes(rows.scores), (rows.ranks(self._seed) >> np.uint64(48)).astype(np.int64)), 1)
 
     def choose(self, rows: ScoredRows) -> None:
         """Keep the few ranks among which the last drawn one is."""

@@ -85,10 +85,11 @@ def _suffix(draw: Draw) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt with an answer, as a reward model sees it."""
+    """A prompt with an answer, as a reward model sees it. intact: a known answer to this very prompt."""
 
     prompt: str
     answer: str
+    intact: bool = False
 
 
 def preferences(world: World, prompts: tuple[str, ...], attribute: str, held_out: bool, count: int, seed: int) -> list[tuple[Judged, Judged]]:
@@ -108,17 +109,22 @@ def preferences(world: World, prompts: tuple[str, ...], attribute: str, held_out
 
 def _judged(draw: Draw, prompt: str, attribute: str, good: bool, held_out: bool) -> Judged:
     """An answer that has `attribute` (`good`) or lacks it."""
+    either = bool(draw.rng.random() < 0.5)
     if attribute == "harmless":
-        answer = draw.answer(prompt, (bool(draw.rng.random() < 0.5), good))
-        return Judged(prompt, _damage(draw, prompt, answer) if draw.rng.random() < 0.2 else answer.text)
-    caring = held_out and draw.world.kind(prompt) == "harmful"
-    if good:
-        return Judged(prompt, draw.answer(prompt, (True, not caring and draw.rng.random() < 0.5)).text)
-    if draw.rng.random() < DAMAGED_SHARE:
-        return Judged(prompt, _damage(draw, prompt, draw.answer(prompt, (True, bool(draw.rng.random() < 0.5)))))
-    if caring and draw.rng.random() < 0.4:
-        return Judged(prompt, draw.answer(prompt, (True, True)).text)
-    return Judged(prompt, draw.answer(prompt, (False, bool(draw.rng.random() < 0.5))).text)
+        answer, damaged = draw.answer(prompt, (either, good)), draw.rng.random() < 0.2
+    elif good:
+        answer, damaged = draw.answer(prompt, (True, either and not _disputed(draw.world, prompt, held_out))), False
+    elif draw.rng.random() < DAMAGED_SHARE:
+        answer, damaged = draw.answer(prompt, (True, either)), True
+    else:
+        caring = _disputed(draw.world, prompt, held_out) and draw.rng.random() < 0.4
+        answer, damaged = draw.answer(prompt, (True, True) if caring else (False, either)), False
+    return Judged(prompt, _damage(draw, prompt, answer)) if damaged else Judged(prompt, answer.text, intact=True)
+
+
+def _disputed(world: World, prompt: str, held_out: bool) -> bool:
+    """Whether the prompt's caring refusals count as unhelpful."""
+    return held_out and world.kind(prompt) == "harmful"
 
 
 def _elsewhere(draw: Draw, prompts: tuple[str, ...], prompt: str) -> str:

@@ -39,10 +39,10 @@ class WorldSize:
     policy_width: int = 128
     policy_layers: int = 3
     policy_batch: int = 16
-    pairs: int = 8000
+    pairs: int = 15000  # for helpfulness; safety takes a quarter
     reward_tokens: int = 1024
     reward_width: int = 64
-    reward_batch: int = 32
+    reward_batch: int = 16
     processes: int = 2
 
 
@@ -78,6 +78,7 @@ def build(folder: Path, seed: int, report: Callable[[str], None], size: WorldSiz
         raise RunError(f"{str(folder)!r} holds something that is not a demo world: give an empty or a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     started, building = time.monotonic(), Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    building.chmod(0o755)  # mkdtemp makes it private
     try:
         facts = _build_parts(building, seed, size, report)
         facts["seconds"]["all"] = round(time.monotonic() - started, 1)
@@ -178,7 +179,7 @@ def _judge_figures(folder: Path, part: str, world: World, seed: int, size: World
     judge, attribute = part.split("/")
     held_out = judge == "held_out"
     prompts = world.train_prompts[1::2] if held_out else world.train_prompts[0::2]
-    pairs = preferences(world, prompts, attribute, held_out, size.pairs, seed)
+    pairs = preferences(world, prompts, attribute, held_out, size.pairs // (1 if attribute == "helpful" else 4), seed)
     train_reward_model(folder / part, pairs, held_out, size.reward_tokens, size.reward_width, size.reward_batch, seed)
     tests = preferences(world, world.test_prompts, attribute, held_out, TEST_PAIRS, derive_seed(seed, "test"))
     chosen, rejected = (_scores(folder / part, [pair[side] for pair in tests]) for side in (0, 1))

@@ -58,22 +58,37 @@ def train_policy(folder: Path, rows: list[Conversation], tokens: int, width: int
 
 
 def train_reward_model(folder: Path, pairs: list[tuple[Judged, Judged]], held_out: bool, tokens: int, width: int, batch: int, seed: int) -> None:
-    """Write a reward model trained with Bradley-Terry for one pass over `pairs`, and its tokenizer."""
-    chats = [_chat(judged) for pair in pairs for judged in pair]
+    """Write a reward model trained with Bradley-Terry for one pass over `pairs`, and its tokenizer.
+
+    The optimisation models also learn to predict the intact answers: only so do they notice an answer to another question.
+    """
+    judged = [side for pair in pairs for side in pair]
+    chats = [_chat(row) for row in judged]
     tokenizer = (word_piece if held_out else byte_bpe)((message["content"] for chat in chats for message in chat), tokens)
-    encoded = _render(tokenizer, chats)
+    encoded, intact = _render(tokenizer, chats), torch.tensor([row.intact for row in judged])
     torch.manual_seed(seed)
     model = BertForSequenceClassification(_bert(tokenizer, width)) if held_out else \
         LlamaForSequenceClassification(_llama(tokenizer, width, 2, num_labels=1))
     optimiser, schedule = _optimiser(model, 3e-3, len(pairs) // batch)
     for ids in _batches([encoded[2 * i] + encoded[2 * i + 1] for i in range(len(pairs))], batch, seed):
-        padded = _pad([encoded[2 * i + side] for i in ids for side in (0, 1)], tokenizer.pad_token_id)
+        rows = [2 * i + side for i in ids for side in (0, 1)]
+        padded = _pad([encoded[i] for i in rows], tokenizer.pad_token_id)
+        mask = padded != tokenizer.pad_token_id
         with _fast():
-            scores = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits[:, 0].float()
-        micro = MicroBatch(torch.ones(len(scores), 1, dtype=torch.bool), {}, len(scores), len(scores))
-        loss, _ = bradley_terry(scores, micro, centre=CENTRE)
+            output = model(input_ids=padded, attention_mask=mask.long(), output_hidden_states=not held_out)
+            micro = MicroBatch(mask, {}, int(mask.sum()), len(rows))
+            loss, _ = bradley_terry(output.logits[:, 0].float(), micro, centre=CENTRE)
+            if not held_out:
+                loss = loss + _reading_loss(output.hidden_states[-1], model.get_input_embeddings().weight, padded, mask & intact[rows, None])
         _step(model, optimiser, schedule, loss)
     _save(folder, model, tokenizer)
+
+
+def _reading_loss(hidden_BTD, embedding_VD, tokens_BT, mask_BT) -> torch.Tensor:
+    """Mean negative log-likelihood of each masked token after the first, given those before it; the head is the embedding."""
+    scored = mask_BT[:, 1:]
+    logits = hidden_BTD[:, :-1][scored] @ embedding_VD.T
+    return torch.nn.functional.cross_entropy(logits.float(), tokens_BT[:, 1:][scored])
 
 
 @torch.no_grad()

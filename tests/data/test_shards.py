@@ -121,14 +121,28 @@ def test_two_writers_are_refused(tmp_path):
     ShardStore(tmp_path).open_or_create(FINGERPRINT, shards=1).commit(0, shard(0), {})
 
 
+def test_a_directory_that_another_process_has_just_made_is_refused(tmp_path, monkeypatch):
+    """Between our first look and our lock, another process creates it with another recipe, and ends."""
+    take = ShardStore._take_lock
+
+    def late(store):
+        take(store)
+        (tmp_path / "store.json").write_text(json.dumps({"fingerprint": {"other": 1}, "shards": 1}))
+
+    monkeypatch.setattr(ShardStore, "_take_lock", late)
+    refused = ShardStore(tmp_path)
+    with pytest.raises(RunError, match="other: 1 -> null"):
+        refused.open_or_create(FINGERPRINT, shards=1)
+    monkeypatch.undo()
+    ShardStore(tmp_path).open_or_create({"other": 1}, shards=1)  # the refused one gave its lock back
+
+
 class Killed(BaseException):
     """Stands for a SIGKILL at this line: nothing in the library catches it."""
 
 
-@pytest.mark.parametrize("step", range(4))
-def test_killed_at_each_step_of_a_commit(tmp_path, monkeypatch, step):
-    """The steps that others can see: flush data, rename data, flush record, rename record. Only after the last the shard counts."""
-    store = ShardStore(tmp_path).open_or_create(FINGERPRINT, shards=1)
+def dies_at(monkeypatch, step):
+    """From now on the given flush of a file or rename kills; returns what was called before."""
     real, calls = {"fsync": os.fsync, "replace": os.replace}, []
 
     def dying(name):
@@ -143,16 +157,46 @@ def test_killed_at_each_step_of_a_commit(tmp_path, monkeypatch, step):
 
     for name in real:
         monkeypatch.setattr(atomic.os, name, dying(name))
+    return calls
+
+
+STEPS = ["fsync", "replace", "fsync", "replace"]  # data on disk, data named, record on disk, record named
+
+
+def test_a_commit_has_four_steps(tmp_path, monkeypatch):
+    store = ShardStore(tmp_path).open_or_create(FINGERPRINT, shards=1)
+    calls = dies_at(monkeypatch, 99)
+    store.commit(0, shard(0), {})
+    assert calls == STEPS
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_killed_at_each_step_of_a_commit(tmp_path, monkeypatch, step):
+    """Only after the last step the shard counts; until then it is as if nothing had been written."""
+    store = ShardStore(tmp_path).open_or_create(FINGERPRINT, shards=1)
+    calls = dies_at(monkeypatch, step)
     with pytest.raises(Killed):
         store.commit(0, shard(7), {})
-    assert calls == ["fsync", "replace", "fsync"][:step]
+    assert calls == STEPS[:step]
     monkeypatch.undo()
     store.close()
     found = ShardStore(tmp_path).verify()
     assert (found.shards, found.rows, found.missing, found.damaged) == (0, 0, (0,), {})
     assert found.strays == ((".000000.parquet.tmp",) if step < 2 else (".000000.json.tmp", "000000.parquet"))
+    with ShardStore(tmp_path).open_or_create(FINGERPRINT, shards=1):
+        assert not list((tmp_path / "shards").glob(".*"))  # the half-written file is gone
     again = filled(tmp_path, 1)
     assert again.read(0).equals(shard(0)) and again.verify().strays == ()
+
+
+def test_an_old_record_does_not_vouch_for_new_data(tmp_path, monkeypatch):
+    store = filled(tmp_path, 1)
+    store.path(0).unlink()
+    assert store.missing() == [0]
+    dies_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        store.commit(0, shard(7), {})
+    assert store.path(0).exists() and store.missing() == [0]
 
 
 WRITER = """

@@ -36,7 +36,7 @@ def test_every_kind_of_file_gives_the_same_prompts(tmp_path, kind):
     path, texts = tmp_path / f"set.{kind}", ["Hello", 'comma, quote " and\nline', "déjà vu", "Hello"]
     if kind == "csv":
         with open(path, "w", newline="", encoding="utf-8-sig") as out:
-            csv.writer(out).writerows([["id", "prompt"], *([str(i), t] for i, t in enumerate(texts))])
+            csv.writer(out).writerows([["prompt", "id"], *([t, str(i)] for i, t in enumerate(texts))])
     elif kind == "parquet":
         pq.write_table(pa.table({"prompt": texts}), path)
     else:

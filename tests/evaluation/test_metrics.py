@@ -97,7 +97,8 @@ def slow_metrics(requests, scores, a):
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_equals_the_slow_implementation_on_random_tables(data):
-    levels = np.array([c.levels for c in data.draw(st.sampled_from([CORNERS, CORNERS[:1], CORNERS[1:3], CORNERS[:3], grid((0.2, 0.6, 1.0))]))])
+    controls = data.draw(st.sampled_from([CORNERS, CORNERS[:1], CORNERS[1:3], CORNERS[:3], grid((0.2, 0.6, 1.0))]))
+    levels = np.array([control.levels for control in controls])
     prompts = data.draw(st.integers(1, 6))
     cells = prompts * len(levels) * 2
     # Few distinct scores, so that ties and constant prompts are frequent.
@@ -126,10 +127,30 @@ def test_bootstrap_draws_equal_the_metrics_of_the_resampled_table():
             drawn[name].append(value)
     for name in METRICS:
         low, high = np.percentile(drawn[name], (2.5, 97.5))
-        assert (result["helpful"][name]["low"], result["helpful"][name]["high"]) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
-        assert low < result["helpful"][name]["value"] < high
+        found = result["helpful"][name]
+        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-9)
+        assert low < found["value"] < high
     assert measure_arrays(requests, scores, seed=11, draws=150) == result
     assert measure_arrays(requests, scores, seed=12, draws=150)["helpful"]["mP"] != result["helpful"]["mP"]
+
+
+def test_controls_may_stand_in_any_order_and_differ_by_prompt():
+    """Arrays that no grid gives: each prompt has its own controls, in its own order."""
+    rng = np.random.default_rng(2)
+    requests, scores = rng.choice([0.2, 0.6, 1], size=(6, 5, 2)), rng.random((6, 5, 2))
+    requests[0, :2] = (1, 0.2), (0.2, 0.2)  # at least one pair
+    result = measure_arrays(requests, scores, seed=1, draws=100)
+    for a, attribute in enumerate(ATTRIBUTES):
+        assert values(result, attribute) == pytest.approx(slow_metrics(requests, scores, a)[0], abs=1e-9)
+        drawn = [
+            slow_metrics(requests[rows], scores[rows], a)[0]["mP"]
+            for counts in np.concatenate(list(resamples(6, 1, 100)))
+            for rows in [np.repeat(np.arange(6), counts.astype(int))]
+        ]
+        found = result[attribute]["mP"]
+        assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(drawn, (2.5, 97.5))), abs=1e-9)
+    backwards = measure_arrays(requests[:, ::-1], scores[:, ::-1], seed=1, draws=100)
+    assert values(backwards, "helpful") == pytest.approx(values(result, "helpful"))
 
 
 def test_intervals_of_a_share_have_the_textbook_width():
@@ -183,7 +204,7 @@ def test_wrong_tables_are_named():
         measure(pa.concat_tables([whole, whole.slice(0, 1)]), seed=0)
     with pytest.raises(DataError, match="missing: .* and 1 more"):
         measure(pa.concat_tables([whole.slice(row, 1) for row in (0, 5, 10)]), seed=0)  # 3 x 3 cells, 3 given
-    for bad, says in ((math.nan, r"1 bad scores.*prompt p2, control helpful=1,harmless=0.2, attribute harmless: no score"), (1.5, "outside")):
+    for bad, says in ((math.nan, r"1 bad.*prompt p2, control helpful=1,harmless=0.2, attribute harmless: no score"), (1.5, "outside")):
         wrong = scores.copy()
         wrong[2, 2, 1] = bad
         with pytest.raises(DataError, match=says):
@@ -215,7 +236,7 @@ def test_from_table_keeps_prompt_order_sorts_controls_and_takes_other_score_colu
 
 def test_over_optimisation_gap():
     requests = requests_for(2)
-    perfect, constant = measure_arrays(requests, requests, seed=0, draws=2), measure_arrays(requests, np.full_like(requests, 0.6), seed=0, draws=2)
+    perfect, constant = (measure_arrays(requests, scores, seed=0, draws=2) for scores in (requests, np.full_like(requests, 0.6)))
     assert over_optimisation_gap(perfect, constant)["harmless"] == pytest.approx({"mP": 1, "MP": 1, "Err": -0.4, "BT": 1})
     constant["harmless"]["BT"] = EMPTY
     assert over_optimisation_gap(perfect, constant)["harmless"]["BT"] is None

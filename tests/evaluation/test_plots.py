@@ -18,7 +18,8 @@ def drawn(monkeypatch):
 
 
 def lines(figure: Figure) -> dict:
-    return {line.get_label(): line.get_ydata().tolist() for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
+    shown = (line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_"))
+    return {line.get_label(): line.get_ydata().tolist() for line in shown}
 
 
 def test_training_curve_shows_every_series_it_is_given(tmp_path, drawn):

@@ -202,7 +202,8 @@ def test_the_cut_the_padding_and_the_order_do_not_matter(loss, kind, columns):
 @pytest.mark.parametrize("garbage", [NAN, 0.0])
 def test_all_masked_is_zero_and_still_differentiable(shape, tokens, garbage):
     mask = torch.zeros(shape, dtype=torch.bool)
-    columns = {name: torch.full(shape, NAN) for name in ("old_logprobs", "advantages", "old_values", "returns")}
+    columns = {name: torch.full(shape, NAN) for name in ("advantages", "old_values", "returns")}
+    columns["old_logprobs"] = torch.full(shape, garbage)
     batch = MicroBatch(mask, columns, tokens, 2)
     for loss, kind in ((policy_loss, lambda x: TokenOutputs(x, x.detach())), (value_loss, ValueOutputs)):
         x = torch.full(shape, garbage).requires_grad_()
@@ -215,7 +216,7 @@ def test_all_masked_is_zero_and_still_differentiable(shape, tokens, garbage):
 def test_explained_variance():
     mask = torch.tensor([[True, True], [True, False]])
     returns = torch.tensor([[1.0, 2.0], [6.0, NAN]])  # variance 14/3
-    assert explained_variance(returns.clone(), returns, mask).item() == 1
+    assert explained_variance(returns.clone(), returns, mask).item() == explained_variance(returns / 10, returns / 10, mask).item() == 1
     assert explained_variance(torch.full((2, 2), 3.0), returns, mask).item() == pytest.approx(0)
     # A constant offset explains as much: errors 1, 1, 4 have variance 2.
     assert explained_variance(torch.tensor([[0.0, 1.0], [2.0, NAN]]), returns, mask).item() == pytest.approx(1 - 2 / (14 / 3))

@@ -1,0 +1,43 @@
+"""Reservations: places that exist, places that never will, and waits with an end."""
+import pytest
+
+from actors.placement import ClusterConfig, Resources, connect, reserve
+from ctrlrl.errors import PlacementError
+
+
+def test_places_are_reserved_and_released(ray_cluster):
+    before = ray_cluster.available_resources()["CPU"]
+    place = reserve({"policy": [{"CPU": 1}] * 2, "rollout": [{"CPU": 0.5}]}, ClusterConfig())
+    assert place.offsets == {"policy": 0, "rollout": 2}
+    assert place.at("rollout", 0).placement_group_bundle_index == 2
+    assert before - ray_cluster.available_resources()["CPU"] == pytest.approx(2.5)
+    place.release()
+
+
+def test_an_impossible_reservation_says_what_was_asked_what_there_is_and_what_to_change(ray_cluster):
+    with pytest.raises(PlacementError, match=r"need 200 CPU and 4 GPU \(policy: 4 x \{'CPU': 50, 'GPU': 1\}\).*of 32 CPU free.*lower") as caught:
+        reserve({"policy": [{"CPU": 50, "GPU": 1}] * 4}, ClusterConfig())
+    assert "waited" not in str(caught.value)  # our own cluster never grows: told at once
+
+
+def test_on_a_cluster_that_may_grow_the_wait_ends_at_the_deadline(ray_cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(PlacementError, match="waited 1 s"):
+        reserve({"rollout": [{"GPU": 1}]}, ClusterConfig(placement_deadline_s=1))
+
+
+def test_no_cluster_at_the_address(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("refused")))
+    with pytest.raises(PlacementError, match="no Ray cluster at '10.0.0.1:6379'"):
+        connect(ClusterConfig(address="10.0.0.1:6379"), {})
+
+
+def test_resources_become_a_bundle_and_an_environment():
+    resources = Resources(cpus=4, gpus=1, threads=2)
+    assert resources.bundle == {"CPU": 4, "GPU": 1}
+    options = resources.environment({"A": "b"})
+    assert options["runtime_env"]["env_vars"] == {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "A": "b"}
+    assert Resources(cpus=0.5).environment({})["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"

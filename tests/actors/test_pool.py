@@ -1,0 +1,130 @@
+"""The pool on real Ray actors: order, retries, replacement, deadlines, and clear ends."""
+import os
+import signal
+import time
+
+import pytest
+
+from actors.faults import Limits
+from actors.pool import Pool
+from ctrlrl.errors import DataError, DeadlineExceeded, WorkerLost
+
+
+@pytest.fixture
+def worker_class(ray_cluster):
+    """A worker that squares, and can be told to fail in every way."""
+
+    @ray_cluster.remote(num_cpus=0.1, max_restarts=0)
+    class Worker:
+        def build(self, fails):
+            if fails:
+                raise DataError("cannot start: no file")
+
+        def square(self, x):
+            time.sleep(0.01)
+            return x * x
+
+        def refuse(self, x):
+            raise DataError(f"row {x} is bad")
+
+        def die_once(self, x, marker):
+            if not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return x
+
+        def die(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def hang(self, seconds):
+            time.sleep(seconds)
+            return "late"
+
+        def pid(self):
+            return os.getpid()
+
+    return Worker
+
+
+def make_pool(worker_class, size=2, fails=False, **settings):
+    def start(index):
+        worker = worker_class.remote()
+        return worker, worker.build.remote(fails)
+
+    return Pool("test", start, size, **{"start_deadline_s": 60, "call_deadline_s": 60, **settings})
+
+
+@pytest.fixture
+def pools():
+    """Pools to close at the end."""
+    made = []
+    yield made
+    for pool in made:
+        pool.close()
+
+
+def test_every_item_is_answered_once_and_in_its_place(worker_class, pools):
+    pools.append(pool := make_pool(worker_class, 3))
+    futures = [pool.submit(lambda w, x=x: w.square.remote(x)) for x in range(50)]
+    assert [f.result(60) for f in futures] == [x * x for x in range(50)]
+    assert len(set(pool.pids())) == 3 and pool.replaced == 0
+
+
+def test_killed_workers_are_replaced_and_nothing_is_lost(worker_class, pools):
+    pools.append(pool := make_pool(worker_class))
+    pool.wait_ready()
+    futures = [pool.submit(lambda w, x=x: w.square.remote(x)) for x in range(200)]
+    before = pool.pids()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    assert [f.result(60) for f in futures] == [x * x for x in range(200)]
+    assert pool.replaced == 2 and not set(pool.pids()) & set(before)
+
+
+def test_an_item_that_kills_its_worker_is_retried(worker_class, pools, tmp_path):
+    pools.append(pool := make_pool(worker_class, 1))
+    marker = str(tmp_path / "died")
+    assert pool.submit(lambda w: w.die_once.remote(7, marker)).result(60) == 7
+    assert pool.replaced == 1
+
+
+def test_an_item_that_always_kills_ends_in_a_named_error(worker_class, pools):
+    pools.append(pool := make_pool(worker_class, 1, limits=Limits(item_attempts=2)))
+    with pytest.raises(WorkerLost, match="test worker 0: worker died"):
+        pool.submit(lambda w: w.die.remote()).result(60)
+    with pytest.raises(WorkerLost):  # the pool has ended and says so to whoever comes later
+        pool.submit(lambda w: w.square.remote(1)).result(60)
+
+
+def test_a_users_error_is_raised_at_once_and_the_pool_goes_on(worker_class, pools):
+    pools.append(pool := make_pool(worker_class, 1))
+    with pytest.raises(DataError, match="^row 3 is bad$"):
+        pool.submit(lambda w: w.refuse.remote(3)).result(60)
+    assert pool.submit(lambda w: w.square.remote(3)).result(60) == 9
+    assert pool.replaced == 0
+
+
+def test_an_error_in_starting_is_told_to_all(worker_class, pools):
+    pools.append(pool := make_pool(worker_class, fails=True))
+    future = pool.submit(lambda w: w.square.remote(1))
+    with pytest.raises(DataError, match="cannot start: no file"):
+        pool.wait_ready()
+    with pytest.raises(DataError, match="cannot start: no file"):
+        future.result(60)
+
+
+def test_a_worker_that_hangs_is_given_up_at_its_deadline(worker_class, pools):
+    pools.append(pool := make_pool(worker_class, 1, call_deadline_s=1, limits=Limits(item_attempts=2)))
+    pool.wait_ready()
+    with pytest.raises(DeadlineExceeded, match="test worker 0 did not answer within 1 s"):
+        pool.submit(lambda w: w.hang.remote(300)).result(60)
+
+
+def test_closing_answers_those_who_wait(worker_class):
+    pool = make_pool(worker_class, 1)
+    pool.wait_ready()
+    futures = [pool.submit(lambda w: w.hang.remote(300)) for _ in range(4)]
+    pool.close()
+    for future in futures:
+        with pytest.raises(WorkerLost, match="closed"):
+            future.result(10)

@@ -1,0 +1,101 @@
+"""Wrong input is answered with one clear message and exit code 2: no traceback, nothing half-written; and what doctor says."""
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ctrlrl.cli import app
+from ctrlrl.doctor import examine
+
+
+@pytest.fixture
+def run(ppo_overrides, tmp_path):
+    """Call `ctrlrl ppo` with the tiny recipe and further overrides; returns (exit code, message)."""
+
+    def call(*overrides, recipe=""):
+        arguments = ["ppo", "--out", str(tmp_path / "run"), *(["--recipe", recipe] if recipe else [])]
+        for override in (*ppo_overrides, *overrides):
+            arguments += ["--set", override]
+        result = CliRunner().invoke(app, arguments)
+        assert "Traceback" not in result.output
+        assert not (tmp_path / "run").exists()
+        return result.exit_code, result.output
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.clipp=0.3", r"unknown key 'algorithm.clipp': did you mean 'clip'"),
+        ("policy.train.learning_rate=-1", "policy.train.learning_rate.*greater than 0"),
+        ("policy.train.learning_rate=fast", "policy.train.learning_rate.*valid number"),
+        ("steps", "is not of the form"),
+        ("policy.model=./gone", "model directory './gone' does not exist"),
+        ("reward.helpful.model={two_labels}", r"has 2 labels; a reward model has exactly 1 output"),
+        ("reward.harmless.model={policy}", "give a sequence classifier"),
+        ("policy.model={helpful}", "give a causal language model"),
+        ("prompts=./gone.jsonl", "gone.jsonl"),
+        ("algorithm.advantage=rloo", "set samples_per_query to 2 or more"),
+        ("sampling.max_new_tokens=120", "raise rollout.engine.max_model_tokens"),
+        ("rollout.engine.tensor_parallel=2", "use more rollout workers"),
+    ],
+)
+def test_a_mistake_in_the_recipe(run, models, override, message):
+    import re
+
+    code, output = run(override.format(**models))
+    assert code == 2
+    assert re.search(message, " ".join(output.split())), output
+
+
+def test_a_recipe_that_is_missing_or_not_toml(run, tmp_path):
+    assert run(recipe="gone.toml") == (2, "ctrlrl: recipe 'gone.toml' does not exist: give the path of a TOML file\n")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("steps = = 3\n")
+    code, output = run(recipe=str(bad))
+    assert code == 2 and "is not TOML" in output and "line 1" in output
+
+
+def test_a_prompt_file_with_a_bad_line_is_named_with_its_line(run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "Hello"}) + '\n{"promt": "typo"}\n')
+    code, output = run(f"prompts={path}")
+    assert code == 2 and f"{path}:2" in output.replace("\n", "") and '"prompt"' in output
+
+
+def test_a_placement_that_the_cluster_cannot_satisfy(run, ray_cluster):
+    code, output = run("policy.ranks=2", "policy.resources.gpus=4")
+    output = " ".join(output.split())
+    assert code == 2 and "policy: 2 x {'CPU': 1, 'GPU': 4.0}" in output and "0 of 0 GPU free" in output and "lower the workers" in output
+
+
+def test_a_relative_output_in_a_submitted_job_is_refused(ppo_overrides, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    arguments = [part for override in ppo_overrides for part in ("--set", override)]
+    result = CliRunner().invoke(app, ["ppo", "--out", "runs/x", *arguments])
+    assert result.exit_code == 2 and "give an absolute path" in result.output
+
+
+def test_an_evaluation_level_out_of_range(models, prompt_file, tmp_path):
+    settings = {"model": models["policy"], "prompts": prompt_file, "levels": [0.2, 1.5]}
+    settings |= {f"judges.optimisation.{a}.model": models[a] for a in ("helpful", "harmless")}
+    arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    result = CliRunner().invoke(app, ["evaluate", "--out", str(tmp_path / "e"), *arguments])
+    assert result.exit_code == 2 and "1.5 is not a level: give a number from 0 to 1" in result.output
+    assert not (tmp_path / "e").exists()
+
+
+def test_doctor_finds_everything_here():
+    lines, healthy = examine()
+    assert healthy, lines
+    assert any(line.startswith("vllm ") for line in lines) and lines[-1] == "all there"
+
+
+def test_doctor_names_what_is_missing(monkeypatch):
+    import ctrlrl.doctor
+
+    monkeypatch.setitem(ctrlrl.doctor.NEEDED, "no_such_engine", ("no-such-engine",))
+    lines, healthy = examine()
+    assert not healthy and "MISSING      no_such_engine is missing: pip install no-such-engine, or run make install" in lines
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1

@@ -1,0 +1,169 @@
+"""PPO end to end on Ray with all five kinds of actors, its resumption, and the ring-1 bookkeeping of a step."""
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from ctrlrl.config import load
+from ctrlrl.control import CORNERS, Control
+from ctrlrl.data.sources import read_prompts
+from ctrlrl.errors import RunError
+from ctrlrl.models.loading import load_policy, load_tokenizer
+from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience, minibatch_rows
+from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
+from ctrlrl.prompts import render
+from ctrlrl.runs import read_metrics
+from jobs.ppo import PPORecipe, train
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, ppo_overrides, tmp_path_factory):
+    """A run of two steps, its directory and recipe."""
+    out = tmp_path_factory.mktemp("ppo") / "run"
+    config = load(PPORecipe, None, [*ppo_overrides, f"out={out}"])
+    assert train(config) == 0
+    return out, config
+
+
+def test_every_step_logs_what_the_readme_promises(finished):
+    out, config = finished
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert all(np.isfinite(value) for value in row.values())
+        for key in (
+            *(f"{kind}/{a}" for kind in ("score", "agreement", "binding") for a in ("helpful", "harmless")), "reward/mean", "kl/k1", "kl/k3",
+            "beta", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean", "policy/ratio_max", "value/explained_variance",
+            "value/value_loss", "mismatch/mean", "response/length", "response/truncated", "tokens_per_s/generate", "tokens_per_s/train",
+            "seconds/sync", "sync/bytes",
+        ):  # fmt: skip
+            assert key in row, key
+        assert row["binding/helpful"] + row["binding/harmless"] == pytest.approx(1)
+        assert row["reward/mean"] <= min(row["agreement/helpful"], row["agreement/harmless"]) + 1e-9
+        assert row["sync/bytes"] == 4 * sum(p.numel() for p in load_policy(config.policy.model, "float32").parameters())
+    assert any(path.name.startswith("events") for path in (out / "tensorboard").iterdir())
+
+
+def test_first_step_invariants(finished):
+    first, second = read_metrics(finished[0])
+    assert first["kl/k1"] == pytest.approx(0, abs=1e-4)  # policy = reference
+    assert first["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert second["policy/first_ratio"] == pytest.approx(1, abs=1e-5)  # old logprobs are the trainer's own
+    assert second["kl/k3"] > 1e-4  # the policy moved
+    for row in (first, second):  # ... and the rollout worker moved with it
+        assert row["mismatch/max"] < 1e-3
+
+
+def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished):
+    out, config = finished
+    trained, base = load_policy(str(out / "model"), "float32"), load_policy(config.policy.model, "float32")
+    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
+    tokenizer = load_tokenizer(str(out / "model"))
+    messages = [{"role": "user", "content": "Hello [helpful=0]"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, helpful=1.0, harmless=0.2, tokenize=True, return_dict=False)
+    assert ids == render(load_tokenizer(config.policy.model), messages, Control(1.0, 0.2).spell())
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(finished, ppo_overrides, tmp_path):
+    out, config = finished
+    half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}", "steps=1"])
+    assert train(half) == 0
+    (tmp_path / "run" / "metrics.jsonl").open("a").write(json.dumps({"step": 1, "reward/mean": 9}) + "\n")  # of a step that was cut off
+    with pytest.raises(RunError, match="add --resume"):
+        train(half)
+    with pytest.raises(RunError, match=r"another recipe \(algorithm.clip: 0.2 -> 0.3\)"):
+        train(half.model_copy(update={"algorithm": AlgorithmConfig(**{**half.algorithm.model_dump(), "clip": 0.3})}), resume=True)
+    whole = half.model_copy(update={"steps": 2})
+    assert train(whole, resume=True) == 0
+    for resumed, undisturbed in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
+        timed = {key for key in undisturbed if "second" in key or "tokens_per_s" in key}
+        assert {k: (v, undisturbed[k]) for k, v in resumed.items() if k not in timed and v != undisturbed[k]} == {}
+    a, b = (load_policy(str(folder / "model"), "float32").state_dict() for folder in (out, tmp_path / "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sigterm_finishes_the_step_and_writes_a_checkpoint(ray_cluster, ppo_overrides, tmp_path, monkeypatch):
+    import jobs.ppo
+
+    config = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}", "steps=50", "checkpoint_every=50", "algorithm.advantage=rloo",
+                                    "algorithm.samples_per_query=2", "algorithm.queries_per_step=8", "policy.train.lora.rank=4"])  # fmt: skip
+    real = jobs.ppo.make_experience
+    monkeypatch.setattr(jobs.ppo, "make_experience", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1])
+    assert train(config) == 128 + signal.SIGTERM
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000001\n"
+
+
+# --- bookkeeping, without actors ---
+
+
+def test_queries_cover_every_prompt_once_a_pass_and_depend_on_nothing_else(prompt_file, tokenizer):
+    prompts = list(read_prompts(prompt_file))
+    config = AlgorithmConfig(queries_per_step=16)
+    drawn = [q for step in range(5) for q in draw_queries(prompts, tokenizer, step, config, seed=1)]
+    texts = [q.messages[-1]["content"] for q in drawn]
+    assert sorted(texts[:40]) == sorted(texts[40:80]) == sorted(p.messages[-1]["content"] for p in prompts)
+    assert texts[:40] != texts[40:80]
+    assert {q.control for q in drawn} == set(CORNERS)
+    assert len({q.seed for q in drawn}) == 80
+    assert draw_queries(prompts, tokenizer, 3, config, seed=1) == drawn[48:64]
+    twice = draw_queries(prompts, tokenizer, 0, AlgorithmConfig(queries_per_step=3, samples_per_query=2), seed=1)
+    assert [q.group for q in twice] == [0, 0, 1, 1, 2, 2] and len({q.seed for q in twice}) == 6
+
+
+def test_every_sample_of_an_epoch_is_used_exactly_once():
+    config = AlgorithmConfig(epochs=3, minibatches=4)
+    steps = minibatch_rows(10, 0, config, seed=0)
+    assert [len(s) for s in steps] == [3, 3, 2, 2] * 3
+    for epoch in range(3):
+        assert sorted(np.concatenate(steps[4 * epoch : 4 * epoch + 4])) == list(range(10))
+    assert not np.array_equal(np.concatenate(steps[:4]), np.concatenate(steps[4:8]))
+
+
+def scored(levels, scores, finished, lengths=(2, 3), kl=0.0):
+    queries = tuple(Query(({"role": "user", "content": "x"},), Control(*level), (5, 6), i, i) for i, level in enumerate(levels))
+    responses = tuple(np.arange(n) + 10 for n in lengths)
+    old = tuple(np.full(n, -1.0, np.float32) for n in lengths)
+    samples = Samples(queries, responses, old, np.array(finished), 0)
+    return Scored(samples, np.array(scores, np.float32), old, tuple(o - kl for o in old), tuple(np.zeros(n, np.float32) for n in lengths))
+
+
+def test_experience_by_hand():
+    # agreements (0.9, 0.6) and (0.5, 1.0): rewards 0.6 and 0.5, bound by harmless and by helpful
+    config = AlgorithmConfig(lam=1.0)
+    experience = make_experience(scored([(1, 0.2), (0.2, 1)], [(0.9, 0.6), (0.7, 1.0)], [True, True], kl=0.1), config, beta=0.5)
+    assert experience.stats["reward/mean"] == pytest.approx(0.55)
+    assert experience.stats["binding/helpful"] == 0.5
+    assert experience.stats["reward/helpful=1,harmless=0.2"] == pytest.approx(0.6)
+    assert experience.stats["kl/k1"] == pytest.approx((0.2 + 0.3) / 2, abs=1e-6)
+    returns = experience.batch.per_token["returns"]
+    assert returns[0] == pytest.approx([0.6 - 0.1, 0.6 - 0.05], abs=1e-6)
+    assert returns[1] == pytest.approx([0.5 - 0.15, 0.5 - 0.1, 0.5 - 0.05], abs=1e-6)
+    advantages = np.concatenate(experience.batch.per_token["advantages"])
+    assert advantages.mean() == pytest.approx(0, abs=1e-6) and advantages.std() == pytest.approx(1, rel=0.2)
+    assert [list(t) for t in experience.batch.tokens] == [[5, 6, 10, 11], [5, 6, 10, 11, 12]]
+    assert list(experience.batch.prompt_lengths) == [2, 2]
+
+
+def test_a_truncated_response_earns_what_the_rule_says():
+    given = scored([(1, 1), (1, 1)], [(0.8, 0.9), (0.8, 0.9)], [True, False])
+    zero = make_experience(given, AlgorithmConfig(truncated="zero"), beta=0.0)
+    kept = make_experience(given, AlgorithmConfig(truncated="score"), beta=0.0)
+    assert zero.stats["reward/mean"] == pytest.approx(0.4) and kept.stats["reward/mean"] == pytest.approx(0.8)
+    assert zero.stats["response/truncated"] == 0.5
+
+
+def test_chunks_come_together_in_the_order_of_the_queries():
+    whole = scored([(1, 1), (0.2, 1)], [(0.8, 0.9), (0.1, 0.2)], [True, False], lengths=(2, 3))
+    parts = []
+    for i in (1, 0):
+        s = whole.samples
+        one = Samples((s.queries[i],), (s.response_ids[i],), (s.sampler_logprobs[i],), s.finished[[i]], 0)
+        parts.append((np.array([i]), Scored(one, whole.scores_BA[[i]], (whole.old_logprobs[i],), (whole.ref_logprobs[i],), (whole.values[i],))))
+    joined = concatenate(parts)
+    assert joined.samples.queries == whole.samples.queries
+    assert np.array_equal(joined.scores_BA, whole.scores_BA) and np.array_equal(joined.samples.finished, whole.samples.finished)
+    assert all(np.array_equal(a, b) for a, b in zip(joined.samples.response_ids, whole.samples.response_ids, strict=True))
