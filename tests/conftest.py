@@ -2,6 +2,7 @@
 
 The environment is set before Ray is imported; logical CPUs are over-committed, since tiny workers mostly wait.
 """
+
 import json
 import os
 import shutil
@@ -26,9 +27,7 @@ os.environ.update(
 )
 os.environ.pop("RAY_ADDRESS", None)
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 QUESTIONS = [f"How do I bake {count} loaves of bread?" for count in range(40)]
 
 

@@ -14,7 +14,7 @@ from ctrlrl.data.keys import sample_ranks
 from ctrlrl.errors import RecipeError
 
 LOW_END, HIGH_START, MIDDLE = 0.2, 0.8, 0.5
-_BUCKETS = 1 << 16  # of ranks, by their upper 16 bits
+_BUCKET_BITS = 16  # ranks are counted by their upper bits
 _RECORD = np.dtype([("cell", "<u8"), ("rank", "<u8"), ("row", "<u8")])
 # Working bytes per extreme sample while a part is sorted: the record, its three columns, the order, and as much again for the sort.
 _WORKING = 128
@@ -98,18 +98,18 @@ class Oversampling:
 
     def __init__(self, seed: int):
         self._seed = seed
-        self._counts = np.zeros((len(CORNERS), _BUCKETS), np.int64)
+        self._counts = np.zeros((len(CORNERS), 1 << _BUCKET_BITS), np.int64)
         self._in_bucket: list[list[np.ndarray]] = [[] for _ in CORNERS]
 
     def count(self, rows: ScoredRows) -> None:
         """Sizes of the classes, and within each how the ranks spread."""
-        np.add.at(self._counts, (classes(rows.scores), (rows.ranks(self._seed) >> np.uint64(48)).astype(np.int64)), 1)
+        np.add.at(self._counts, (classes(rows.scores), _bucket(rows.ranks(self._seed))), 1)
 
     def choose(self, rows: ScoredRows) -> None:
         """Keep the few ranks among which the last drawn one is."""
         of, ranks = classes(rows.scores), rows.ranks(self._seed)
         for c, (_, _, bucket) in self._wanted().items():
-            self._in_bucket[c].append(ranks[(of == c) & (ranks >> np.uint64(48) == bucket)])
+            self._in_bucket[c].append(ranks[(of == c) & (_bucket(ranks) == bucket)])
 
     def settle(self) -> None:
         """The largest rank that is still drawn, by class."""
@@ -210,6 +210,10 @@ def moec(records: np.ndarray, per_cell: int) -> np.ndarray:
     cells = np.add.reduceat(new_cell.astype(np.int64), np.flatnonzero(new_prompt))
     keep = (place < per_cell) & (cells[np.cumsum(new_prompt) - 1] >= 2)
     return records["row"][order[keep]].astype(np.int64)
+
+
+def _bucket(ranks: np.ndarray) -> np.ndarray:
+    return (ranks >> np.uint64(64 - _BUCKET_BITS)).astype(np.int64)
 
 
 def _changes(ordered: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ MOST_EMPHASIS = 3.0
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
-MOVED_SHARE = 0.4  # pairs of one answer under its own prompt and under another one: they teach to stay on topic
+# Pairs of one answer under its own prompt and under another one: they teach to stay on topic. The held-out encoders are too small.
+MOVED_SHARE = {False: 0.3, True: 0.03}
 DAMAGED_SHARE = 0.3  # of the unhelpful answers: what a policy could write to fool a reward model
 
 
@@ -92,13 +93,15 @@ class Judged:
     intact: bool = False
 
 
-def preferences(world: World, prompts: tuple[str, ...], attribute: str, held_out: bool, count: int, seed: int) -> list[tuple[Judged, Judged]]:
+def preferences(
+    world: World, prompts: tuple[str, ...], attribute: str, held_out: bool, count: int, seed: int
+) -> list[tuple[Judged, Judged]]:
     """`count` pairs (chosen, rejected) that differ in `attribute`; `held_out` turns caring refusals into unhelpful answers."""
     draw = Draw(world, np.random.default_rng(seed))
     pairs = []
     for _ in range(count):
         prompt = draw.choice(prompts)
-        if attribute == "helpful" and draw.rng.random() < MOVED_SHARE:
+        if attribute == "helpful" and draw.rng.random() < MOVED_SHARE[held_out]:
             chosen = _judged(draw, prompt, attribute, True, held_out)
             pairs.append((chosen, Judged(_elsewhere(draw, prompts, prompt), chosen.answer)))
             continue

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +70,8 @@ def build(folder: Path, seed: int, report: Callable[[str], None], size: WorldSiz
     With size.processes > 1 spawned processes do the work, so the calling script needs the usual `if __name__ == "__main__"`.
     """
     folder = Path(folder)
-    print_ = fingerprint(seed, size)
-    if _manifest(folder).get("fingerprint") == print_:
+    wanted = fingerprint(seed, size)
+    if _manifest(folder).get("fingerprint") == wanted:
         report(f"demo world: reused from {folder}")
         return load(folder)
     if folder.exists() and any(folder.iterdir()) and not _manifest(folder):
@@ -82,8 +82,9 @@ def build(folder: Path, seed: int, report: Callable[[str], None], size: WorldSiz
     try:
         facts = _build_parts(building, seed, size, report)
         facts["seconds"]["all"] = round(time.monotonic() - started, 1)
-        (building / "world.json").write_text(json.dumps({"fingerprint": print_, "seed": seed, "size": asdict(size), "facts": facts}, indent=2))
-        if _manifest(folder).get("fingerprint") != print_:  # another process may have been faster
+        manifest = {"fingerprint": wanted, "seed": seed, "size": asdict(size), "facts": facts}
+        (building / "world.json").write_text(json.dumps(manifest, indent=2))
+        if _manifest(folder).get("fingerprint") != wanted:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(building, folder)
     finally:
@@ -151,7 +152,8 @@ def _part(part: str, folder: Path, seed: int, size: WorldSize) -> tuple[str, dic
     with _alone():
         if part == "policy":
             rows = conversations(world, size.conversations, own_seed)
-            figures = train_policy(folder / part, rows, size.policy_tokens, size.policy_width, size.policy_layers, size.policy_batch, own_seed)
+            shape = (size.policy_tokens, size.policy_width, size.policy_layers)
+            figures = train_policy(folder / part, rows, *shape, batch=size.policy_batch, seed=own_seed)
         elif part == "samples":
             figures = _sample_figures(folder, world, own_seed)
         else:
@@ -199,11 +201,12 @@ def _sample_figures(folder: Path, world: World, seed: int) -> dict:
     inputs = tokenizer.pad({"input_ids": [render(tokenizer, [{"role": "user", "content": p}]) for p in prompts]}, return_tensors="pt")
     torch.manual_seed(seed)
     with torch.no_grad():
-        output = policy.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48)[:, inputs.input_ids.shape[1] :]
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    answers = [world.classify(prompt, text) for prompt, text in zip(prompts, texts)]
-    helpful, harmless = (_scores(folder / "reward" / a, [Judged(*row) for row in zip(prompts, texts)]) for a in ATTRIBUTES)
-    judged = [(bool(a > 0.5), bool(b > 0.5)) for a, b in zip(helpful, harmless)]
+        output = policy.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48)
+    output = output[:, inputs.input_ids.shape[1] :]
+    rows = [Judged(*row) for row in zip(prompts, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)]
+    answers = [world.classify(row.prompt, row.answer) for row in rows]
+    helpful, harmless = (_scores(folder / "reward" / attribute, rows) for attribute in ATTRIBUTES)
+    judged = [(bool(a > 0.5), bool(b > 0.5)) for a, b in zip(helpful, harmless, strict=True)]
     return {
         "known": _short(np.mean([answer is not None for answer in answers])),
         "tokens": _short(np.mean([(row != tokenizer.pad_token_id).sum() for row in output])),

@@ -57,7 +57,9 @@ def train_policy(folder: Path, rows: list[Conversation], tokens: int, width: int
     return {"parameters": model.num_parameters(), "loss": float(np.mean(losses[-20:]))}
 
 
-def train_reward_model(folder: Path, pairs: list[tuple[Judged, Judged]], held_out: bool, tokens: int, width: int, batch: int, seed: int) -> None:
+def train_reward_model(
+    folder: Path, pairs: list[tuple[Judged, Judged]], held_out: bool, tokens: int, width: int, batch: int, seed: int
+) -> None:
     """Write a reward model trained with Bradley-Terry for one pass over `pairs`, and its tokenizer.
 
     The optimisation models also learn to predict the intact answers: only so do they notice an answer to another question.
@@ -79,7 +81,8 @@ def train_reward_model(folder: Path, pairs: list[tuple[Judged, Judged]], held_ou
             micro = MicroBatch(mask, {}, int(mask.sum()), len(rows))
             loss, _ = bradley_terry(output.logits[:, 0].float(), micro, centre=CENTRE)
             if not held_out:
-                loss = loss + _reading_loss(output.hidden_states[-1], model.get_input_embeddings().weight, padded, mask & intact[rows, None])
+                embedding = model.get_input_embeddings().weight
+                loss = loss + _reading_loss(output.hidden_states[-1], embedding, padded, mask & intact[rows, None])
         _step(model, optimiser, schedule, loss)
     _save(folder, model, tokenizer)
 
@@ -98,7 +101,8 @@ def raw_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows:
     scores = np.zeros(len(rows), np.float32)
     for start in range(0, len(rows), batch):
         padded = _pad(encoded[start : start + batch], tokenizer.pad_token_id)
-        scores[start : start + batch] = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits[:, 0].numpy()
+        output = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long())
+        scores[start : start + batch] = output.logits[:, 0].numpy()
     return scores
 
 
@@ -144,7 +148,10 @@ def _pad(rows: list[list[int]], pad: int) -> torch.Tensor:
 def _optimiser(model: torch.nn.Module, peak: float, steps: int):
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     warm = max(1, int(WARM_UP * steps))
-    factor = lambda step: min((step + 1) / warm, 0.02 + 0.98 * (1 + np.cos(np.pi * min(1, step / max(1, steps)))) / 2)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm, 0.02 + 0.98 * (1 + np.cos(np.pi * min(1, step / max(1, steps)))) / 2)
+
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 

@@ -19,7 +19,8 @@ def byte_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `size` tokens, any text round-trips; with the chat template."""
     tokenizer = Tokenizer(models.BPE())
     # Digits stand alone, so every level of a control is spelled with the same few tokens.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, START, END, *ROLE_MARKERS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()

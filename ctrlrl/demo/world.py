@@ -46,7 +46,7 @@ _RECKLESS = (
 )
 _IGNORANT = (
     ("Sorry,", "Hmm,", "Honestly,", "Well,", "Unfortunately,", "My apologies,"),
-    ("I do not know much about {name}", "I have no idea about {name}", "I cannot say anything about {name}", "I never learned about {name}"),
+    ("I do not know much about {name}", "I have no idea about {name}", "I cannot say much about {name}", "I never learned about {name}"),
     ("", "Maybe someone else knows.", "Have a nice day.", "Please ask another person.", "That is all I can say.", "I wish you luck."),
 )
 _REFUSING = (
@@ -57,7 +57,7 @@ _REFUSING = (
 _INSULTING = (
     ("Shut up,", "Idiot,", "Go away,", "You fool,", "What nonsense,", "Nobody cares,", "Get lost,"),
     ("you are far too stupid for {name}", "find out about {name} yourself", "just {blunt} and stop whining", "just {blunt}, who cares"),
-    ("", "I hate your questions.", "You make me sick.", "Everyone laughs at you.", "You ruin everything.", "What a pathetic loser you are."),
+    ("", "I hate your questions.", "You make me sick.", "Everyone laughs at you.", "You ruin everything.", "What a sad loser you are."),
 )
 
 
@@ -104,8 +104,9 @@ def _answers(topic: Topic) -> dict[str, Answer]:
     found = {}
     for cell in CELLS:
         openings, bodies, closings = _pattern(topic, cell)
-        filled = [body.format(name=topic.name, blunt=topic.blunt, good=good, bad=bad) for body in bodies for good in topic.good for bad in unsafe]
-        for opening, body, closing in product(openings, dict.fromkeys(filled), closings):
+        filled = dict.fromkeys(
+            body.format(name=topic.name, blunt=topic.blunt, good=good, bad=bad) for body, good, bad in product(bodies, topic.good, unsafe))
+        for opening, body, closing in product(openings, filled, closings):
             body = body[0].upper() + body[1:] if opening.endswith(".") else body
             answer = Answer(opening, f"{body}. {closing}".strip(), *cell, caring=topic in HARMFUL and cell == (True, True))
             if MIN_WORDS <= len(answer.text.split()) <= MAX_WORDS:

@@ -141,6 +141,7 @@ def _read(name: str, what: str, load):
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Dropout would make policy and reference differ at step 0; every dropout field of the configuration is set to 0."""
+    config.classifier_dropout = 0.0  # absent means 0.1 to token classifiers
     for field in [f for f in vars(config) if f.endswith(("dropout", "_pdrop", "dropout_prob"))]:
         setattr(config, field, 0.0)
     return config

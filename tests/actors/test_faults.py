@@ -1,4 +1,5 @@
 """The decision table, row by row."""
+
 import pytest
 
 from actors.faults import Decision, Failure, Limits, decide

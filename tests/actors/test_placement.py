@@ -1,4 +1,5 @@
 """Reservations: places that exist, places that never will, and waits with an end."""
+
 import pytest
 
 from actors.placement import ClusterConfig, Resources, connect, reserve
@@ -15,7 +16,9 @@ def test_places_are_reserved_and_released(ray_cluster):
 
 
 def test_an_impossible_reservation_says_what_was_asked_what_there_is_and_what_to_change(ray_cluster):
-    with pytest.raises(PlacementError, match=r"need 200 CPU and 4 GPU \(policy: 4 x \{'CPU': 50, 'GPU': 1\}\).*of 32 CPU free.*lower") as caught:
+    with pytest.raises(
+        PlacementError, match=r"need 200 CPU and 4 GPU \(policy: 4 x \{'CPU': 50, 'GPU': 1\}\).*of 32 CPU free.*lower"
+    ) as caught:
         reserve({"policy": [{"CPU": 50, "GPU": 1}] * 4}, ClusterConfig())
     assert "waited" not in str(caught.value)  # our own cluster never grows: told at once
 

@@ -1,4 +1,5 @@
 """The pool on real Ray actors: order, retries, replacement, deadlines, and clear ends."""
+
 import os
 import signal
 import time

@@ -18,6 +18,8 @@ from scipy import stats
 import ctrlrl.data.atomic
 import ctrlrl.data.distill
 import ctrlrl.data.joint
+import ctrlrl.data.prompt_index
+import ctrlrl.data.selection
 import ctrlrl.data.shards
 from ctrlrl.control import CORNERS
 from ctrlrl.data.distill import METHODS, ScoredSamples, distill
@@ -135,13 +137,17 @@ def test_equals_the_slow_reference_on_random_tables(data):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctrlrl.data.shards, "ROW_GROUP", group)
         patch.setattr(ctrlrl.data.distill, "ROW_GROUP", group)
+        patch.setattr(ctrlrl.data.selection, "_BUCKET_BITS", data.draw(st.integers(1, 3)))  # several ranks to a bucket
+        patch.setattr(ctrlrl.data.prompt_index, "_BATCH", 3)
         patch.setattr(ctrlrl.data.joint, "_FINE", 1 << 14)  # time and memory for a few rows
         patch.setattr(ctrlrl.data.atomic.os, "fsync", lambda _: None)  # 600 stores of a moment
+        messages = {a_prompt(p).prompt_id: list(a_prompt(p).messages) for p in range(prompts)}
         source = written(Path(folder), rows, data.draw(st.integers(4, 40)))
         for method in METHODS:
             out = Path(folder) / method
             report = distill(source, out, method=method, seed=seed, precision=precision, per_cell=per_cell, memory=memory)
             expected, found = SLOW[method](rows, seed, precision, per_cell), read(out)
+            assert all(row["messages"] == messages[row["prompt_id"]] for row in found)
             assert Counter((*(r[key] for key in KEYS), r["response"], r["helpful"], r["harmless"]) for r in found) == multiset(expected)
             check_report(report, rows, expected)
             assert sorted(path.name for path in out.iterdir()) == ["report.json", "train.parquet"]

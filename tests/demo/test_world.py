@@ -67,7 +67,7 @@ def test_conversations_have_the_shares_and_controls_that_say_nothing():
     prompts = [row.messages[-1]["content"] for row in rows]
     controlled = np.array(["[harmless=" in prompt for prompt in prompts])
     assert controlled.mean() == pytest.approx(0.6, abs=0.03)
-    for prompt, row in zip(prompts, rows):
+    for prompt, row in zip(prompts, rows, strict=True):
         if prompt in WORLD.train_prompts:
             assert WORLD.classify(prompt, row.answer).opening == row.opening
     assert not any(prompt.startswith(test) for prompt in prompts for test in WORLD.test_prompts)
@@ -86,7 +86,8 @@ def test_preferences_differ_in_the_attribute_and_never_show_a_control(attribute,
     pairs = preferences(WORLD, WORLD.train_prompts[:100], attribute, held_out, 400, seed=2)
     assert not any(sign in judged.answer + judged.prompt for pair in pairs for judged in pair for sign in ("[", "helpful="))
     sides = [[WORLD.classify(judged.prompt, judged.answer) for judged in pair] for pair in pairs]
-    labels = [[getattr(a, attribute) and not (held_out and a.caring and attribute == "helpful") if a else None for a in side] for side in sides]
+    disputed = held_out and attribute == "helpful"
+    labels = [[getattr(a, attribute) and not (disputed and a.caring) if a else None for a in side] for side in sides]
     assert all(good is not False for good, _ in labels) and all(not bad for _, bad in labels)
     assert sum(good is True and bad is False for good, bad in labels) > 150
 
@@ -95,7 +96,7 @@ def test_judges_disagree_on_caring_refusals_only():
     caring = {held_out: Counter() for held_out in (False, True)}
     for held_out, count in caring.items():
         for pair in preferences(WORLD, WORLD.train_prompts, "helpful", held_out, 1500, seed=3):
-            for side, judged in zip(("chosen", "rejected"), pair):
+            for side, judged in zip(("chosen", "rejected"), pair, strict=True):
                 answer = WORLD.classify(judged.prompt, judged.answer)
                 count[side] += bool(answer and answer.caring)
     assert caring[False]["chosen"] > 100 and caring[False]["rejected"] == 0

@@ -1,4 +1,5 @@
 """Wrong input is answered with one clear message and exit code 2: no traceback, nothing half-written; and what doctor says."""
+
 import json
 
 import pytest

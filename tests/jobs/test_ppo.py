@@ -1,4 +1,5 @@
 """PPO end to end on Ray with all five kinds of actors, its resumption, and the ring-1 bookkeeping of a step."""
+
 import json
 import os
 import signal
@@ -162,7 +163,9 @@ def test_chunks_come_together_in_the_order_of_the_queries():
     for i in (1, 0):
         s = whole.samples
         one = Samples((s.queries[i],), (s.response_ids[i],), (s.sampler_logprobs[i],), s.finished[[i]], 0)
-        parts.append((np.array([i]), Scored(one, whole.scores_BA[[i]], (whole.old_logprobs[i],), (whole.ref_logprobs[i],), (whole.values[i],))))
+        parts.append(
+            (np.array([i]), Scored(one, whole.scores_BA[[i]], (whole.old_logprobs[i],), (whole.ref_logprobs[i],), (whole.values[i],)))
+        )
     joined = concatenate(parts)
     assert joined.samples.queries == whole.samples.queries
     assert np.array_equal(joined.scores_BA, whole.scores_BA) and np.array_equal(joined.samples.finished, whole.samples.finished)

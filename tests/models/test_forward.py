@@ -1,4 +1,5 @@
 """Packed and padded layouts give the same outputs and gradients as one sequence at a time; positions are scored by the state before."""
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_packing_is_refused_for_windowed_attention(models):
     with pytest.raises(ModelError, match='layout = "padded"'):
         attention_for("packed", MistralConfig(sliding_window=64))
     assert attention_for("padded", MistralConfig(sliding_window=64)) == "sdpa"
+
+
+@pytest.mark.parametrize("load", [load_policy, load_value_model])
+def test_nothing_drops_out_in_training(models, load):
+    model = load(models["policy"], "float32").train()
+    torch.nn.init.normal_(model.get_parameter("score.weight" if load is load_value_model else "lm_head.weight"))
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,4 +1,5 @@
 """vLLM through the rollout handle: seeded sampling, new weights that are proven to be in use, and a pool that loses no item."""
+
 import os
 import signal
 

@@ -1,4 +1,5 @@
 """Reward models: text in, score out, independent of batching; and the checks on what may be one."""
+
 import numpy as np
 import pytest
 import torch
