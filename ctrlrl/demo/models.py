@@ -26,7 +26,6 @@ from ctrlrl.prompts import render
 from ctrlrl.seeds import derive_seed
 
 JUDGES = tuple(f"{judge}/{attribute}" for judge in ("reward", "held_out") for attribute in ATTRIBUTES)
-TEST_PAIRS = 600
 CELL_NAMES = {cell: f"{'helpful' if cell[0] else 'unhelpful'}, {'safe' if cell[1] else 'unsafe'}" for cell in CELLS}
 
 
@@ -43,6 +42,8 @@ class WorldSize:
     reward_tokens: int = 1024
     reward_width: int = 64
     reward_batch: int = 16
+    test_pairs: int = 600
+    samples: int = 3  # per test prompt, to look at the uncontrolled policy
     processes: int = 2
 
 
@@ -155,7 +156,7 @@ def _part(part: str, folder: Path, seed: int, size: WorldSize) -> tuple[str, dic
             shape = (size.policy_tokens, size.policy_width, size.policy_layers)
             figures = train_policy(folder / part, rows, *shape, batch=size.policy_batch, seed=own_seed)
         elif part == "samples":
-            figures = _sample_figures(folder, world, own_seed)
+            figures = _sample_figures(folder, world, own_seed, size.samples)
         else:
             figures = _judge_figures(folder, part, world, own_seed, size)
     return part, {**figures, "seconds": round(time.monotonic() - started, 1)}
@@ -183,7 +184,7 @@ def _judge_figures(folder: Path, part: str, world: World, seed: int, size: World
     prompts = world.train_prompts[1::2] if held_out else world.train_prompts[0::2]
     pairs = preferences(world, prompts, attribute, held_out, size.pairs // (1 if attribute == "helpful" else 4), seed)
     train_reward_model(folder / part, pairs, held_out, size.reward_tokens, size.reward_width, size.reward_batch, seed)
-    tests = preferences(world, world.test_prompts, attribute, held_out, TEST_PAIRS, derive_seed(seed, "test"))
+    tests = preferences(world, world.test_prompts, attribute, held_out, size.test_pairs, derive_seed(seed, "test"))
     chosen, rejected = (_scores(folder / part, [pair[side] for pair in tests]) for side in (0, 1))
     return {"accuracy": _short((chosen > rejected).mean()), "good": _short(chosen.mean()), "bad": _short(rejected.mean())}
 
@@ -193,11 +194,11 @@ def _scores(model: Path, rows: list[Judged]) -> np.ndarray:
     return 1 / (1 + np.exp(-raw_scores(network, AutoTokenizer.from_pretrained(model), rows)))
 
 
-def _sample_figures(folder: Path, world: World, seed: int) -> dict:
+def _sample_figures(folder: Path, world: World, seed: int, samples: int) -> dict:
     """What the uncontrolled policy says to test prompts at temperature 1: known answers, cells, judged entanglement."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
-    prompts = list(world.test_prompts) * 3
+    prompts = list(world.test_prompts) * samples
     inputs = tokenizer.pad({"input_ids": [render(tokenizer, [{"role": "user", "content": p}]) for p in prompts]}, return_tensors="pt")
     torch.manual_seed(seed)
     with torch.no_grad():

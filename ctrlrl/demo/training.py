@@ -24,6 +24,7 @@ from ctrlrl.objectives.preference import bradley_terry
 POSITIONS = 512
 PROMPT_WEIGHT = 0.2  # of a prompt token in the policy's loss; the answers are what must read well
 CENTRE = 0.02  # pulls the two scores of a pair to opposite sides of 0, so that sigmoid(score) is a probability
+SURE = 3.0  # median size of a trained reward model's output: sigmoid(3) = 0.95
 WARM_UP = 0.05  # share of the steps
 
 
@@ -72,6 +73,7 @@ def train_reward_model(
     model = BertForSequenceClassification(_bert(tokenizer, width)) if held_out else \
         LlamaForSequenceClassification(_llama(tokenizer, width, 2, num_labels=1))
     optimiser, schedule = _optimiser(model, 3e-3, len(pairs) // batch)
+    sizes = []
     for ids in _batches([encoded[2 * i] + encoded[2 * i + 1] for i in range(len(pairs))], batch, seed):
         rows = [2 * i + side for i in ids for side in (0, 1)]
         padded = _pad([encoded[i] for i in rows], tokenizer.pad_token_id)
@@ -80,11 +82,21 @@ def train_reward_model(
             output = model(input_ids=padded, attention_mask=mask.long(), output_hidden_states=not held_out)
             micro = MicroBatch(mask, {}, int(mask.sum()), len(rows))
             loss, _ = bradley_terry(output.logits[:, 0].float(), micro, centre=CENTRE)
+            sizes.append(float(output.logits.detach().abs().median()))
             if not held_out:
                 embedding = model.get_input_embeddings().weight
                 loss = loss + _reading_loss(output.hidden_states[-1], embedding, padded, mask & intact[rows, None])
         _step(model, optimiser, schedule, loss)
+    _sharpen(model, SURE / float(np.median(sizes[-20:])))
     _save(folder, model, tokenizer)
+
+
+@torch.no_grad()
+def _sharpen(model: PreTrainedModel, factor: float) -> None:
+    """Scale the outputs, which changes no order: Bradley-Terry stops pulling once pairs are told apart, near 0.8 against 0.2."""
+    head = model.score if isinstance(model, LlamaForSequenceClassification) else model.classifier
+    for parameter in head.parameters():
+        parameter.mul_(factor)
 
 
 def _reading_loss(hidden_BTD, embedding_VD, tokens_BT, mask_BT) -> torch.Tensor:

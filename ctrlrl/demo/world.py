@@ -26,7 +26,7 @@ MIN_WORDS, MAX_WORDS = 8, 25
 Cell = tuple[bool, bool]  # (helpful, harmless)
 CELLS: tuple[Cell, ...] = ((True, True), (True, False), (False, True), (False, False))
 # Shares of the cells in what the uncontrolled policy learns from: helpful and safe correlate with 0.36, helpful but unsafe is rare.
-CELL_SHARES = {(True, True): 0.50, (True, False): 0.09, (False, True): 0.21, (False, False): 0.20}
+CELL_SHARES = {(True, True): 0.50, (True, False): 0.10, (False, True): 0.20, (False, False): 0.20}
 
 # (openings, bodies, closings); {name}, {blunt}, {good}, {bad} come from the topic. The opening alone tells the cell.
 _USEFUL = (

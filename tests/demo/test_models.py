@@ -18,8 +18,9 @@ from ctrlrl.errors import RunError
 from ctrlrl.prompts import render
 
 WORLD = make_world(0)
-MICRO = WorldSize(conversations=64, policy_tokens=400, policy_width=64, policy_layers=1, pairs=64, reward_tokens=400, processes=1)
-TEXTS = [row.answer for row in conversations(WORLD, 300, seed=0)] + list(WORLD.train_prompts) + [c.spell() for c in CORNERS]
+MICRO = WorldSize(conversations=64, policy_tokens=400, policy_width=64, policy_layers=1, pairs=64, reward_tokens=400, test_pairs=20,
+                  samples=1, processes=1)
+TEXTS = [row.answer for row in conversations(WORLD, 300, seed=0)] + list(WORLD.train_prompts) + 100 * [c.spell() for c in CORNERS]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def test_training_learns(tmp_path):
     assert figures["loss"] < 0.5
     pairs = preferences(WORLD, WORLD.train_prompts, "harmless", False, 640, seed=0)
     train_reward_model(tmp_path / "judge", pairs, False, 500, 64, 16, seed=0)
-    network, tokenizer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval(), AutoTokenizer.from_pretrained(tmp_path / "judge")
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "judge")
     tests = preferences(WORLD, WORLD.test_prompts, "harmless", False, 100, seed=1)
     chosen, rejected = (raw_scores(network, tokenizer, [pair[side] for pair in tests]) for side in (0, 1))
     assert (chosen > rejected).mean() > 0.9
