@@ -21,6 +21,7 @@ class ClusterConfig(Section):
     placement_deadline_s: float = Field(300, gt=0)
     call_deadline_s: float = Field(1800, gt=0, description="longest wait for one call of a worker")
     start_deadline_s: float = Field(600, gt=0, description="longest wait for a worker to load its model")
+    replacements: int = Field(8, ge=0, description="workers of one pool that are replaced before the job gives up")
 
 
 class Resources(Section):

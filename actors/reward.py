@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import ray
 from pydantic import Field
 
+from actors.faults import Limits
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from ctrlrl.config import Section
@@ -38,6 +40,9 @@ class RewardWorker:
     def score(self, conversations):
         return self.scorer.score(conversations)
 
+    def raw(self, conversations):
+        return self.scorer.raw(conversations)
+
     def pid(self):
         return os.getpid()
 
@@ -52,7 +57,14 @@ class Reward:
             worker = RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote()
             return worker, worker.build.remote(config)
 
-        self._pool = Pool(name, start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s)
+        self._pool = Pool(
+            name,
+            start,
+            config.workers,
+            start_deadline_s=cluster.start_deadline_s,
+            call_deadline_s=cluster.call_deadline_s,
+            limits=Limits(replacements=cluster.replacements),
+        )
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
@@ -61,3 +73,8 @@ class Reward:
         parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
         futures = [self._pool.submit(lambda worker, part=part: worker.score.remote(part)) for part in parts]
         return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)
+
+    def raw(self, conversations: Sequence[tuple[Messages, str]]) -> Future:
+        """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs."""
+        part = list(conversations)
+        return self._pool.submit(lambda worker: worker.raw.remote(part))

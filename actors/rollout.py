@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 
 import numpy as np
 import ray
 from pydantic import Field
 
+from actors.faults import Limits
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.waiting import gather
@@ -35,6 +36,9 @@ class RolloutWorker:
     def generate(self, requests, sampling):
         return self.sampler.generate(requests, sampling)
 
+    def generate_apart(self, requests, sampling):
+        return self.sampler.generate_apart(requests, sampling)
+
     def load_weights(self, message):
         self.sampler.load_weights(message)
         return message.nbytes
@@ -57,7 +61,14 @@ class Rollout:
             # A worker that joins later has the directory's weights: it gets the current ones before any item.
             return worker, built if self._message is None else worker.load_weights.remote(self._message)
 
-        self._pool = Pool(name, start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s)
+        self._pool = Pool(
+            name,
+            start,
+            config.workers,
+            start_deadline_s=cluster.start_deadline_s,
+            call_deadline_s=cluster.call_deadline_s,
+            limits=Limits(replacements=cluster.replacements),
+        )
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
 
     @property
@@ -78,6 +89,11 @@ class Rollout:
             if completions.version != self.version:
                 raise VersionMismatch(f"samples of policy version {completions.version} arrived where version {self.version} is required")
             yield futures[future], completions
+
+    def generate_apart(self, requests: Sequence[Request], sampling: SamplingConfig) -> Future:
+        """Completions, without logprobs, of one engine call that depends on nothing but its arguments and the weights."""
+        part = list(requests)
+        return self._pool.submit(lambda worker: worker.generate_apart.remote(part, sampling))
 
     def load(self, message: ray.ObjectRef, version: int) -> int:
         """Give every worker the weights of `message`; returns their size in bytes when all have them."""

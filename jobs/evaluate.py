@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import typer
 from pydantic import Field
 
-from actors.placement import ClusterConfig, Demands, connect, reserve
-from actors.reward import Reward, RewardModels
-from actors.rollout import Rollout, RolloutConfig
+from actors.crew import start_crew
+from actors.placement import ClusterConfig
+from actors.reward import RewardModels
+from actors.rollout import RolloutConfig
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
 from ctrlrl.data.atomic import write_text
@@ -80,30 +81,20 @@ def answer_and_score(config: EvaluateRecipe, judges: dict[str, RewardModels]) ->
         for c in cells
     ]
     named = {f"judges.{judge}.{a}": reward for judge, models in judges.items() for a, reward in models}
-    demands: Demands = {"rollout": [config.rollout.resources.bundle] * config.rollout.workers}
-    demands |= {name: [reward.resources.bundle] * reward.workers for name, reward in named.items()}
-    connect(config.cluster, demands)
-    place = reserve(demands, config.cluster)
-    rollout = Rollout(config.rollout, config.model, place, config.cluster)
-    rewards = {name: Reward(name, reward, place, config.cluster) for name, reward in named.items()}
-    try:
+    with start_crew(config.cluster, named, config.rollout, config.model) as crew:
         responses, finished = [""] * len(cells), np.zeros(len(cells), bool)
         scores = {name: np.zeros(len(cells)) for name in named}
         with ThreadPoolExecutor(16) as background:
             waiting = []
-            for rows, completions in rollout.generate(requests, config.sampling):
+            for rows, completions in crew.rollout.generate(requests, config.sampling):
                 texts = [text.strip() for text in tokenizer.batch_decode(completions.response_ids, skip_special_tokens=True)]
                 for row, text in zip(rows, texts, strict=True):
                     responses[row] = text
                 finished[rows] = completions.finished
                 conversations = [(cells[row].prompt.messages, responses[row]) for row in rows]
-                waiting += [(name, rows, background.submit(reward.score, conversations)) for name, reward in rewards.items()]
+                waiting += [(name, rows, background.submit(reward.score, conversations)) for name, reward in crew.rewards.items()]
             for name, rows, future in waiting:
                 scores[name][rows] = future.result()
-    finally:
-        for handle in (rollout, *rewards.values()):
-            handle.close()
-        place.release()
     return make_table(cells, responses, finished, {j: {a: scores[f"judges.{j}.{a}"] for a in ATTRIBUTES} for j in judges})
 
 

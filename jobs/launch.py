@@ -14,6 +14,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override one recipe key, such as policy.train.learning_rate=1e-5. Repeatable.")
 ]
 Out = Annotated[str, typer.Option(help="Run directory (the recipe's `out`).")]
+Data = Annotated[str, typer.Argument(help="Directory of ctrlrl generate.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
 
 EXIT_MISTAKE = 2
@@ -43,8 +44,8 @@ class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a flag that the job's loop looks at; a second SIGINT interrupts at once."""
 
-    def __init__(self):
-        self.signal = 0
+    def __init__(self, until: str = "this step"):
+        self.signal, self._until = 0, until
         self._previous = {}
 
     def __enter__(self):
@@ -68,4 +69,4 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nctrlrl: stopping after this step (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+        print(f"\nctrlrl: stopping after {self._until} (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)

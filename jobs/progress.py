@@ -69,3 +69,21 @@ class Clock:
         total = time.perf_counter() - self._began
         rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train")}
         return {**seconds, "seconds/step": total, **rates, "tokens_per_s/step": tokens / total}
+
+
+class Pace:
+    """Rows and tokens a second since `start`."""
+
+    def __init__(self):
+        self._began, self._rows, self._tokens = time.monotonic(), 0, 0
+
+    def start(self) -> None:
+        """Count from now."""
+        self._began = time.monotonic()
+
+    def figures(self, rows: int, tokens: int = 0) -> str:
+        """Count one more shard; the rates as a progress line shows them."""
+        self._rows += rows
+        self._tokens += tokens
+        spent = max(time.monotonic() - self._began, 1e-9)
+        return f"{self._rows / spent:,.1f} rows/s" + (f"  {self._tokens / spent:,.0f} tokens/s" if self._tokens else "")

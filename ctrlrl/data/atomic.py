@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ctrlrl.errors import RunError
+from ctrlrl.errors import CtrlrlError, RunError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -24,7 +24,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    except CtrlrlError:
+        temporary.unlink(missing_ok=True)
+        raise
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error}: free space or choose another directory, and run again") from None
 
 

@@ -1,12 +1,10 @@
 """Distillation: from samples and their scores to a training table of (prompt, control, response) ([SH] section 2.3, Table 3).
 
-Everything streams: three passes over the shards, a row group at a time, and no step whose memory grows with the number of samples
-beyond the `memory` setting. Sources: [SH] Tuan et al., arXiv 2404.01295.
+Everything streams: each shard is read once, a few row groups at a time, what the later passes need of it waits on the disk, and no step
+needs memory that grows with the number of samples beyond the `memory` setting. Source: [SH] Tuan et al., arXiv 2404.01295.
 """
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,27 +15,28 @@ import pyarrow.parquet as pq
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
 from ctrlrl.data.joint import JointScores
-from ctrlrl.data.keys import prompt_keys
 from ctrlrl.data.prompt_index import PromptIndex
 from ctrlrl.data.schemas import DISTILLED
+from ctrlrl.data.scored import (
+    KEY,
+    Bundle,
+    ScoredSamples,
+    check_aligned,
+    in_bundles,
+    read_ahead,
+    read_bundle,
+    read_rows_again,
+    rows_of_shards,
+    scored_rows,
+    write_rows,
+)
 from ctrlrl.data.selection import Moec, Oversampling, ScoredRows, Selection, Vanilla, classes, extremes
-from ctrlrl.data.shards import ROW_GROUP, ShardStore
-from ctrlrl.errors import DataError, RecipeError, RunError
+from ctrlrl.data.shards import ROW_GROUP
+from ctrlrl.errors import RecipeError, RunError
 
 METHODS = ("vanilla", "oversampling", "moec")
 TABLE, REPORT = "train.parquet", "report.json"
-_KEY = ["prompt_id", "unit", "index"]
 _ANSWER = ["response", "token_ids", "finish_reason"]
-
-
-@dataclass(frozen=True)
-class ScoredSamples:
-    """What is distilled: finished stores of samples and of their scores, row by row aligned, and the Parquet file of their prompts."""
-
-    samples: ShardStore
-    helpful: ShardStore
-    harmless: ShardStore
-    prompts: Path
 
 
 def distill(
@@ -54,30 +53,35 @@ def distill(
     """
     out = Path(out)
     scratch = out / ".scratch"
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    scratch.mkdir()
     try:
-        rows = _check_stores(source)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        scratch.mkdir()
+        bundles = in_bundles(rows_of_shards(source))
         index = PromptIndex(source.prompts, scratch)
-        selection = _selection(method, seed, per_cell, precision, memory, scratch, sum(rows), len(index))
+        selection = _selection(method, per_cell, precision, memory, scratch, sum(b.rows for b in bundles), len(index))
         counts, joint = _Counts(len(index)), JointScores()
-        for _, _, batch in _ahead(_scored_rows(source, len(rows), index, check=True)):
-            joint.count(batch.scores)
-            counts.before(batch)
-            selection.count(batch)
-        for _, _, batch in _ahead(_scored_rows(source, len(rows), index)):
-            joint.correlate(batch.scores)
-            selection.choose(batch)
-        selection.settle()
-        (out / REPORT).unlink(missing_ok=True)  # an old report must not vouch for a new table
-        write_atomically(out / TABLE, lambda file: _write_table(file, source, len(rows), index, selection, counts))
+        with open(scratch / "scored", "w+b") as scored:
+            for rows in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
+                joint.count(rows.scores)
+                counts.before(rows)
+                selection.count(rows)
+                write_rows(scored, rows)
+            for rows in read_rows_again(scored, bundles):
+                joint.correlate(rows.scores)
+                selection.choose(rows)
+            selection.settle()
+            (out / REPORT).unlink(missing_ok=True)  # an old report must not vouch for a new table
+            tables = _training_tables(source, read_rows_again(scored, bundles), bundles, index, selection, counts, seed)
+            write_atomically(out / TABLE, lambda file: _write_tables(file, tables))
         settings = {"method": method, "seed": seed, "per_cell": per_cell, "precision": precision}
         report = settings | counts.report() | {"entanglement": joint.correlations(), "histogram": joint.histogram.tolist()}
         report["table_sha256"] = file_sha256(out / TABLE)
         report["sources"] = {name: getattr(source, name).fingerprint for name in ("samples", *ATTRIBUTES)}
         write_json(out / REPORT, report)
         return report
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error}: free space or choose another directory, and run again") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -91,6 +95,7 @@ class _Counts:
         self._classes = {name: np.zeros(len(CORNERS), np.int64) for name in ("before", "extreme", "after")}
 
     def before(self, rows: ScoredRows) -> None:
+        """First pass: what there is."""
         self._seen[rows.prompt] = True
         self._rows["before"] += len(rows.prompt)
         of, extreme = classes(rows.scores), extremes(rows.scores)
@@ -98,121 +103,67 @@ class _Counts:
         self._classes["extreme"] += np.bincount(of[extreme], minlength=len(CORNERS))
 
     def after(self, rows: ScoredRows, copies: np.ndarray) -> None:
+        """Last pass: what is written."""
         self._kept[rows.prompt[copies > 0]] = True
         self._rows["after"] += int(copies.sum())
         self._classes["after"] += np.bincount(classes(rows.scores), copies, minlength=len(CORNERS)).astype(np.int64)
 
     def report(self) -> dict:
+        """rows, prompts and classes, for report.json."""
         seen, kept = int(self._seen.sum()), int(self._kept.sum())
         named = {name: dict(zip((c.name for c in CORNERS), counts.tolist(), strict=True)) for name, counts in self._classes.items()}
         return {"rows": self._rows, "prompts": {"before": seen, "after": kept, "share": kept / max(seen, 1)}, "classes": named}
 
 
-def _selection(method, seed, per_cell, precision, memory, scratch, samples, prompts) -> Selection:
+def _selection(method, per_cell, precision, memory, scratch, samples, prompts) -> Selection:
     if method == "vanilla":
         return Vanilla(precision)
     if method == "oversampling":
-        return Oversampling(seed)
+        return Oversampling()
     if method == "moec":
-        return Moec(seed, per_cell, memory, scratch, samples, prompts)
+        return Moec(per_cell, memory, scratch, samples, prompts)
     raise RecipeError(f"method = {method!r} is unknown: use one of {', '.join(METHODS)}")
 
 
-def _check_stores(source: ScoredSamples) -> list[int]:
-    """Rows of each sample shard; raises RunError unless every one has a score shard of as many rows in both stores."""
-    samples = source.samples.manifest()["shards"]
-    for name in ATTRIBUTES:
-        store = getattr(source, name)
-        scored = store.manifest()["shards"]
-        if len(scored) < len(samples):
-            raise RunError(f"{store.directory} scores {len(scored)} of {len(samples)} shards of {source.samples.directory}: score the rest")
-        for sample, score in zip(samples, scored, strict=False):
-            if sample["rows"] != score["rows"]:
-                raise DataError(
-                    f"shard {sample['index']} has {sample['rows']} samples in {source.samples.directory} and {score['rows']} scores in "
-                    f"{store.directory}: score these samples anew"
-                )
-    return [record["rows"] for record in samples]
+def _training_tables(
+    source: ScoredSamples,
+    scored: Iterator[ScoredRows],
+    bundles: list[Bundle],
+    index: PromptIndex,
+    selection: Selection,
+    counts: _Counts,
+    seed: int,
+) -> Iterator[pa.Table]:
+    """The last pass: every row that is kept, as often as it is kept, in the order of the shards."""
+    wanted: dict[int, tuple[ScoredRows, np.ndarray]] = {}
 
-
-def _ahead(items: Iterator) -> Iterator:
-    """The same items, with the next one being read while this one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = reader.submit(next, items, None)
-            yield item
-
-
-def _scored_rows(source: ScoredSamples, shards: int, index: PromptIndex, *, check: bool = False) -> Iterator[tuple[int, int, ScoredRows]]:
-    """Shard, row group, and its keys and scores, over all; with `check`, that the stores hold the same samples and good scores."""
-    start = 0
-    for shard in range(shards):
-        helpful, harmless, samples = (_open(store, shard) for store in (source.helpful, source.harmless, source.samples))
-        for group in range(helpful.num_row_groups):
-            keyed = helpful.read_row_group(group, columns=[*_KEY, "score"])
-            other = harmless.read_row_group(group, columns=[*_KEY, "score"] if check else ["score"])
-            scores = np.stack([table["score"].to_numpy() for table in (keyed, other)], axis=1)
-            distinct, place = _prompt_ids(keyed)
-            unit, number = keyed["unit"].to_numpy(), keyed["index"].to_numpy()
-            rows = ScoredRows(start, index.numbers(distinct)[place], distinct[place], unit, number, scores)
-            if check:
-                for store, table in ((source.harmless, other.select(_KEY)), (source.samples, samples.read_row_group(group, columns=_KEY))):
-                    if not table.equals(keyed.select(_KEY)):
-                        _check_aligned(rows, table, source.helpful, store, shard)
-                _check_scores(rows, source, shard)
-            yield shard, group, rows
-            start += len(scores)
-
-
-def _open(store: ShardStore, shard: int) -> pq.ParquetFile:
-    return pq.ParquetFile(store.path(shard), read_dictionary=["prompt_id"])  # each id once a group instead of once a sample
-
-
-def _prompt_ids(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct keys of a row group's prompts, and which of them each row has."""
-    column = table["prompt_id"].combine_chunks()
-    return prompt_keys(column.dictionary), column.indices.to_numpy()
-
-
-def _check_aligned(rows: ScoredRows, other: pa.Table, store: ShardStore, other_store: ShardStore, shard: int) -> None:
-    distinct, place = _prompt_ids(other)
-    same = (distinct[place] == rows.key) & (other["unit"].to_numpy() == rows.unit) & (other["index"].to_numpy() == rows.index)
-    if not same.all():
-        row = int(np.argmin(same))
-        raise DataError(
-            f"{(~same).sum()} rows of shard {shard} are other samples in {store.directory} than in {other_store.directory}, the first "
-            f"that of prompt {rows.key[row]:016x}, unit {rows.unit[row]}, index {rows.index[row]}: score these samples anew"
-        )
-
-
-def _check_scores(rows: ScoredRows, source: ScoredSamples, shard: int) -> None:
-    bad = np.argwhere(~((rows.scores >= 0) & (rows.scores <= 1)))
-    if len(bad):
-        row, column = bad[0]
-        raise DataError(
-            f"shard {shard} of {getattr(source, ATTRIBUTES[column]).directory} holds the score {rows.scores[row, column]:g} for prompt "
-            f"{rows.key[row]:016x}, unit {rows.unit[row]}, index {rows.index[row]}; scores lie in [0, 1]: calibrate the reward model"
-        )
-
-
-def _write_table(
-    file: BinaryIO, source: ScoredSamples, shards: int, index: PromptIndex, selection: Selection, counts: _Counts
-) -> None:
-    """The third pass: every row that is kept, as often as it is kept, in the order of the shards."""
-    waiting: list[pa.Table] = []
-    with pq.ParquetWriter(file, DISTILLED, compression="zstd") as writer:
-        for shard, group, rows in _ahead(_scored_rows(source, shards, index)):
+    def with_rows() -> Iterator[Bundle]:
+        for bundle, rows in zip(bundles, scored, strict=True):
             copies = selection.copies(rows)
             counts.after(rows, copies)
-            if not copies.any():
-                continue
-            answers = _open(source.samples, shard).read_row_group(group, columns=[*_KEY, *_ANSWER])
-            for taken in _repeats(copies):
-                waiting.append(_training_rows(answers, rows, taken, index, selection))
-                if sum(map(len, waiting)) >= ROW_GROUP:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=ROW_GROUP)
-                    waiting = []
+            if copies.any():
+                wanted[bundle.start] = (rows, copies)
+                yield bundle
+
+    def read(bundle: Bundle) -> tuple[Bundle, pa.Table]:
+        return bundle, read_bundle(source.samples, bundle, [*KEY, *_ANSWER])
+
+    for bundle, answers in read_ahead(read, with_rows()):
+        rows, copies = wanted.pop(bundle.start)
+        check_aligned(rows.rank, answers, np.flatnonzero(copies), seed, source.samples, source.helpful)
+        for taken in _repeats(copies):
+            yield _training_rows(answers, rows, taken, index, selection)
+
+
+def _write_tables(file: BinaryIO, tables: Iterator[pa.Table]) -> None:
+    """Row groups of about ROW_GROUP rows, whatever the sizes of the tables."""
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(file, DISTILLED, compression="zstd") as writer:
+        for table in tables:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= ROW_GROUP:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=ROW_GROUP)
+                waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting), row_group_size=ROW_GROUP)
 
@@ -225,9 +176,9 @@ def _repeats(copies: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _training_rows(answers: pa.Table, rows: ScoredRows, taken: np.ndarray, index: PromptIndex, selection: Selection) -> pa.Table:
-    chosen = answers.take(pa.array(taken))
+    chosen = answers.take(pa.array(taken)).combine_chunks()
     levels = selection.levels(rows.scores[taken])
-    columns = {name: chosen[name] for name in (*_KEY, *_ANSWER)} | dict(zip(ATTRIBUTES, levels.T, strict=True))
+    columns = {name: chosen[name] for name in (*KEY, *_ANSWER)} | dict(zip(ATTRIBUTES, levels.T, strict=True))
     columns["prompt_id"] = columns["prompt_id"].cast(pa.string())
     columns["messages"] = index.messages(rows.prompt[taken])
     return pa.table([columns[name] for name in DISTILLED.names], schema=DISTILLED)

@@ -29,7 +29,8 @@ class JointScores:
         for fine, column in zip(self._fine, scores.T, strict=True):
             np.add.at(fine, _fine_bins(column), 1)
         u, v = scores.T - 0.5
-        self._sums += (u.sum(), v.sum(), u @ u, v @ v, u @ v)
+        # Not with @: BLAS splits a sum by its number of threads, and the report should not depend on that.
+        self._sums += [x.sum() for x in (u, v, u * u, v * v, u * v)]
 
     def correlate(self, scores: np.ndarray) -> None:
         """Second pass, over the same samples."""
@@ -37,7 +38,7 @@ class JointScores:
             # The middle of the places that a bin's samples take, as a distance from the middle place of all.
             self._ranks = np.cumsum(self._fine, axis=1) - (self._fine - 1) / 2 - (self._fine.sum(axis=1, keepdims=True) + 1) / 2
         a, b = (ranks[_fine_bins(column)] for ranks, column in zip(self._ranks, scores.T, strict=True))
-        self._product += float(a @ b)
+        self._product += float((a * b).sum())
 
     def correlations(self) -> dict[str, float]:
         """{"pearson", "spearman"} of r_hp and r_sf, after both passes."""

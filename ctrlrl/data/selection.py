@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 
 from ctrlrl.control import CORNERS, HIGH, LOW
-from ctrlrl.data.keys import sample_ranks
 from ctrlrl.errors import RecipeError
 
 LOW_END, HIGH_START, MIDDLE = 0.2, 0.8, 0.5
@@ -26,15 +25,9 @@ class ScoredRows:
     """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, 2] (helpfulness first)."""
 
     start: int
-    prompt: np.ndarray  # number in the PromptIndex
-    key: np.ndarray  # uint64 of the prompt_id
-    unit: np.ndarray
-    index: np.ndarray
+    prompt: np.ndarray  # uint32, number in the PromptIndex
+    rank: np.ndarray  # uint64, the sample's seeded draw (ctrlrl.data.keys.sample_ranks)
     scores: np.ndarray
-
-    def ranks(self, seed: int) -> np.ndarray:
-        """The seeded draw of each sample, uint64 [n]."""
-        return sample_ranks(self.key, self.unit, self.index, seed)
 
 
 class Selection(Protocol):
@@ -96,20 +89,19 @@ class Vanilla:
 class Oversampling:
     """Every non-empty class as large as the largest, m: each of a class's n samples m // n times, and m % n drawn ones once more."""
 
-    def __init__(self, seed: int):
-        self._seed = seed
+    def __init__(self):
         self._counts = np.zeros((len(CORNERS), 1 << _BUCKET_BITS), np.int64)
         self._in_bucket: list[list[np.ndarray]] = [[] for _ in CORNERS]
 
     def count(self, rows: ScoredRows) -> None:
         """Sizes of the classes, and within each how the ranks spread."""
-        np.add.at(self._counts, (classes(rows.scores), _bucket(rows.ranks(self._seed))), 1)
+        np.add.at(self._counts, (classes(rows.scores), _bucket(rows.rank)), 1)
 
     def choose(self, rows: ScoredRows) -> None:
         """Keep the few ranks among which the last drawn one is."""
-        of, ranks = classes(rows.scores), rows.ranks(self._seed)
+        of, buckets = classes(rows.scores), _bucket(rows.rank)
         for c, (_, _, bucket) in self._wanted().items():
-            self._in_bucket[c].append(ranks[(of == c) & (_bucket(ranks) == bucket)])
+            self._in_bucket[c].append(rows.rank[(of == c) & (buckets == bucket)])
 
     def settle(self) -> None:
         """The largest rank that is still drawn, by class."""
@@ -124,7 +116,7 @@ class Oversampling:
     def copies(self, rows: ScoredRows) -> np.ndarray:
         """How often each row is written, at least once."""
         of = classes(rows.scores)
-        return self._whole[of] + (self._draws[of] & (rows.ranks(self._seed) <= self._last[of]))
+        return self._whole[of] + (self._draws[of] & (rows.rank <= self._last[of]))
 
     def levels(self, scores: np.ndarray) -> np.ndarray:
         """LOW or HIGH, whichever side of 0.5."""
@@ -149,14 +141,14 @@ class Moec:
     them stays within `memory` bytes; the rows that are kept are marked in a file of one byte a sample, which is mapped, not loaded.
     """
 
-    def __init__(self, seed: int, per_cell: int, memory: int, scratch: Path, samples: int, prompts: int):
+    def __init__(self, per_cell: int, memory: int, scratch: Path, samples: int, prompts: int):
         if per_cell < 1:
             raise RecipeError(f"per_cell = {per_cell} keeps nothing: give 1 or more")
         parts = max(-(-samples * _WORKING // memory), 1)
         if parts > _MOST_PARTS:
             least = -(-samples * _WORKING // _MOST_PARTS)
             raise RecipeError(f"memory = {memory} bytes is too little for {samples} samples: give {least} or more")
-        self._seed, self._per_cell, self._prompts = seed, per_cell, max(prompts, 1)
+        self._per_cell, self._prompts = per_cell, max(prompts, 1)
         self._paths = [scratch / f"part-{number:03d}" for number in range(parts)]
         self._files = [open(path, "wb") for path in self._paths]  # noqa: SIM115 (closed by settle)
         self._kept = np.memmap(scratch / "kept", np.bool_, mode="w+", shape=(max(samples, 1),))
@@ -170,7 +162,7 @@ class Moec:
         records = np.empty(len(extreme), _RECORD)
         prompt = rows.prompt[extreme].astype(np.uint64)
         records["cell"] = prompt * np.uint64(len(CORNERS)) + classes(rows.scores[extreme]).astype(np.uint64)
-        records["rank"] = rows.ranks(self._seed)[extreme]
+        records["rank"] = rows.rank[extreme]
         records["row"] = extreme + rows.start
         part = prompt * np.uint64(len(self._files)) // np.uint64(self._prompts)
         order = np.argsort(part, kind="stable")

@@ -11,12 +11,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.selection import HIGH_START, LOW_END
 from ctrlrl.errors import DataError
 
 # Two hues that stay apart for every common colour blindness (Okabe-Ito blue and vermilion), and greys for the rest.
 COLOURS = dict(zip(ATTRIBUTES, ("#0072B2", "#D55E00"), strict=True))
 INK, FAINT, GRID = "#333333", "#8a8a8a", "#e6e6e6"
-LOW_END, HIGH_START = 0.2, 0.8  # the extreme ranges of MOEC (METHOD, distillation)
 _DENSITY = LinearSegmentedColormap.from_list("density", ["#eef4fa", "#7fb0d6", "#0f5c97", "#082f52"])
 _DPI = 150
 _SMOOTHED_FROM = 20  # steps; shorter runs are drawn as they are

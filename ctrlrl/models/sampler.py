@@ -69,7 +69,7 @@ class Request:
 @dataclass(frozen=True)
 class Completions:
     """Drawn responses in the order of their requests. response_ids include the end token where finished; logprobs are the sampler's own,
-    after temperature and top-p; finished is false for responses cut at the length limit."""
+    after temperature and top-p (empty where they were not asked for); finished is false for responses cut at the length limit."""
 
     response_ids: list[np.ndarray]
     logprobs: list[np.ndarray]
@@ -110,6 +110,14 @@ class Sampler:
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Completions:
         """Draw one response for each request. Each depends only on its own prompt, seed and the weights (exactly so in fp32)."""
+        return self._draw(requests, sampling, logprobs=True)
+
+    def generate_apart(self, requests: Sequence[Request], sampling: SamplingConfig) -> Completions:
+        """The same without logprobs, and without prefixes of earlier calls: in bf16, too, the answers depend on this call alone."""
+        self._llm.reset_prefix_cache()
+        return self._draw(requests, sampling, logprobs=False)
+
+    def _draw(self, requests: Sequence[Request], sampling: SamplingConfig, *, logprobs: bool) -> Completions:
         from vllm import SamplingParams
 
         began = time.perf_counter()
@@ -119,7 +127,7 @@ class Sampler:
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 seed=r.seed,
-                logprobs=0,
+                logprobs=0 if logprobs else None,
                 detokenize=False,
                 stop_token_ids=self._ends,
             )
@@ -129,7 +137,7 @@ class Sampler:
         drawn = [o.outputs[0] for o in outputs]
         return Completions(
             [np.array(d.token_ids, dtype=np.int32) for d in drawn],
-            [np.array([step[token].logprob for step, token in zip(d.logprobs, d.token_ids, strict=True)], dtype=np.float32) for d in drawn],
+            [np.array([s[t].logprob for s, t in zip(d.logprobs, d.token_ids, strict=True)] if logprobs else [], np.float32) for d in drawn],
             np.array([d.finish_reason == "stop" for d in drawn]),
             self.version,
             time.perf_counter() - began,

@@ -5,10 +5,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ctrlrl.config import Section
 from ctrlrl.data.batches import TokenBatch, plan_micro_batches
+from ctrlrl.data.calibration import Calibration, load_calibration
 from ctrlrl.models.forward import PolicyModule, attention_for
 from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer
 from ctrlrl.models.trainer import score_rows
@@ -16,13 +17,24 @@ from ctrlrl.prompts import Messages
 
 
 class ScorerConfig(Section):
-    """A reward model. calibration: how its raw output becomes a score in [0, 1]."""
+    """A reward model. calibration: how its raw output becomes a score in [0, 1]; `quantile` reads it from calibration_file."""
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
-    calibration: Literal["sigmoid", "identity"] = "sigmoid"
+    calibration: Literal["sigmoid", "identity", "quantile"] = "sigmoid"
+    calibration_file: str = ""
     max_length: int = Field(1024, gt=0)
     batch_tokens: int = Field(16384, gt=0)
+
+    @model_validator(mode="after")
+    def _quantile_is_stored(self):
+        if bool(self.calibration_file) != (self.calibration == "quantile"):
+            raise ValueError("calibration = \"quantile\" and calibration_file (of `ctrlrl calibrate`) go together: give both or neither")
+        return self
+
+    def load_calibration(self) -> Calibration:
+        """The map from raw outputs to scores; raises DataError if a stored one is missing or was changed."""
+        return load_calibration(self.calibration_file) if self.calibration_file else Calibration(self.calibration)
 
 
 class Scorer:
@@ -30,6 +42,7 @@ class Scorer:
 
     def __init__(self, config: ScorerConfig):
         self.config = config
+        self.calibration = config.load_calibration()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(config.model)
         self.model = load_reward_model(config.model, config.dtype).to(self.device)
@@ -39,16 +52,20 @@ class Scorer:
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
-    @torch.no_grad()
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; independent of batching and padding."""
+        return self.calibration(self.raw(conversations)).astype(np.float32)
+
+    @torch.no_grad()
+    def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
+        """The model's own outputs, fp32 [B], before calibration."""
         encoded = [self._encode(messages, response) for messages, response in conversations]
         raw = np.zeros(len(encoded), np.float32)
         lengths = np.array([len(e["input_ids"]) for e in encoded])
         for rows in plan_micro_batches(lengths, self.config.batch_tokens, padded=True):
             inputs = self.tokenizer.pad([encoded[i] for i in rows], return_tensors="pt").to(self.device)
             raw[rows] = self.model(**inputs).logits[:, 0].float().cpu().numpy()
-        return calibrated(raw, self.config.calibration)
+        return raw
 
     def _encode(self, messages: Messages, response: str) -> dict:
         if self.tokenizer.chat_template:
@@ -61,13 +78,6 @@ class Scorer:
             encoded = dict(self.tokenizer(prompt, response))
         # Cut on the left: the response, which is what is judged, stays.
         return {name: values[-self.config.max_length :] for name, values in encoded.items()}
-
-
-def calibrated(raw: np.ndarray, calibration: str) -> np.ndarray:
-    """Scores in [0, 1] from raw outputs: `sigmoid` (Bradley-Terry heads) or `identity` (already probabilities)."""
-    if calibration == "sigmoid":
-        return 1 / (1 + np.exp(-np.clip(raw, -60, 60)))
-    return np.clip(raw, 0, 1)
 
 
 class ReferenceConfig(Section):

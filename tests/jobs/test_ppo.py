@@ -86,16 +86,29 @@ def test_a_resumed_run_equals_an_undisturbed_one(finished, ppo_overrides, tmp_pa
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_sigterm_finishes_the_step_and_writes_a_checkpoint(ray_cluster, ppo_overrides, tmp_path, monkeypatch):
+def test_a_lora_run_with_rloo_rolls_out_its_adapter_and_stops_at_sigterm(ray_cluster, ppo_overrides, tmp_path, monkeypatch):
     import jobs.ppo
 
-    config = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}", "steps=50", "checkpoint_every=50", "algorithm.advantage=rloo",
-                                    "algorithm.samples_per_query=2", "algorithm.queries_per_step=8", "policy.train.lora.rank=4"])  # fmt: skip
-    real = jobs.ppo.make_experience
-    monkeypatch.setattr(jobs.ppo, "make_experience", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1])
+    changes = {
+        "out": str(tmp_path / "run"), "steps": 50, "checkpoint_every": 50, "algorithm.advantage": "rloo",
+        "algorithm.samples_per_query": 2, "algorithm.queries_per_step": 8, "policy.train.lora.rank": 4, "policy.train.zero_stage": 1,
+    }  # fmt: skip
+    config = load(PPORecipe, None, [*ppo_overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
+    real, calls = jobs.ppo.make_experience, []
+
+    def stop_in_the_second_step(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(jobs.ppo, "make_experience", stop_in_the_second_step)
     assert train(config) == 128 + signal.SIGTERM
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0]
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000001\n"
+    first, second = read_metrics(tmp_path / "run")
+    assert first["kl/k3"] == pytest.approx(0, abs=1e-6) and second["kl/k3"] > 1e-5  # the adapter moved the policy
+    assert second["mismatch/max"] < 1e-3  # and the rollout worker answered with it
+    assert "value/loss" not in second
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000002\n"
 
 
 # --- bookkeeping, without actors ---

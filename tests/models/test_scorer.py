@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from ctrlrl.data.batches import TokenBatch
-from ctrlrl.errors import ModelError
+from ctrlrl.data.calibration import fit_quantile
+from ctrlrl.errors import DataError, ModelError
 from ctrlrl.models.forward import SEGMENTS, PolicyModule, lay_out
 from ctrlrl.models.loading import check_policy, check_reward_model, end_token_ids, load_policy, load_tokenizer
-from ctrlrl.models.scorer import ReferenceConfig, ReferenceModel, Scorer, ScorerConfig, calibrated
+from ctrlrl.models.scorer import ReferenceConfig, ReferenceModel, Scorer, ScorerConfig
 from ctrlrl.models.weights import fingerprint, full_weights, pack_weights
 
 CONVERSATIONS = [([{"role": "user", "content": f"How do I bake {n} loaves?"}], "Mix flour and water. " * n) for n in (1, 7, 3, 12, 2)]
@@ -41,9 +43,22 @@ def test_a_long_conversation_keeps_its_end(models):
     assert scorer._encode(*CONVERSATIONS[3])["input_ids"][-1] == 2
 
 
-def test_calibration_literals():
-    assert calibrated(np.array([0.0, np.log(3.0), -1e9]), "sigmoid") == pytest.approx([0.5, 0.75, 0.0])
-    assert calibrated(np.array([-0.5, 0.3, 2.0]), "identity") == pytest.approx([0, 0.3, 1])
+def test_scores_are_the_calibrated_raw_outputs(models, tmp_path):
+    scorer = Scorer(ScorerConfig(model=models["helpful"]))
+    raw = scorer.raw(CONVERSATIONS)
+    assert scorer.score(CONVERSATIONS) == pytest.approx(1 / (1 + np.exp(-raw)), abs=1e-6)
+    fit_quantile(raw).save(tmp_path / "quantile.json")
+    quantile = Scorer(ScorerConfig(model=models["helpful"], calibration="quantile", calibration_file=str(tmp_path / "quantile.json")))
+    assert sorted(quantile.score(CONVERSATIONS)) == pytest.approx((np.arange(len(raw)) + 0.5) / len(raw))
+    assert np.array_equal(np.argsort(quantile.score(CONVERSATIONS)), np.argsort(raw))
+
+
+def test_a_quantile_calibration_needs_its_file_and_no_other_takes_one(models):
+    for wrong in ({"calibration": "quantile"}, {"calibration_file": "x.json"}):
+        with pytest.raises(ValidationError, match="give both or neither"):
+            ScorerConfig(model=models["helpful"], **wrong)
+    with pytest.raises(DataError, match="gone.json is not a stored calibration"):
+        ScorerConfig(model=models["helpful"], calibration="quantile", calibration_file="gone.json").load_calibration()
 
 
 def test_reward_models_need_one_label_and_a_classifier(models):

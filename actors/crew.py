@@ -1,0 +1,42 @@
+"""The workers of jobs that answer and judge without training: a rollout pool and any number of reward models, started together."""
+
+from dataclasses import dataclass
+
+from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
+from actors.reward import Reward, RewardConfig
+from actors.rollout import Rollout, RolloutConfig
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The handles; as a context it ends all workers and gives their places back. rollout: None in jobs that only judge."""
+
+    rollout: Rollout | None
+    rewards: dict[str, Reward]
+    placement: Placement
+
+    def wait_ready(self) -> None:
+        """Return when every worker has loaded its model."""
+        for handle in self._handles():
+            handle.wait_ready()
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles():
+            handle.close()
+        self.placement.release()
+
+    def _handles(self) -> list:
+        return [*self.rewards.values(), *([self.rollout] if self.rollout else [])]
+
+
+def start_crew(cluster: ClusterConfig, rewards: dict[str, RewardConfig], rollout: RolloutConfig | None = None, policy: str = "") -> Crew:
+    """Reserve all places at once and start every worker; `rewards` by the name that messages show. Calls may be made at once."""
+    demands: Demands = {"rollout": [rollout.resources.bundle] * rollout.workers} if rollout else {}
+    demands |= {name: [reward.resources.bundle] * reward.workers for name, reward in rewards.items()}
+    connect(cluster, demands)
+    place = reserve(demands, cluster)
+    answering = Rollout(rollout, policy, place, cluster) if rollout else None
+    return Crew(answering, {name: Reward(name, reward, place, cluster) for name, reward in rewards.items()}, place)

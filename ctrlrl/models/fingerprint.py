@@ -1,0 +1,24 @@
+"""Fingerprints of models: what was used is known by its content, not by the name of its directory."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ctrlrl.data.atomic import file_sha256
+from ctrlrl.errors import ModelError
+
+_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+
+
+def model_fingerprint(name: str) -> str:
+    """SHA-256 over the names and contents of a model's weights, configuration and tokenizer files; a hub name is fetched for it."""
+    path = Path(name).expanduser()
+    try:
+        folder = path if path.is_dir() else Path(snapshot_download(name, allow_patterns=list(_CONTENT)))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the files of {name!r}: {error}: give a local directory, or a hub name") from None
+    files = sorted({file for pattern in _CONTENT for file in folder.glob(pattern)})
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ModelError(f"{name!r} has no safetensors weights: save it with save_pretrained")
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()

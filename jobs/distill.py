@@ -1,0 +1,77 @@
+"""Distillation ([SH] section 2.3): from a self-generation directory to a training table of prompts, controls and answers.
+
+python jobs/distill.py runs/generated --method moec --out runs/moec
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import Field
+
+from ctrlrl.config import Section
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples
+from ctrlrl.data.distill import distill as distil_shards
+from ctrlrl.data.generation import OPTIMISATION, Layout
+from ctrlrl.errors import RunError
+from ctrlrl.evaluation.plots import score_distribution
+from ctrlrl.runs import absolute_out, output_directory
+from jobs.launch import Data, Out, Recipe, Set, run_job
+
+Method = Annotated[str, typer.Option(help="vanilla, oversampling or moec.")]
+PICTURE = "scores.png"
+
+
+class DistillRecipe(Section):
+    """What is distilled, how, and where to. scores: which set of scores. memory_gib: what grouping by prompt may use."""
+
+    data: str
+    out: str = "runs/distilled"
+    scores: str = OPTIMISATION
+    method: Literal["vanilla", "oversampling", "moec"] = "moec"
+    seed: int = 0
+    per_cell: int = Field(1, gt=0)
+    precision: int = Field(4, ge=1, le=6)
+    memory_gib: float = Field(1.0, gt=0)
+
+
+def distill(config: DistillRecipe) -> int:
+    """Write train.parquet, report.json and scores.png, and print the report."""
+    layout = Layout(absolute_out(config.data)).existing()
+    sets = layout.score_sets()
+    if set(sets.get(config.scores, ())) != set(ATTRIBUTES):
+        whole = [name for name, attributes in sets.items() if set(attributes) == set(ATTRIBUTES)]
+        have = f"has no scores {config.scores!r} for both attributes; it has {', '.join(whole) or 'none'}"
+        raise RunError(f"{config.data!r} {have}: run ctrlrl score")
+    source = ScoredSamples(layout.samples(), *(layout.scores(config.scores, a) for a in ATTRIBUTES), layout.prompts)
+    source.samples.manifest()  # an unfinished directory is refused before anything is made
+    out = output_directory(config.out)
+    settings = config.model_dump(include={"method", "seed", "per_cell", "precision"})
+    report = distil_shards(source, out, memory=int(config.memory_gib * 2**30), **settings)
+    score_distribution(report["histogram"], out / PICTURE, extremes=report["classes"]["extreme"])
+    print("\n".join(report_lines(report, out)), flush=True)
+    return 0
+
+
+def report_lines(report: dict, out: Path) -> list[str]:
+    """The report as a table of classes, and its figures."""
+    rows, prompts, classes = report["rows"], report["prompts"], report["classes"]
+    kept = f"{prompts['after']:,} of {prompts['before']:,} prompts kept ({prompts['share']:.1%})"
+    lines = [f"{report['method']}: {rows['before']:,} samples -> {rows['after']:,} rows, {kept}"]
+    lines.append(f"{'class':30}{'before':>12}{'extreme':>12}{'after':>12}")
+    for name in (corner.name for corner in CORNERS):
+        lines.append(f"{name:30}" + "".join(f"{classes[when][name]:12,}" for when in ("before", "extreme", "after")))
+    entanglement = report["entanglement"]
+    lines.append(f"helpful with harmless: Pearson {entanglement['pearson']:.3f}, Spearman {entanglement['spearman']:.3f}")
+    return [*lines, *(str(out / name) for name in (TABLE, REPORT, PICTURE))]
+
+
+def main(data: Data, method: Method = "", recipe: Recipe = "jobs/recipes/distill.toml", overrides: Set = None, out: Out = "") -> None:
+    """Distil a self-generation directory into a training table."""
+    overrides = [*(overrides or []), f"data={data}", *([f"method={method}"] if method else [])]
+    raise typer.Exit(run_job(DistillRecipe, distill, recipe, overrides, out))
+
+
+if __name__ == "__main__":
+    typer.run(main)

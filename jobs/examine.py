@@ -1,0 +1,142 @@
+"""What a self-generation directory holds: counts, classes, readable examples; whether every byte is sound; and what is missing.
+
+The file is not called inspect.py: `python jobs/….py` puts this folder before the standard library, whose `inspect` it would hide.
+
+python jobs/examine.py runs/generated
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.generation import Layout
+from ctrlrl.data.selection import classes
+from ctrlrl.data.shards import ShardStore, Verification
+from ctrlrl.runs import absolute_out
+from jobs.launch import Data, mistakes_told
+
+Examples = Annotated[int, typer.Option(help="How many samples to show.")]
+_SHOWN = 300  # characters of a text
+
+
+@dataclass
+class Finding:
+    """One store: what its verification says, shards its manifest lists that are gone, and score shards of other samples."""
+
+    name: str
+    store: ShardStore
+    verified: Verification
+    lost: list[int] = field(default_factory=list)
+    foreign: list[int] = field(default_factory=list)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something that was there is wrong or gone; shards that were never made do not count."""
+        return bool(self.lost or self.foreign or self.verified.damaged or self.verified.duplicates)
+
+    @property
+    def sound(self) -> set[int]:
+        """Shards that can be read."""
+        return set(self.store.committed()) - set(self.verified.damaged)
+
+    def lines(self) -> Iterator[str]:
+        """The finding in words."""
+        v = self.verified
+        state = "DAMAGED" if self.damaged else "unfinished" if v.missing else "whole"
+        yield f"{self.name:28} {v.shards} of {self.store.planned} shards, {v.rows:,} rows, {state}"
+        yield from (f"  damaged: {problem}" for problem in v.damaged.values())
+        if self.lost:
+            yield f"  gone although the manifest lists them: shards {_some(self.lost)}: run the command that made them again"
+        if v.duplicates:
+            yield f"  {v.duplicates} samples stand more than once: {'; '.join(v.doubled)}"
+        if self.foreign:
+            yield f"  scores of other samples than those that are there: shards {_some(self.foreign)}: delete them and score again"
+        if never := sorted(set(v.missing) - set(self.lost)):
+            yield f"  not made yet: shards {_some(never)}: run the command that makes them again"
+        if v.strays:
+            yield f"  left by an interrupted writer, harmless: {', '.join(v.strays[:5])}"
+
+
+def inspect_data(data: str, examples: int) -> int:
+    """Print everything; returns 1 if something is damaged."""
+    layout = Layout(absolute_out(data)).existing()
+    samples = checked("samples", layout.samples())
+    stores = [(name, a) for name, found in layout.score_sets().items() for a in found]
+    scores = {(name, a): checked(f"scores/{name}/{a}", layout.scores(name, a)) for name, a in stores}
+    for finding in scores.values():
+        finding.foreign = [i for i in sorted(finding.sound & samples.sound) if not _same_samples(finding.store, samples.store, i)]
+    prompts = layout.messages()
+    print(f"{layout.directory}: {len(prompts):,} prompts, {'with' if layout.manifest.exists() else 'without'} a manifest")
+    for finding in (samples, *scores.values()):
+        print("\n".join(finding.lines()))
+    for name in layout.score_sets():
+        pair = [scores[name, a] for a in ATTRIBUTES if (name, a) in scores]
+        if len(pair) == len(ATTRIBUTES):
+            print("\n".join(class_lines(name, pair)))
+    print("\n".join(example_lines(samples, scores, prompts, examples)))
+    damaged = any(finding.damaged for finding in (samples, *scores.values()))
+    print("damaged: see above" if damaged else "every shard that is there is sound")
+    return int(damaged)
+
+
+def checked(name: str, store: ShardStore) -> Finding:
+    """Verify one store."""
+    verified = store.verify()
+    listed = {shard["index"] for shard in store.manifest()["shards"]} if (store.directory / "manifest.json").exists() else set()
+    return Finding(name, store, verified, sorted(listed & set(verified.missing)))
+
+
+def class_lines(name: str, pair: list[Finding]) -> Iterator[str]:
+    """How many samples of each class the scores of a set make."""
+    counts = np.zeros(len(CORNERS), np.int64)
+    for shard in sorted(set.intersection(*(finding.sound for finding in pair))):
+        scores = np.stack([finding.store.read(shard, ["score"])["score"].to_numpy() for finding in pair], axis=1)
+        counts += np.bincount(classes(scores), minlength=len(CORNERS))
+    yield f"classes by {name}: " + ", ".join(f"{c.name} {n:,}" for c, n in zip(CORNERS, counts.tolist(), strict=True))
+
+
+def example_lines(samples: Finding, scores: dict, prompts: dict[str, list[dict]], wanted: int) -> Iterator[str]:
+    """Samples spread evenly over the shards, with their scores."""
+    sound = sorted(samples.sound)
+    for number in range(min(wanted, samples.verified.rows)):
+        shard = sound[number * len(sound) // wanted]
+        table = samples.store.read(shard, ["prompt_id", "unit", "index", "response", "finish_reason"])
+        place = (2 * number + 1) * table.num_rows // (2 * wanted)
+        row = table.slice(place, 1).to_pylist()[0]
+        judged = [
+            f"{name}.{a} {finding.store.read(shard, ['score'])['score'][place].as_py():.2f}"
+            for (name, a), finding in scores.items()
+            if shard in finding.sound and shard not in finding.foreign
+        ]
+        yield f"\n--- prompt {row['prompt_id']}, unit {row['unit']}, index {row['index']}  {'  '.join(judged)}"
+        yield from (f"{m['role']}: {_short(m['content'])}" for m in prompts.get(row["prompt_id"], []))
+        yield f"answer: {_short(row['response'])}" + (" (cut at the limit)" if row["finish_reason"] == "length" else "")
+    yield ""
+
+
+def _same_samples(scores: ShardStore, samples: ShardStore, shard: int) -> bool:
+    record = scores.record(shard)
+    return record.rows == samples.record(shard).rows and record.facts.get("samples_sha256", "") == samples.record(shard).sha256
+
+
+def _some(shards: list[int]) -> str:
+    return ", ".join(map(str, shards[:8])) + (f" and {len(shards) - 8} more" if len(shards) > 8 else "")
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"
+
+
+def main(data: Data, examples: Examples = 5) -> None:
+    """Say what a self-generation directory holds and verify it; exit code 1 if it is damaged."""
+    with mistakes_told():
+        raise typer.Exit(inspect_data(data, examples))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,162 @@
+"""Score the answers of a self-generation directory with other reward models, without generating again.
+
+    python jobs/score.py runs/generated --set name=held_out --set reward.helpful.model=… --set reward.harmless.model=…
+
+Each set of scores has its own stores, so that any number of reward models can judge the same answers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import typer
+from pydantic import Field, model_validator
+
+from actors.crew import start_crew
+from actors.placement import ClusterConfig
+from actors.reward import Reward, RewardConfig
+from ctrlrl.config import Section
+from ctrlrl.data.calibration import Calibration
+from ctrlrl.data.generation import OPTIMISATION, Layout, scores_table
+from ctrlrl.data.shards import ShardStore
+from ctrlrl.errors import RunError
+from ctrlrl.models.fingerprint import model_fingerprint
+from ctrlrl.models.loading import check_reward_model
+from ctrlrl.prompts import Messages
+from ctrlrl.runs import absolute_out
+from jobs.flow import Flow
+from jobs.launch import Data, Recipe, Set, StopRequest, run_job
+from jobs.progress import Pace, Steps
+
+
+class ScoringModels(Section):
+    """The reward models of a set of scores; one alone is enough for a set that is not distilled."""
+
+    helpful: RewardConfig | None = None
+    harmless: RewardConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_at_least(self):
+        if not self.given:
+            raise ValueError("give reward.helpful.model, reward.harmless.model, or both")
+        return self
+
+    @property
+    def given(self) -> dict[str, RewardConfig]:
+        """The reward models that are there, by attribute."""
+        return {attribute: reward for attribute, reward in self if reward is not None}
+
+
+class ScoreRecipe(Section):
+    """Which directory is scored, under which name its scores are kept, and by which reward models."""
+
+    data: str
+    name: str = Field("held_out", pattern=r"^\w[\w.-]*$")
+    cluster: ClusterConfig = ClusterConfig()
+    reward: ScoringModels
+
+
+@dataclass
+class Judge:
+    """One reward model and the store of its scores; `reward` is its pool of workers, once they are started."""
+
+    store: ShardStore
+    calibration: Calibration
+    fingerprint: dict
+    reward: Reward | None = None
+
+    @classmethod
+    def of(cls, config: RewardConfig, store: ShardStore, samples: dict) -> "Judge":
+        """Checks the reward model and takes its fingerprint; `samples`: that of the answers."""
+        check_reward_model(config.model)
+        calibration = config.load_calibration()
+        model = {"sha256": model_fingerprint(config.model), "dtype": config.dtype, "max_length": config.max_length}
+        return cls(store, calibration, {"reward": model | {"calibration": calibration.content_hash}, "samples": samples})
+
+
+class Scoring:
+    """Scores of sample shards by several judges: computed by their workers, committed by the thread that runs the flow."""
+
+    def __init__(self, judges: dict[str, Judge], samples: ShardStore, messages: Mapping[str, Messages], done: Callable[[int, int], None]):
+        self._judges, self._samples, self._messages, self._done = judges, samples, messages, done
+        self._missing = {name: set(judge.store.missing()) for name, judge in judges.items()}
+
+    def lacking(self) -> set[int]:
+        """Shards that a judge has not scored."""
+        return set().union(*self._missing.values())
+
+    def begin(self, flow: Flow, shard: int, samples: pa.Table) -> None:
+        """Have `samples`, the rows of a shard, scored by every judge that has not done so."""
+        prompts, answers = (samples[name].to_pylist() for name in ("prompt_id", "response"))
+        conversations = [(self._messages[prompt], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        for name, judge in self._judges.items():
+            if shard in self._missing[name]:
+                flow.after(judge.reward.raw(conversations), partial(self._commit, flow, shard, samples, name))
+
+    def _commit(self, flow: Flow, shard: int, samples: pa.Table, name: str, raw: np.ndarray) -> None:
+        judge = self._judges[name]
+        table = scores_table(samples, raw, judge.calibration)
+        facts = {"mean": float(np.mean(table["score"])), "samples_sha256": self._samples.record(shard).sha256}
+        judge.store.commit(shard, table, facts)
+        self._missing[name].discard(shard)
+        if shard not in self.lacking():
+            flow.close(shard)
+            self._done(shard, len(samples))
+
+    def finish(self) -> None:
+        """Write the manifest of every store."""
+        for judge in self._judges.values():
+            judge.store.finish({"shards": len(judge.store.committed())})
+
+
+def score(config: ScoreRecipe) -> int:
+    """Score every shard that lacks scores; returns the exit code."""
+    layout = Layout(absolute_out(config.data)).existing()
+    if config.name == OPTIMISATION:
+        raise RunError(f"name = {OPTIMISATION!r} is the set that ctrlrl generate makes and completes: give another name")
+    samples = layout.samples()
+    manifest = samples.manifest()
+    given = config.reward.given
+    judges = {a: Judge.of(reward, layout.scores(config.name, a), manifest["fingerprint"]) for a, reward in given.items()}
+    try:
+        for judge in judges.values():
+            judge.store.open_or_create(judge.fingerprint, shards=len(manifest["shards"]))
+        code = score_missing(config, judges, samples, layout.messages())
+        print(f"{layout.directory / 'scores' / config.name}: {', '.join(judges)} of {manifest['rows']} answers" if not code else "stopped")
+        return code
+    finally:
+        for judge in judges.values():
+            judge.store.close()
+
+
+def score_missing(config: ScoreRecipe, judges: dict[str, Judge], samples: ShardStore, messages: dict[str, Messages]) -> int:
+    """Have the shards without scores scored, and write the manifests when none is left."""
+    pace = Pace()
+    scoring = Scoring(judges, samples, messages, lambda shard, rows: progress.advance(pace.figures(rows)))
+    todo, total = sorted(scoring.lacking()), samples.manifest()["shards"]
+    progress = Steps("score", len(total), len(total) - len(todo))
+    if todo:
+        rewards = {f"reward.{a}": reward for a, reward in config.reward.given.items()}
+        with start_crew(config.cluster, rewards) as crew, StopRequest("the running shards") as stop:
+            for attribute, judge in judges.items():
+                judge.reward = crew.rewards[f"reward.{attribute}"]
+            crew.wait_ready()
+            flow, workers = Flow(), sum(reward.workers for reward in rewards.values())
+            with progress:
+                pace.start()
+                columns = ["prompt_id", "unit", "index", "response"]
+                if not flow.run(todo, lambda shard: scoring.begin(flow, shard, samples.read(shard, columns)), 2 * workers + 1, stop):
+                    return stop.exit_code
+    scoring.finish()
+    return 0
+
+
+def main(data: Data, recipe: Recipe = "", overrides: Set = None) -> None:
+    """Score a self-generation directory with other reward models."""
+    raise typer.Exit(run_job(ScoreRecipe, score, recipe, [*(overrides or []), f"data={data}"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
