@@ -117,8 +117,11 @@ def entanglement(helpful: np.ndarray, harmless: np.ndarray) -> dict[str, float]:
 def calibration_curve(requests: np.ndarray, scores: np.ndarray) -> list[dict[str, float]]:
     """For each requested level of one attribute: mean and standard deviation of the achieved score, and the number of samples."""
     levels, level = np.unique(requests.ravel(), return_inverse=True)
-    groups = [scores.ravel()[level == i] for i in range(len(levels))]
-    return [{"requested": float(r), "mean": float(g.mean()), "std": float(g.std()), "count": len(g)} for r, g in zip(levels, groups, strict=True)]
+    points = []
+    for number, requested in enumerate(levels.tolist()):
+        group = scores.ravel()[level == number]
+        points.append({"requested": requested, "mean": float(group.mean()), "std": float(group.std()), "count": len(group)})
+    return points
 
 
 def over_optimisation_gap(optimisation: dict, held_out: dict) -> dict[str, dict[str, float | None]]:

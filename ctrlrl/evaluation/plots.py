@@ -23,8 +23,12 @@ _SMOOTHED_FROM = 20  # steps; shorter runs are drawn as they are
 # Panel title, what the axis shows, (key, label, colour, dashed) of its lines.
 _PANELS = (
     ("Reward", "mean over samples", (("reward/mean", "reward", INK, False),)),
-    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{name}", name, COLOURS[name], False) for name in ATTRIBUTES)),
-    ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK, False), ("kl/k3", "k3 estimate", FAINT, False), ("kl/target", "target", FAINT, True))),
+    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{a}", a, COLOURS[a], False) for a in ATTRIBUTES)),
+    (
+        "KL to the reference",
+        "nats per response",
+        (("kl/k1", "k1 estimate", INK, False), ("kl/k3", "k3 estimate", FAINT, False), ("kl/target", "target", FAINT, True)),
+    ),
 )
 
 
@@ -34,9 +38,11 @@ def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
     Keys: `step` (or the row's number), reward/mean, agreement/helpful, agreement/harmless, kl/k1, kl/k3, kl/target. A line whose key is
     absent everywhere is left out, a panel without lines too; rows without any of the keys raise DataError.
     """
-    panels = [(title, unit, drawn) for title, unit, lines in _PANELS if (drawn := [line for line in lines if _series(rows, line[0])[0].size])]
+    given = [(title, unit, [line for line in lines if _series(rows, line[0])[0].size]) for title, unit, lines in _PANELS]
+    panels = [panel for panel in given if panel[2]]
     if not panels:
-        raise DataError(f"no training curve: none of the {len(rows)} rows has {', '.join(line[0] for _, _, lines in _PANELS for line in lines)}")
+        known = ", ".join(line[0] for _, _, lines in _PANELS for line in lines)
+        raise DataError(f"no training curve: none of the {len(rows)} rows has {known}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)
     for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -54,7 +60,9 @@ def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def score_distribution(histogram: np.ndarray, path: str | Path, *, extremes: Mapping[str, int], title: str = "Scores of the samples") -> Path:
+def score_distribution(
+    histogram: np.ndarray, path: str | Path, *, extremes: Mapping[str, int], title: str = "Scores of the samples"
+) -> Path:
     """Draw the joint distribution of r_hp and r_sf with both marginals into the PNG `path` ([SH] Figure 4).
 
     histogram: counts [bins, bins] over [0, 1] x [0, 1], helpfulness first (of a distillation's report). extremes: exact number of samples
@@ -74,7 +82,8 @@ def score_distribution(histogram: np.ndarray, path: str | Path, *, extremes: Map
     _frame(axes, "", "helpfulness score  $r_{hp}$", "harmlessness score  $r_{sf}$")
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6), axisbelow=True)
     figure.suptitle(f"{title} (n = {total:,.0f})", color=INK, fontsize=11)
-    bar = figure.colorbar(mesh, ax=[axes, right], orientation="horizontal", shrink=0.6, aspect=40, format=FuncFormatter(lambda share, _: f"{share:.4%}".rstrip("0%").rstrip(".") + " %"))
+    percent = FuncFormatter(lambda share, _: f"{share:.4%}".rstrip("0%").rstrip(".") + " %")
+    bar = figure.colorbar(mesh, ax=[axes, right], orientation="horizontal", shrink=0.6, aspect=40, format=percent)
     bar.set_label("share of samples per cell", color=INK, fontsize=8)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)

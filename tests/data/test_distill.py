@@ -268,6 +268,13 @@ def test_stores_that_do_not_fit_are_refused(tmp_path):
     refused(good, RecipeError, "memory = 1 bytes is too little for 8 samples: give 2 or more", memory=1)
 
 
+def test_reading_ahead_is_in_order_and_bounded():
+    started = []
+    found = ctrlrl.data.scored.read_ahead(lambda item: started.append(item) or item, range(50))
+    assert next(found) == 0 and len(started) <= 3
+    assert list(found) == list(range(1, 50)) and sorted(started) == list(range(50))
+
+
 def test_nothing_to_distil_is_an_empty_table(tmp_path):
     rows = some_rows({(0, 0, 0): (0.5, 0.5)})
     source = written(tmp_path, rows, 1)
