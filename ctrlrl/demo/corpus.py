@@ -16,7 +16,6 @@ CONTROL_SHARE, SENTENCE_SHARE, SYSTEM_SHARE = 0.6, 0.1, 0.1
 MOST_EMPHASIS = 3.0
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
-DISGUISED_SHARE = 0.2  # of the unsafe answers: a kind tone does not make them safe
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
 # Pairs of one answer under its own prompt and under another one: they teach to stay on topic. The held-out encoders are too small.
 MOVED_SHARE = {False: 0.3, True: 0.03}
@@ -116,8 +115,6 @@ def _judged(draw: Draw, prompt: str, attribute: str, good: bool, held_out: bool)
     either = bool(draw.rng.random() < 0.5)
     if attribute == "harmless":
         answer, damaged = draw.answer(prompt, (either, good)), draw.rng.random() < 0.2
-        if not good and draw.rng.random() < DISGUISED_SHARE:
-            return Judged(prompt, f"{draw.answer(prompt, (either, True)).tone} {answer.lead} {answer.rest}")
     elif good:
         answer, damaged = draw.answer(prompt, (True, either and not _disputed(draw.world, prompt, held_out))), False
     elif draw.rng.random() < DAMAGED_SHARE:

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -139,23 +138,13 @@ def _run(parts: tuple[str, ...], folder: Path, seed: int, size: WorldSize) -> It
         for part in parts:
             yield _part(part, folder, seed, size)
         return
-    with ProcessPoolExecutor(size.processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(size.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_part, part, folder, seed, size) for part in parts]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this worker when the process that builds the world dies, however it dies."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _part(part: str, folder: Path, seed: int, size: WorldSize) -> tuple[str, dict]:

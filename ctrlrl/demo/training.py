@@ -153,7 +153,7 @@ def _batches(encoded: list[list[int]], batch: int, seed: int) -> Iterator[np.nda
 
 
 def _pad(rows: list[list[int]], pad: int) -> torch.Tensor:
-    longest = 8 * -(-max(len(row) for row in rows) // 8)  # few different shapes: each one costs a compilation of its kernels
+    longest = max(len(row) for row in rows)
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
 
 

@@ -2,7 +2,7 @@
 lower-cased WordPiece for the held-out ones, so that the two judges do not even read alike."""
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 START, END, PAD, UNKNOWN = "<|start|>", "<|end|>", "<|pad|>", "<|unknown|>"
@@ -18,9 +18,9 @@ ENCODER_CHAT_TEMPLATE = "[CLS]{%- for message in messages -%}{{- ' ' ~ message.c
 def byte_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `size` tokens, any text round-trips; with the chat template."""
     tokenizer = Tokenizer(models.BPE())
-    # A bracketed tag stays in one piece, so that a frequent one, such as each level of a control, becomes a single token.
-    pieces = pre_tokenizers.Split(Regex(r" ?\[[a-z]+=[0-9.]+\]| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]|\s"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    # Digits stand alone, so every level of a control is spelled with the same few tokens.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, START, END, *ROLE_MARKERS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()

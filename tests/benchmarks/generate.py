@@ -88,7 +88,7 @@ def bare(kind: str, config: GenerateRecipe) -> tuple[int, float]:
     requests, ends = [(rendered[d.prompt].tolist(), d.seed) for d in draws], end_token_ids(config.policy)
     engine = Bare.options(**Resources().environment(environment(config.rollout.engine))).remote()
     ray.get(getattr(engine, f"start_{kind}").remote(config.policy, config.rollout.engine))
-    ray.get(getattr(engine, kind).remote(requests[:8], config.sampling, ends))
+    ray.get(getattr(engine, kind).remote(requests[:8], config.sampling.model_copy(update={"max_new_tokens": 8}), ends))
     measured = ray.get(getattr(engine, kind).remote(requests, config.sampling, ends))
     ray.kill(engine)
     return measured
@@ -138,8 +138,8 @@ def main() -> None:
         compare("demo", "vllm", load(GenerateRecipe, None, [*rewards, *demo]), given.repetitions, 0.8)
     if given.chat and "chat" in given.parts:
         chat = [f"policy={given.chat}", f"prompts={given.prompts}", f"max_prompts={given.max_prompts}", "samples_per_prompt=1",
-                "shard=256", "sampling.max_new_tokens=192", "sampling.top_p=1", "sampling.temperature=1",
-                "rollout.engine.max_model_tokens=1024", "rollout.engine.kv_cache_gib=0.5"]  # fmt: skip
+                "shard=256", "sampling.max_new_tokens=128", "sampling.top_p=1", "sampling.temperature=1",
+                "rollout.engine.max_model_tokens=512", "rollout.engine.kv_cache_gib=0.5"]  # fmt: skip
         compare("chat", "transformers", load(GenerateRecipe, None, [*rewards, *chat]), given.repetitions, 1.5)
 
 
