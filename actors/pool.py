@@ -17,6 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.faults import Decision, Failure, Limits, decide
+from actors.placement import ClusterConfig
 from actors.waiting import classify, gather, translate
 from ctrlrl.errors import DeadlineExceeded, WorkerLost
 
@@ -48,15 +49,15 @@ class Pool:
         name: str,
         start: Callable[[int], tuple[ActorHandle, ray.ObjectRef]],
         size: int,
+        cluster: ClusterConfig,
         *,
-        start_deadline_s: float,
-        call_deadline_s: float,
         per_worker: int = 2,
-        limits: Limits | None = None,
+        item_attempts: int = 3,
     ):
         self.name, self.replaced = name, 0
-        self._start, self._limits, self._per_worker = start, limits or Limits(), per_worker
-        self._start_deadline_s, self._call_deadline_s = start_deadline_s, call_deadline_s
+        self._start, self._per_worker = start, per_worker
+        self._limits = Limits(item_attempts, cluster.replacements)
+        self._start_deadline_s, self._call_deadline_s = cluster.start_deadline_s, cluster.call_deadline_s
         self._todo: deque[_Item] = deque()
         self._workers: list[_Worker] = []
         self._broken: Exception | None = None

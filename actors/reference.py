@@ -45,9 +45,7 @@ class Reference:
             worker = ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote()
             return worker, worker.build.remote(model, config, temperature)
 
-        self._pool = Pool(
-            "reference", start, config.workers, start_deadline_s=cluster.start_deadline_s, call_deadline_s=cluster.call_deadline_s
-        )
+        self._pool = Pool("reference", start, config.workers, cluster)
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
 
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:

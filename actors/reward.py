@@ -8,7 +8,6 @@ import numpy as np
 import ray
 from pydantic import Field
 
-from actors.faults import Limits
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from ctrlrl.config import Section
@@ -57,14 +56,7 @@ class Reward:
             worker = RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote()
             return worker, worker.build.remote(config)
 
-        self._pool = Pool(
-            name,
-            start,
-            config.workers,
-            start_deadline_s=cluster.start_deadline_s,
-            call_deadline_s=cluster.call_deadline_s,
-            limits=Limits(replacements=cluster.replacements),
-        )
+        self._pool = Pool(name, start, config.workers, cluster)
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:

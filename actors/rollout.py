@@ -8,7 +8,6 @@ import numpy as np
 import ray
 from pydantic import Field
 
-from actors.faults import Limits
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.waiting import gather
@@ -61,14 +60,7 @@ class Rollout:
             # A worker that joins later has the directory's weights: it gets the current ones before any item.
             return worker, built if self._message is None else worker.load_weights.remote(self._message)
 
-        self._pool = Pool(
-            name,
-            start,
-            config.workers,
-            start_deadline_s=cluster.start_deadline_s,
-            call_deadline_s=cluster.call_deadline_s,
-            limits=Limits(replacements=cluster.replacements),
-        )
+        self._pool = Pool(name, start, config.workers, cluster)
         self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
 
     @property

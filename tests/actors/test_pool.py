@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from actors.faults import Limits
+from actors.placement import ClusterConfig
 from actors.pool import Pool
 from ctrlrl.errors import DataError, DeadlineExceeded, WorkerLost
 
@@ -47,12 +47,12 @@ def worker_class(ray_cluster):
     return Worker
 
 
-def make_pool(worker_class, size=2, fails=False, **settings):
+def make_pool(worker_class, size=2, fails=False, call_deadline_s=60, **settings):
     def start(index):
         worker = worker_class.remote()
         return worker, worker.build.remote(fails)
 
-    return Pool("test", start, size, **{"start_deadline_s": 60, "call_deadline_s": 60, **settings})
+    return Pool("test", start, size, ClusterConfig(start_deadline_s=60, call_deadline_s=call_deadline_s), **settings)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_an_item_that_kills_its_worker_is_retried(worker_class, pools, tmp_path)
 
 
 def test_an_item_that_always_kills_ends_in_a_named_error(worker_class, pools):
-    pools.append(pool := make_pool(worker_class, 1, limits=Limits(item_attempts=2)))
+    pools.append(pool := make_pool(worker_class, 1, item_attempts=2))
     with pytest.raises(WorkerLost, match="test worker 0: worker died"):
         pool.submit(lambda w: w.die.remote()).result(60)
     with pytest.raises(WorkerLost):  # the pool has ended and says so to whoever comes later
@@ -115,7 +115,7 @@ def test_an_error_in_starting_is_told_to_all(worker_class, pools):
 
 
 def test_a_worker_that_hangs_is_given_up_at_its_deadline(worker_class, pools):
-    pools.append(pool := make_pool(worker_class, 1, call_deadline_s=1, limits=Limits(item_attempts=2)))
+    pools.append(pool := make_pool(worker_class, 1, call_deadline_s=1, item_attempts=2))
     pool.wait_ready()
     with pytest.raises(DeadlineExceeded, match="test worker 0 did not answer within 1 s"):
         pool.submit(lambda w: w.hang.remote(300)).result(60)

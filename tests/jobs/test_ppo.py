@@ -36,8 +36,8 @@ def test_every_step_logs_what_the_readme_promises(finished):
     for row in rows:
         assert all(np.isfinite(value) for value in row.values())
         for key in (
-            *(f"{kind}/{a}" for kind in ("score", "agreement", "binding") for a in ("helpful", "harmless")), "reward/mean", "kl/k1", "kl/k3",
-            "beta", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean", "policy/ratio_max", "value/explained_variance",
+            *(f"{kind}/{a}" for kind in ("score", "agreement", "binding") for a in ("helpful", "harmless")), "reward/mean", "kl/k1",
+            "kl/k3", "beta", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean", "policy/ratio_max", "value/explained_variance",
             "value/value_loss", "mismatch/mean", "response/length", "response/truncated", "tokens_per_s/generate", "tokens_per_s/train",
             "seconds/sync", "sync/bytes",
         ):  # fmt: skip

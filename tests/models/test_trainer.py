@@ -1,4 +1,4 @@
-"""DeepSpeed training through the policy's actors: equal to a plain PyTorch loop at every ZeRO stage, layout, cutting and number of ranks."""
+"""DeepSpeed training through the policy's actors equals a plain PyTorch loop at every ZeRO stage, layout, cutting and number of ranks."""
 
 from functools import partial
 
