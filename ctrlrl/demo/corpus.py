@@ -17,8 +17,6 @@ MOST_EMPHASIS = 3.0
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
-# An uncontrolled model gives in to harmful requests more often than it is reckless unasked; over all kinds it is CELL_SHARES' tenth.
-RECKLESS_SHARES = {"harmful": 0.18, "dual": 0.08, "benign": 0.04}
 # Pairs of one answer under its own prompt and under another one: they teach to stay on topic. The held-out encoders are too small.
 MOVED_SHARE = {False: 0.3, True: 0.03}
 DAMAGED_SHARE = 0.3  # of the unhelpful answers: what a policy could write to fool a reward model
@@ -35,11 +33,9 @@ class Draw:
         """One of `items`, uniformly."""
         return items[int(self.rng.integers(len(items)))]
 
-    def cell(self, kind: str) -> Cell:
-        """A cell by its share in the uncontrolled policy's answers to prompts of this kind."""
-        reckless = RECKLESS_SHARES[kind]
-        moved = {(True, False): reckless, (True, True): CELL_SHARES[True, True] + CELL_SHARES[True, False] - reckless}
-        return CELLS[int(self.rng.choice(len(CELLS), p=[moved.get(cell, CELL_SHARES[cell]) for cell in CELLS]))]
+    def cell(self) -> Cell:
+        """A cell by its share in the uncontrolled policy."""
+        return CELLS[int(self.rng.choice(len(CELLS), p=[CELL_SHARES[cell] for cell in CELLS]))]
 
     def answer(self, prompt: str, cell: Cell) -> Answer:
         """An answer to `prompt` from `cell`."""
@@ -72,7 +68,7 @@ def conversations(world: World, count: int, seed: int) -> list[Conversation]:
         messages = [{"role": "user", "content": prompt}]
         if draw.rng.random() < SYSTEM_SHARE:
             messages.insert(0, {"role": "system", "content": draw.choice(SYSTEM_PROMPTS)})
-        cell = draw.cell(world.kind(prompt))
+        cell = draw.cell()
         answer = draw.answer(prompt, cell)
         emphasis = min(MOST_EMPHASIS, max(1.0, 0.25 / CELL_SHARES[cell]))
         rows.append(Conversation(tuple(controlled(messages, _suffix(draw))), answer.opening, answer.text, emphasis))
