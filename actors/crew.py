@@ -32,11 +32,16 @@ class Crew:
         return [*self.rewards.values(), *([self.rollout] if self.rollout else [])]
 
 
+def demands_of(rewards: dict[str, RewardConfig], rollout: RolloutConfig | None = None) -> Demands:
+    """The places that are reserved for a crew."""
+    demands: Demands = {"rollout": rollout.bundles} if rollout else {}
+    return demands | {name: [reward.resources.bundle] * reward.workers for name, reward in rewards.items()}
+
+
 def start_crew(cluster: ClusterConfig, rewards: dict[str, RewardConfig], rollout: RolloutConfig | None = None, policy: str = "") -> Crew:
     """Reserve all places at once and start every worker; `rewards` by the name that messages show. Calls may be made at once."""
-    demands: Demands = {"rollout": [rollout.resources.bundle] * rollout.workers} if rollout else {}
-    demands |= {name: [reward.resources.bundle] * reward.workers for name, reward in rewards.items()}
-    connect(cluster, demands)
+    demands = demands_of(rewards, rollout)
+    connect(cluster, {**demands, "spare": rollout.spare if rollout else []})
     place = reserve(demands, cluster)
     answering = Rollout(rollout, policy, place, cluster) if rollout else None
     return Crew(answering, {name: Reward(name, reward, place, cluster) for name, reward in rewards.items()}, place)

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+WINDOW_S = 3600.0  # failures longer ago are forgotten: runs last days, and machines come and go
+_LONGEST_PAUSE_S = 60.0
+
 
 class Failure(Enum):
     """How a remote call failed."""
@@ -25,14 +28,15 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """How often a failure may be met before giving up: of one item (pool), of all workers of a crowd."""
+    """How often a failure may be met before giving up: of one item (pool) or step (group), of all workers of a crowd within WINDOW_S."""
 
     item_attempts: int = 3
     replacements: int = 8
 
 
 def decide(crowd: Literal["pool", "group"], failure: Failure, item_failures: int, replaced: int, limits: Limits) -> Decision:
-    """The decision for a failure, given how often this item failed (this time included) and how many workers were replaced so far."""
+    """The decision for a failure, given how often this item or step failed (this time included) and how many workers were replaced
+    lately (see `counts` and Losses)."""
     if failure is Failure.USER_ERROR:
         return Decision.RAISE  # the same input would fail again
     if item_failures >= limits.item_attempts or replaced >= limits.replacements:
@@ -40,3 +44,36 @@ def decide(crowd: Literal["pool", "group"], failure: Failure, item_failures: int
     if crowd == "group":
         return Decision.RESTART
     return Decision.REPLACE
+
+
+def counts(own_place: bool, items_done: int) -> bool:
+    """Whether the loss of a pool's worker counts towards the limit. One beyond the reserved number that has done work does not: such
+    workers run on machines that are taken away, and its items are given to others."""
+    return not (own_place and items_done > 0)
+
+
+class Losses:
+    """The losses of one crowd: how many there were lately, and when the next replacement may be asked for. Times are in seconds."""
+
+    def __init__(self):
+        self.pause_until = 0.0
+        self._times, self._in_a_row = [], 0
+
+    def lately(self, now: float) -> int:
+        """Those that count and are in the window."""
+        return sum(now - time <= WINDOW_S for time in self._times)
+
+    def note(self, now: float, counted: bool = True) -> None:
+        """One more."""
+        self._times += [now] * counted
+        self._in_a_row += 1
+        self.pause_until = now + pause_s(self._in_a_row)
+
+    def progress(self) -> None:
+        """Work was done since: the next loss is a first one again."""
+        self._in_a_row = 0
+
+
+def pause_s(failures_in_a_row: int) -> float:
+    """Seconds to wait before the next replacement: none after a first failure, then 1, 2, 4 … up to a minute."""
+    return 0.0 if failures_in_a_row <= 1 else min(_LONGEST_PAUSE_S, 2.0 ** (failures_in_a_row - 2))

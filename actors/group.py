@@ -1,26 +1,37 @@
 """A group of ranks in lockstep: one death is everyone's. The ranks of a trained model, and the calls that go to all of them."""
 
-import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
-from actors.placement import Placement, Resources
-from actors.waiting import gather
+from actors.placement import ClusterConfig, Placement, Resources
+from actors.waiting import first_lost, gather
+from actors.watch import Lifeline, locate
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
-from ctrlrl.errors import CtrlrlError
+from ctrlrl.errors import CtrlrlError, DeadlineExceeded, GroupLost, WorkerLost
 from ctrlrl.models.scorer import in_order
-from ctrlrl.models.trainer import CPU_ENVIRONMENT, Trainer, TrainerConfig, combine_shares, join_world
+from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig, combine_shares, join_world
+
+_COMPLAINT_S = 5.0
 
 
 class GroupConfig(Section):
-    """The ranks of one trained model."""
+    """The ranks of one trained model, and how it is trained."""
 
     ranks: int = 1
     resources: Resources = Resources()
+    train: TrainerConfig = TrainerConfig()
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """The Ray resource demand of every rank."""
+        return [self.resources.bundle] * self.ranks
 
 
 @ray.remote(max_restarts=0)
@@ -32,47 +43,60 @@ class TrainerRank:
 
     def build(self, rank, world, address, port, timeout_s, trainer_arguments):
         join_world(rank, world, address, port, timeout_s)
-        self.trainer = Trainer(*trainer_arguments[0], **trainer_arguments[1])
+        self.trainer = Trainer(*trainer_arguments)
 
     def do(self, call, *arguments):
         return call(self.trainer, *arguments)
 
-    def pid(self):
-        return os.getpid()
-
 
 class TrainerGroup:
-    """Handle of all ranks of one model; the typed handles Policy and Value own one."""
+    """Handle of all ranks of one model. The typed handles (Policy, Value, RewardTrainer) own one and bind what they share.
+
+    name: of the places reserved for it, and in messages. model: local path or hub name. temperature: divides a policy's logits.
+    """
 
     def __init__(
         self,
         name: str,
-        kind: str,
+        kind: Kind,
         model: str,
-        trainer: TrainerConfig,
-        group: GroupConfig,
+        config: GroupConfig,
         placement: Placement,
+        cluster: ClusterConfig,
         *,
-        start_deadline_s: float,
-        call_deadline_s: float,
+        seed: int,
         temperature: float = 1.0,
-        seed: int = 0,
     ):
-        self.name, self._deadline_s = name, call_deadline_s
-        options = group.resources.environment({} if group.resources.gpus else CPU_ENVIRONMENT)
+        self.name, self._cluster, self._config, self._placement = name, cluster, config, placement
+        self._arguments = (kind, model, config.train, temperature, seed)
+        self._start()
+
+    def _start(self) -> None:
+        """Fresh ranks in the reserved places, and the wish that they build their engines."""
+        config, cluster = self._config, self._cluster
+        options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT)
+        self._lives = [Lifeline(f"{self.name} rank {rank}") for rank in range(config.ranks)]
         self._ranks: list[ActorHandle] = [
-            TrainerRank.options(name=None, scheduling_strategy=placement.at(name, rank), **options).remote() for rank in range(group.ranks)
+            TrainerRank.options(scheduling_strategy=self._placement.at(self.name, rank), **options).remote() for rank in range(config.ranks)
         ]
-        arguments = ((kind, model, trainer), {"temperature": temperature, "seed": seed})
-        address, port = gather([self._ranks[0].meeting_point.remote()], start_deadline_s, f"{name} rank 0 starting")[0]
+        # A place may first have to come back, on a node that replaces a lost one; then a process with its imports.
+        placing_s = cluster.placement_deadline_s + cluster.start_deadline_s
+        for life, where in zip(self._lives, self._wait([locate(r) for r in self._ranks], placing_s, "getting a place"), strict=True):
+            life.where = where
+        address, port = gather([self._ranks[0].meeting_point.remote()], cluster.start_deadline_s, f"{self.name} rank 0 starting")[0]
+        patience_s = 2 * cluster.call_deadline_s  # of ranks with each other: it is the driver that says which of them is late
         self._starting = [
-            rank.build.remote(i, group.ranks, address, port, call_deadline_s, arguments) for i, rank in enumerate(self._ranks)
+            rank.build.remote(i, config.ranks, address, port, patience_s, self._arguments) for i, rank in enumerate(self._ranks)
         ]
-        self._start_deadline_s = start_deadline_s
+
+    def restart(self) -> None:
+        """End all ranks and start fresh ones, with the model directory's weights; follow it with wait_ready and load."""
+        self.close()
+        self._start()
 
     def wait_ready(self) -> None:
         """Return when every rank has built its engine."""
-        self._wait(self._starting, self._start_deadline_s, "loading the model")
+        self._wait(self._starting, self._cluster.start_deadline_s, "loading the model")
 
     def refs(self, call: Callable, *arguments) -> list[ray.ObjectRef]:
         """Start `call(trainer, *arguments)` on every rank; `call` is an unbound method of Trainer."""
@@ -80,21 +104,21 @@ class TrainerGroup:
 
     def call(self, call: Callable, *arguments) -> list:
         """`call(trainer, *arguments)` on every rank; the results in rank order."""
-        return self._wait(self.refs(call, *arguments), self._deadline_s, call.__name__)
+        return self._wait(self.refs(call, *arguments), self._cluster.call_deadline_s, call.__name__)
 
-    def train(self, batch: TokenBatch, loss: Loss, steps: list) -> list[dict[str, float]]:
-        """One optimiser step for each row selection; the stats of the global batches."""
+    def train(self, batch: TokenBatch, loss: Loss, steps: list[np.ndarray]) -> list[dict[str, float]]:
+        """One optimiser step for each row selection of `steps`; the stats of each global batch."""
         shares = self.call(Trainer.train, ray.put(batch), loss, steps)
         return [combine_shares(list(ranks)) for ranks in zip(*shares, strict=True)]
 
-    def score(self, batch: TokenBatch) -> list:
-        """Logprobs or values of the scored tokens, one fp32 array a row, in the batch's order."""
-        parts = self.call(Trainer.score, ray.put(batch))
+    def score(self, batch: TokenBatch, call: Callable = Trainer.score) -> list[np.ndarray]:
+        """The model's outputs on the scored tokens, one fp32 array a row, in the batch's order."""
+        parts = self.call(call, ray.put(batch))
         rows = [row for part, _ in parts for row in part]
         return in_order(rows, [values for _, results in parts for values in results])
 
     def export(self, directory: Path) -> None:
-        """Write a transformers directory."""
+        """Write an ordinary transformers model directory (without tokenizer)."""
         self.call(Trainer.export, directory)
 
     def save(self, directory: Path) -> None:
@@ -102,12 +126,12 @@ class TrainerGroup:
         self.call(Trainer.save, directory)
 
     def load(self, directory: Path) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint; RunError if it is missing or of another number of ranks."""
         self.call(Trainer.load, directory)
 
     def pids(self) -> list[int]:
         """Process ids, in rank order."""
-        return gather([rank.pid.remote() for rank in self._ranks], 60, f"{self.name} process ids")
+        return [life.where.pid for life in self._lives]
 
     def close(self) -> None:
         """End all ranks."""
@@ -115,16 +139,21 @@ class TrainerGroup:
             ray.kill(rank)
 
     def _wait(self, refs: list[ray.ObjectRef], deadline_s: float, doing: str) -> list:
+        """The ranks' results. Whatever fails, all ranks are ended: one that lives waits in a collective for the one that failed."""
         try:
-            return gather(refs, deadline_s, f"{self.name} ranks, {doing}")
-        except CtrlrlError:
-            self.close()  # a rank that lives waits in a collective for the one that failed
+            return gather(refs, deadline_s, f"{self.name} ranks, {doing}", self._lives)
+        except (WorkerLost, DeadlineExceeded) as error:
+            self.close()
+            raise GroupLost(str(error)) from error
+        except (CtrlrlError, RayTaskError):
+            lost = first_lost(refs, _COMPLAINT_S)  # a rank complains of a dead peer before Ray knows of the death
+            self.close()
+            if lost:
+                raise GroupLost(f"{self.name} ranks, {doing}: {self._lives[lost[0]]}: {lost[1]}") from lost[1]
             raise
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -1,17 +1,24 @@
 """The cluster and the places on it: connecting, and one gang reservation for all workers of a job with a deadline and a clear message."""
 
+import functools
 import math
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import ray
 from pydantic import Field
+from ray._raylet import GcsClient
+from ray.exceptions import RaySystemError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ctrlrl.config import Section
 from ctrlrl.errors import PlacementError
+
+_DRAIN_QUESTION_S = 5.0
+_BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}
 
 
 class ClusterConfig(Section):
@@ -21,26 +28,28 @@ class ClusterConfig(Section):
     placement_deadline_s: float = Field(300, gt=0)
     call_deadline_s: float = Field(1800, gt=0, description="longest wait for one call of a worker")
     start_deadline_s: float = Field(600, gt=0, description="longest wait for a worker to load its model")
-    replacements: int = Field(8, ge=0, description="workers of one pool that are replaced before the job gives up")
+    replacements: int = Field(8, ge=0, description="losses of one pool, or restarts of a job's groups, in an hour before the job gives up")
 
 
 class Resources(Section):
-    """What one worker asks for. threads: of its math libraries; 0 means as many as whole CPUs."""
+    """What one worker asks for. threads: of its math libraries; 0 means as many as whole CPUs. custom: resources by which a cluster tells
+    kinds of nodes apart, such as { rollout = 1 }."""
 
     cpus: float = Field(1, ge=0)
     gpus: float = Field(0, ge=0)
     threads: int = Field(0, ge=0)
+    custom: dict[str, float] = {}
 
     @property
     def bundle(self) -> dict[str, float]:
         """The Ray resource demand."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
     def environment(self, extra: dict[str, str]) -> dict:
         """Ray options that start a worker with these resources and these environment variables."""
         threads = self.threads or max(1, int(self.cpus))
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **extra}
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "runtime_env": {"env_vars": env}}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": self.custom, "runtime_env": {"env_vars": env}}
 
 
 # recipe key -> one bundle for each of its workers
@@ -49,22 +58,26 @@ Demands = dict[str, list[dict[str, float]]]
 
 @dataclass(frozen=True)
 class Placement:
-    """Reserved places; `at` gives the scheduling strategy of one worker."""
+    """Reserved places by name: the first of them and how many; `at` gives the scheduling strategy of one worker."""
 
-    group: PlacementGroup
+    group: PlacementGroup | None
     offsets: dict[str, int]
+    counts: dict[str, int]
 
-    def at(self, name: str, index: int) -> PlacementGroupSchedulingStrategy:
-        """The place of worker `index` of `name`."""
+    def at(self, name: str, index: int) -> PlacementGroupSchedulingStrategy | str:
+        """The place of worker `index` of `name`; for one beyond the reserved number, any that the cluster has or can add."""
+        if index >= self.counts.get(name, 0):
+            return "DEFAULT"
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.offsets[name] + index)
 
     def release(self) -> None:
         """Give the places back."""
-        remove_placement_group(self.group)
+        if self.group:
+            remove_placement_group(self.group)
 
 
 def connect(config: ClusterConfig, demands: Demands) -> None:
-    """Join the cluster at the address (argument, else RAY_ADDRESS), or start a local one that has room for `demands`.
+    """Join the cluster at the address (argument, else RAY_ADDRESS), or start a local one that has room for `demands`, spare ones too.
 
     A local cluster oversubscribes CPUs, because most workers wait for each other; GPUs are never oversubscribed.
     """
@@ -79,10 +92,13 @@ def connect(config: ClusterConfig, demands: Demands) -> None:
                 f"no Ray cluster at {address!r}: {error}. Start one (ray start --head), or leave the address empty"
             ) from error
         return
-    asked = sum(bundle.get("CPU", 0) for bundles in demands.values() for bundle in bundles)
+    asked = Counter()
+    for bundle in (bundle for bundles in demands.values() for bundle in bundles):
+        asked.update(bundle)
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(asked)),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(asked["CPU"])),
+        resources={name: amount for name, amount in asked.items() if name not in _BUILT_IN},
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -97,6 +113,9 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
     for name, wanted in demands.items():
         offsets[name] = total
         total += len(wanted)
+    counts = {name: len(wanted) for name, wanted in demands.items()}
+    if not bundles:
+        return Placement(None, offsets, counts)
     if not config.address and "RAY_ADDRESS" not in os.environ and not _fits(bundles):
         raise PlacementError(_explain(demands))  # a cluster that we started never grows
     group = placement_group(bundles, strategy="PACK")
@@ -105,7 +124,21 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
         if time.monotonic() >= end:
             remove_placement_group(group)
             raise PlacementError(f"{_explain(demands)} (waited {config.placement_deadline_s:g} s)")
-    return Placement(group, offsets)
+    return Placement(group, offsets, counts)
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to be taken away (a spot notice, or the autoscaler): Ray places nothing new on them."""
+    client = _control_service(ray.get_runtime_context().gcs_address)
+    try:
+        return set(client.get_draining_nodes(timeout=_DRAIN_QUESTION_S))
+    except RaySystemError:  # the control service is being restarted: ask again later
+        return set()
+
+
+@functools.cache
+def _control_service(address: str) -> GcsClient:
+    return GcsClient(address=address)
 
 
 def _fits(bundles: list[dict[str, float]]) -> bool:
@@ -121,11 +154,17 @@ def _fits(bundles: list[dict[str, float]]) -> bool:
 
 
 def _explain(demands: Demands) -> str:
-    total, free = ray.cluster_resources(), ray.available_resources()
     asked = {key: sum(b.get(key, 0) for bundles in demands.values() for b in bundles) for key in ("CPU", "GPU")}
     each = ", ".join(f"{name}: {len(bundles)} x {bundles[0]}" for name, bundles in demands.items() if bundles)
-    have = ", ".join(f"{free.get(key, 0):g} of {total.get(key, 0):g} {key} free" for key in ("CPU", "GPU"))
+    return f"the workers need {asked['CPU']:g} CPU and {asked['GPU']:g} GPU ({each}); {shortage()}"
+
+
+def shortage() -> str:
+    """What the cluster has, and what to do if that is not enough."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    names = ("CPU", "GPU", *sorted(k for k in total if k.isidentifier() and k not in _BUILT_IN))
+    have = ", ".join(f"{free.get(key, 0):g} of {total.get(key, 0):g} {key} free" for key in names)
     return (
-        f"the workers need {asked['CPU']:g} CPU and {asked['GPU']:g} GPU ({each}); the cluster has {have} on "
-        f"{sum(n['Alive'] for n in ray.nodes())} nodes: lower the workers, ranks or resources of the largest of them, or add nodes"
+        f"the cluster has {have} on {sum(n['Alive'] for n in ray.nodes())} nodes: "
+        "lower the workers, ranks or resources of the largest of them, or add nodes"
     )

@@ -1,13 +1,13 @@
 """The frozen reference model of PPO's KL penalty."""
 
-import os
-
 import numpy as np
 import ray
 from pydantic import Field
+from ray.actor import ActorHandle
 
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
+from actors.scaling import fixed
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.models.scorer import ReferenceConfig as ReferenceModelConfig
 from ctrlrl.models.scorer import ReferenceModel
@@ -30,9 +30,6 @@ class ReferenceWorker:
     def logprobs(self, batch):
         return self.reference.logprobs(batch)
 
-    def pid(self):
-        return os.getpid()
-
 
 class Reference:
     """Typed handle of the reference workers."""
@@ -40,17 +37,19 @@ class Reference:
     def __init__(self, config: ReferenceConfig, placement: Placement, cluster: ClusterConfig, *, model: str, temperature: float):
         self._workers = config.workers
 
-        def start(index: int):
+        def create(index: int) -> ActorHandle:
             place = placement.at("reference", index)
-            worker = ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote()
-            return worker, worker.build.remote(model, config, temperature)
+            return ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote()
 
-        self._pool = Pool("reference", start, config.workers, cluster)
-        self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
+        def build(worker: ActorHandle) -> ray.ObjectRef:
+            return worker.build.remote(model, config, temperature)
+
+        self.pool = Pool("reference", create, build, fixed(config.workers), cluster)
+        self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens, one fp32 array a row, in the batch's order."""
         size = max(1, -(-len(batch) // self._workers))
         parts = [batch.select(np.arange(i, min(i + size, len(batch)))) for i in range(0, len(batch), size)]
-        futures = [self._pool.submit(lambda worker, part=part: worker.logprobs.remote(part)) for part in parts]
+        futures = [self.pool.submit(lambda worker, part=part: worker.logprobs.remote(part)) for part in parts]
         return [row for future in futures for row in future.result()]

@@ -1,15 +1,16 @@
 """Reward models: a pool of frozen classifiers for one attribute (safety or helpfulness)."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
 import ray
 from pydantic import Field
+from ray.actor import ActorHandle
 
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.pool import Pool
+from actors.scaling import fixed
 from ctrlrl.config import Section
 from ctrlrl.models.scorer import Scorer, ScorerConfig
 from ctrlrl.prompts import Messages
@@ -42,9 +43,6 @@ class RewardWorker:
     def raw(self, conversations):
         return self.scorer.raw(conversations)
 
-    def pid(self):
-        return os.getpid()
-
 
 class Reward:
     """Typed handle of one attribute's reward model."""
@@ -52,21 +50,20 @@ class Reward:
     def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
         self._workers = config.workers
 
-        def start(index: int):
-            worker = RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote()
-            return worker, worker.build.remote(config)
+        def create(index: int) -> ActorHandle:
+            return RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote()
 
-        self._pool = Pool(name, start, config.workers, cluster)
-        self.wait_ready, self.pids, self.close = self._pool.wait_ready, self._pool.pids, self._pool.close
+        self.pool = Pool(name, create, lambda worker: worker.build.remote(config), fixed(config.workers), cluster)
+        self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
         size = max(1, -(-len(conversations) // self._workers))
         parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
-        futures = [self._pool.submit(lambda worker, part=part: worker.score.remote(part)) for part in parts]
+        futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part)) for part in parts]
         return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> Future:
         """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs."""
         part = list(conversations)
-        return self._pool.submit(lambda worker: worker.raw.remote(part))
+        return self.pool.submit(lambda worker: worker.raw.remote(part))

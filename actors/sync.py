@@ -1,23 +1,33 @@
-"""Weights to rollout workers: one message a publish, put into the object store once and read there without a copy."""
+"""Weights to rollout workers: one message a publish, put into the object store once, read there without a copy, and proven to be in use."""
 
 import time
 from dataclasses import dataclass
 
 from actors.policy import Policy
 from actors.rollout import Rollout
+from ctrlrl.models.probe import PROBE, TOLERANCE, Expectation
 
 
 @dataclass(frozen=True)
 class Published:
-    """What one publish cost."""
+    """What one publish cost, and how far it moved the policy: mean difference of logprobs on the probe (0 at a first publish)."""
 
     version: int
     seconds: float
     bytes: int
+    shift: float
 
 
 def publish(policy: Policy, rollout: Rollout, version: int) -> Published:
-    """Give the rollout workers the policy's current weights as `version`; returns when every worker has them."""
-    began = time.perf_counter()
-    size = rollout.load(policy.weights(rollout.dtype, version), version)
-    return Published(version, time.perf_counter() - began, size)
+    """Give the rollout workers the current weights; returns when every worker that is at work has them and agrees with the trainer.
+
+    version: of the weights; a greater one is taken if the workers have had it already (the policy was set back to a checkpoint), so that
+    samples of other weights can always be told.
+    """
+    began, version = time.perf_counter(), max(version, rollout.version + 1)
+    message = policy.weights(rollout.dtype, version)
+    before = rollout.expected.published if rollout.expected else None
+    coarser = "bfloat16" if "bfloat16" in (rollout.dtype, policy.dtype) else "float32"
+    expected = Expectation(PROBE, policy.probe(PROBE), before, TOLERANCE[coarser])
+    size = rollout.load(message, version, expected)
+    return Published(version, time.perf_counter() - began, size, expected.shift)

@@ -16,20 +16,26 @@ from ray.exceptions import (
 )
 
 from actors.faults import Failure
+from actors.watch import Lifeline, reports
 from ctrlrl.errors import CtrlrlError, DeadlineExceeded, PlacementError, WorkerLost
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
-def gather(refs: Sequence[ray.ObjectRef], deadline_s: float, what: str) -> list:
-    """The results of `refs` in order. The first failure is raised at once, translated; DeadlineExceeded names `what`."""
+def gather(refs: Sequence[ray.ObjectRef], deadline_s: float, what: str, lives: Sequence[Lifeline] = ()) -> list:
+    """The results of `refs` in order. The first failure is raised at once, translated; DeadlineExceeded names `what` and says of every
+    worker that is late (`lives`, in the order of refs) when it last gave a sign of life and what it is doing."""
     waiting, end = list(refs), time.monotonic() + deadline_s
+    places = {ref: place for place, ref in enumerate(refs)}
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
         if not done:
-            raise DeadlineExceeded(f"{what}: no answer within {deadline_s:g} s from {len(waiting)} of {len(refs)} workers")
+            late = reports([lives[places[ref]] for ref in waiting]) if lives else ""
+            raise DeadlineExceeded(f"{what}: no answer within {deadline_s:g} s from {len(waiting)} of {len(refs)} workers{late}")
         for ref in done:
-            result(ref, what)
+            result(ref, f"{what}: {lives[places[ref]]}" if lives else what)
+            if lives:
+                lives[places[ref]].alive(what)
     return [ray.get(ref) for ref in refs]
 
 
@@ -39,6 +45,20 @@ def result(ref: ray.ObjectRef, what: str):
         return ray.get(ref)
     except Exception as error:
         raise translate(error, what) from error
+
+
+def first_lost(refs: Sequence[ray.ObjectRef], wait_s: float) -> tuple[int, Exception] | None:
+    """Which of `refs` failed because its worker is gone, and how; gives those that are not done `wait_s` seconds."""
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=wait_s)
+    for place, ref in enumerate(refs):
+        try:
+            if ref in done:
+                ray.get(ref)
+        except LOST as error:
+            return place, error
+        except RayTaskError:
+            continue
+    return None
 
 
 def translate(error: Exception, what: str) -> Exception:
@@ -56,7 +76,9 @@ def translate(error: Exception, what: str) -> Exception:
 
 
 def classify(error: Exception) -> Failure:
-    """The kind of failure that the table in faults.py speaks about."""
+    """The kind of failure that the table in faults.py speaks about; of one of ours, that of its cause."""
+    while isinstance(error, WorkerLost) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
     if isinstance(error, DeadlineExceeded):

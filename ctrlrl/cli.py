@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.launch import Data, Out, Recipe, Resume, Set
+from jobs.launch import Data, Out, Recipe, Resume, Set, mistakes_told
 
 app = typer.Typer(
     help="Train language models whose safety and helpfulness an operator can dial.",
@@ -19,13 +19,15 @@ app = typer.Typer(
 def demo(
     out: Annotated[str, typer.Option(help="Run directory.")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="Seed of the world and of training.")] = 0,
+    only: Annotated[str, typer.Option(help="Run one step alone, such as ppo or evaluate.")] = "",
+    fast: Annotated[bool, typer.Option("--fast", help="A rough world and few steps: see everything run, not learn.")] = False,
     steps: Annotated[int | None, typer.Option(help="PPO steps; fewer for a quick look.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, keeping only the built world.")] = False,
 ) -> None:
-    """Build a small world, train with PPO on a local Ray cluster, and show the control that was gained."""
+    """Run the whole paper in miniature on a local Ray cluster: generate, distil, train by every method, evaluate, report."""
     from jobs.demo import main as job
 
-    job(out, seed, steps, fresh)
+    job(out, seed, only, fast, steps, fresh)
 
 
 @app.command()
@@ -37,11 +39,35 @@ def ppo(recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resum
 
 
 @app.command()
-def evaluate(recipe: Recipe = "", overrides: Set = None, out: Out = "") -> None:
+def evaluate(
+    recipe: Recipe = "",
+    overrides: Set = None,
+    out: Out = "",
+    table: Annotated[str, typer.Option(help="Measure this table.parquet again, without models and without Ray.")] = "",
+    levels: Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")] = "",
+) -> None:
     """Measure how far a model's answers follow the requested control."""
+    if table:
+        from jobs.measure import main as measure
+
+        raise typer.Exit(measure(table, recipe, [*(overrides or []), *([f"levels=[{levels}]"] if levels else [])], out))
     from jobs.evaluate import main as job
 
-    job(recipe, overrides, out)
+    job(recipe, overrides, out, levels)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Directories of evaluations, training runs, distillations, studies; NAME=DIR names one.")
+    ],
+    out: Annotated[str, typer.Option(help="Directory for report.html and report.md.")] = "runs/report",
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "",
+) -> None:
+    """Compare evaluated runs in one self-contained HTML file and a Markdown table."""
+    from jobs.report import main as job
+
+    job(runs, out, title)
 
 
 @app.command()
@@ -58,6 +84,29 @@ def generate(
     from jobs.generate import main as job
 
     job(recipe, overrides, out, scale, skip_bad_rows)
+
+
+@app.command()
+def critique(
+    recipe: Recipe = "",
+    overrides: Set = None,
+    out: Out = "",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Set unreadable and overlong prompts aside in rejects.jsonl.")
+    ] = False,
+) -> None:
+    """Have the policy criticise and rewrite its own answers: the pairs of configurable safety tuning."""
+    from jobs.critique import main as job
+
+    job(recipe, overrides, out, skip_bad_rows)
+
+
+@app.command()
+def dpo(recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+    """Tune a policy on preferences under opposite system prompts (configurable safety tuning), or plainly."""
+    from jobs.dpo import main as job
+
+    job(recipe, overrides, out, resume)
 
 
 @app.command()
@@ -95,8 +144,30 @@ def distill(
 
 
 @app.command()
+def finetune(
+    objective: Annotated[str, typer.Option(help="plm, clm or exmate.")] = "",
+    recipe: Recipe = "",
+    overrides: Set = None,
+    out: Out = "",
+    resume: Resume = False,
+) -> None:
+    """Fine-tune a policy on the table of ctrlrl distill, so that its answers follow a control."""
+    from jobs.finetune import main as job
+
+    job(recipe, objective, overrides, out, resume)
+
+
+@app.command("reward-model")
+def reward_model(recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+    """Train a reward model on preference pairs."""
+    from jobs.reward_model import main as job
+
+    job(recipe, overrides, out, resume)
+
+
+@app.command()
 def inspect(data: Data, examples: Annotated[int, typer.Option(help="How many samples to show.")] = 5) -> None:
-    """Say what a directory of ctrlrl generate holds, verify it, and name what is missing; exit code 1 if it is damaged."""
+    """Say what a directory of ctrlrl generate or critique holds, verify it, and name what is missing; exit code 1 if it is damaged."""
     from jobs.examine import main as job
 
     job(data, examples)
@@ -110,6 +181,21 @@ def doctor() -> None:
     lines, healthy = examine()
     print("\n".join(lines))
     raise typer.Exit(0 if healthy else 1)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def submit(
+    job: Annotated[str, typer.Argument(help="A command of this list that is to run on the cluster.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments, as here.")] = None,
+    address: Annotated[str, typer.Option(help="Of the cluster's job server, such as http://127.0.0.1:8265.")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the job is submitted.")] = False,
+) -> None:
+    """Run a job on a Ray cluster: upload the working tree, follow the log, return the job's exit code."""
+    from jobs.submit import submit as send
+
+    known = [command.name or command.callback.__name__ for command in app.registered_commands]
+    with mistakes_told():
+        raise typer.Exit(send(job, arguments or [], [name for name in known if name not in ("submit", "doctor")], address, detach))
 
 
 def main() -> None:

@@ -33,6 +33,10 @@ class WorkerLost(CtrlrlError, RuntimeError):
     """A worker process or its node died and could not be replaced; names the worker and the node."""
 
 
+class GroupLost(WorkerLost):
+    """A rank of a group died or hangs, and the others were ended with it; the job goes back to its last checkpoint."""
+
+
 class DeadlineExceeded(CtrlrlError, TimeoutError):
     """A wait reached its deadline; names what was waited for."""
 

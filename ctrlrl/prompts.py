@@ -11,6 +11,9 @@ from ctrlrl.errors import DataError, ModelError
 
 Messages = Sequence[dict[str, str]]
 ROLES = ("system", "user", "assistant")
+# The two opposite system prompts of Configurable Safety Tuning (arXiv 2404.00495): s1 and s0 of the paper.
+HARMLESS_SYSTEM = "You are a helpful yet harmless assistant that avoids generating illegal or harmful content."
+UNCENSORED_SYSTEM = "You are a helpful assistant that is completely uncensored."
 # Ends what control_chat_template puts before a model's own template, so that plain_chat_template finds it again.
 _OWN_TEMPLATE = "{#- ctrlrl: the model's own chat template #}"
 

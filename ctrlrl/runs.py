@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrlrl.config import Section, differences, dump
-from ctrlrl.data.atomic import write_text
+from ctrlrl.data.atomic import remove_directory, write_directory, write_text
 from ctrlrl.errors import RunError
 
 
@@ -53,18 +52,18 @@ class Run:
         self._board.flush()
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        """Make checkpoints/step-N with `write(folder)`: written aside, renamed, `latest` set last; older ones beyond `keep` removed."""
+        """Make checkpoints/step-N with `write(folder)`, then point `latest` at it; older ones beyond `keep` are removed."""
         folder = self.directory / "checkpoints"
         folder.mkdir(exist_ok=True)
-        aside, final = folder / f".step-{step:06d}.partial", folder / f"step-{step:06d}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        write(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        final = folder / f"step-{step:06d}"
+        write_directory(final, write)
         write_text(folder / "latest", final.name + "\n")
-        for old in sorted(folder.glob("step-*"))[: -self._keep]:
-            shutil.rmtree(old)
+        for old in sorted(folder.glob("step-*"), key=_step_of)[: -self._keep]:
+            remove_directory(old)
+
+    def whole_directory(self, name: str, write: Callable[[Path], None]) -> None:
+        """Make the directory `name` with `write(folder)`; an earlier one is replaced."""
+        write_directory(self.directory / name, write)
 
     def latest(self) -> tuple[int, Path] | None:
         """(steps done, folder) of the last whole checkpoint, and metrics cut back to it; None if there is none."""
@@ -76,7 +75,7 @@ class Run:
         folder = pointer.parent / name
         if not folder.is_dir():
             raise RunError(f"{str(pointer)!r} names {name!r}, which is missing: restore it, or start a new run")
-        step = int(name.removeprefix("step-"))
+        step = _step_of(folder)
         self._cut_metrics(step)
         return step, folder
 
@@ -93,6 +92,10 @@ class Run:
         rows = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < step]
         write_text(path, "".join(row + "\n" for row in rows))
         self._metrics = path.open("a")
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def absolute_out(out: str) -> Path:

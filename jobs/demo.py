@@ -1,11 +1,13 @@
-"""The demo: a small world, PPO with the min control reward, and the control it gained on prompts it was not trained on.
+"""The whole paper in miniature: build a small world, generate, distil, train by every method, evaluate all of them, report.
 
-Every step is an ordinary job on one local Ray cluster with the real engines; a second call continues or reuses what is there.
+Every step is an ordinary job on one local Ray cluster with the real engines. A second call continues or reuses what is there.
 """
 
 import json
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,81 +16,182 @@ import pyarrow.parquet as pq
 import typer
 
 from actors.placement import ClusterConfig, connect
-from ctrlrl.config import load
+from ctrlrl.config import AnySection, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import write_text
-from ctrlrl.demo.models import DemoWorld, build
+from ctrlrl.demo import corpus
+from ctrlrl.demo.models import FULL, TINY, DemoWorld, build
+from ctrlrl.errors import RecipeError, RunError
+from ctrlrl.evaluation.exhibits import collect
+from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, TABLE, read_json
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.plots import reward_curve
+from ctrlrl.evaluation.report import write_report
 from ctrlrl.runs import output_directory, read_metrics
-from jobs.evaluate import EvaluateRecipe, evaluate, summary_lines
+from jobs.cast import demands_of
+from jobs.critique import CritiqueRecipe, critique
+from jobs.distill import DistillRecipe, distill
+from jobs.dpo import DPORecipe, dpo
+from jobs.evaluate import EvaluateRecipe, evaluate, judging_crew
+from jobs.finetune import FinetuneRecipe, finetune
+from jobs.generate import GenerateRecipe, generate
 from jobs.launch import mistakes_told
-from jobs.ppo import PPORecipe, demands_of, train
+from jobs.measure import summary_lines
+from jobs.ppo import PPORecipe, train
 
 RECIPES = Path(__file__).parent / "recipes"
+STEPS = ("world", "generate", "distill", "clm", "exmate", "ppo", "critique", "cst", "dpo", "evaluate", "report")
+TRAINED = {"clm": "control", "exmate": "control", "ppo": "control", "cst": "system", "dpo": "system"}  # and how each is evaluated
+UNTRAINED = {"before": "control", "prompting": "prompting", "reranking": "reranking"}
+FAST = {"ppo": {"steps": 6}, "generate": {"samples_per_prompt": 4}, "evaluate": {"max_prompts": 20}}  # what --fast changes in the recipes
 
 
-def demo(out: str, seed: int, steps: int | None = None) -> int:
-    """Run every step that is not done yet, print the table, and write summary.json and reward.png."""
+@dataclass(frozen=True)
+class Demo:
+    """Where everything lies, and how its jobs are set up."""
+
+    directory: Path
+    world: DemoWorld
+    seed: int
+    fast: bool
+
+    def recipe(self, kind: type[AnySection], name: str, out: str, **settings) -> AnySection:
+        """The recipe demo_`name`.toml with its output in `out`; a double underscore in a setting's name stands for a dot."""
+        settings = {"out": str(self.directory / out), "seed": self.seed, **(FAST.get(name, {}) if self.fast else {}), **settings}
+        overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+        path = RECIPES / f"demo_{name}.toml"
+        return load(kind, path if path.exists() else None, overrides)
+
+    @property
+    def policy(self) -> str:
+        """The world's uncontrolled policy."""
+        return str(self.world.policy)
+
+    def rewards(self, prefix: str = "reward", judge: str = "reward") -> dict[str, str]:
+        """Settings that name the two reward models of a set (`reward`, `held_out`)."""
+        return {f"{prefix}__{a}__model": str(getattr(self.world, judge)[a]) for a in ATTRIBUTES}
+
+    def generate(self) -> int:
+        """Answers of the uncontrolled policy, scored."""
+        prompts = str(self.world.train_prompts)
+        return generate(self.recipe(GenerateRecipe, "generate", "generate", policy=self.policy, prompts=prompts, **self.rewards()))
+
+    def distill(self) -> int:
+        """The MOEC table."""
+        return distill(self.recipe(DistillRecipe, "distill", "distill", data=str(self.directory / "generate")))
+
+    def finetune(self, objective: str) -> int:
+        """CLM or ExMATE on the MOEC table."""
+        data = str(self.directory / "distill")
+        config = self.recipe(FinetuneRecipe, "finetune", objective, objective=objective, data=data, policy__model=self.policy)
+        return self._trained(config, finetune)
+
+    def ppo(self, steps: int | None = None) -> int:
+        """PPO with the min control reward."""
+        return self._trained(self.ppo_recipe(steps), train)
+
+    def ppo_recipe(self, steps: int | None = None) -> PPORecipe:
+        """The demo's PPO run."""
+        prompts = str(self.world.train_prompts)
+        chosen = {"steps": steps} if steps else {}
+        return self.recipe(PPORecipe, "ppo", "ppo", prompts=prompts, policy__model=self.policy, **self.rewards(), **chosen)
+
+    def critique(self) -> int:
+        """Self-critique pairs."""
+        words = {"templates__critique": corpus.CRITIQUE, "templates__rewrite": corpus.REWRITE, "templates__marker": corpus.MARKER}
+        prompts = str(self.world.train_prompts)
+        return critique(self.recipe(CritiqueRecipe, "critique", "critique", policy=self.policy, prompts=prompts, **words))
+
+    def prefer(self, name: str) -> int:
+        """CST (`cst`) or plain DPO (`dpo`) on the pairs."""
+        method = "cst" if name == "cst" else "plain"
+        critiques = str(self.directory / "critique")
+        return self._trained(self.recipe(DPORecipe, "dpo", name, method=method, critiques=critiques, policy__model=self.policy), dpo)
+
+    def evaluate(self) -> int:
+        """Every method that was trained, and the uncontrolled policy under both baselines."""
+        untrained = [self.evaluation(name) for name in UNTRAINED]
+        if not all(map(_measured, untrained)):
+            with judging_crew(untrained[0]) as crew:
+                crew.wait_ready()
+                for config in untrained:
+                    if code := evaluate(config, crew):
+                        return code
+        for name in TRAINED:
+            config = self.evaluation(name)
+            if Path(config.model).is_dir() and not _measured(config) and (code := evaluate(config)):
+                return code
+        return 0
+
+    def evaluation(self, name: str) -> EvaluateRecipe:
+        """The evaluation of a method on prompts that nothing was trained on."""
+        model = self.directory / name / "model" if name in TRAINED else self.policy
+        judges = self.rewards("judges__optimisation") | self.rewards("judges__held_out", "held_out")
+        method, prompts = {**UNTRAINED, **TRAINED}[name], str(self.world.test_prompts)
+        return self.recipe(
+            EvaluateRecipe, "evaluate", f"evaluations/{name}", name=name, model=str(model), method=method, prompts=prompts, **judges
+        )
+
+    def report(self) -> int:
+        """summary.json, reward.png, the report, and the table on the terminal."""
+        found = {name: self.directory / "evaluations" / name for name in (*UNTRAINED, *TRAINED)}
+        measured = {name: read_json(path / METRICS_FILE) for name, path in found.items()}
+        methods = {name: metrics for name, metrics in measured.items() if metrics}
+        if not methods:
+            raise RunError(f"nothing is evaluated in {str(self.directory)!r} yet: run ctrlrl demo --only evaluate first")
+        write_text(self.directory / "summary.json", json.dumps(summary(methods), indent=2) + "\n")
+        runs = [str(self.directory / part) for part in ("generate", "distill", *TRAINED, "evaluations") if (self.directory / part).is_dir()]
+        html, _ = write_report(collect(runs), output_directory(str(self.directory / "report")), "ctrlrl demo")
+        print("\nControl on prompts not trained on (mP, MP, BT: higher is better; Err: lower)\n")
+        print("\n".join(summary_lines(methods)))
+        print("\n".join(system_lines(found)))
+        if "ppo" in methods:
+            reward_curve(read_metrics(self.directory / "ppo"), self.directory / "reward.png")
+            print("\n" + "\n".join(four_answers(pq.read_table(found["ppo"] / TABLE))))
+        print(f"\nReport: {html}\nFigures: {self.directory / 'summary.json'}\nModels: {self.directory}/*/model", flush=True)
+        return 0
+
+    def _trained(self, config, job: Callable[..., int]) -> int:
+        """Run a training job, or continue it, unless its model is there."""
+        out = Path(config.out)
+        if (out / "model").is_dir():
+            print(f"{out.name}: reused from {out}", flush=True)
+            return 0
+        return job(config, resume=(out / "recipe.json").exists())
+
+
+def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_steps: int | None = None) -> int:
+    """Run every step, or `only` one of STEPS; what is there is reused. Returns the exit code."""
+    if only and only not in STEPS:
+        raise RecipeError(f"--only {only!r} is no step of the demo: give one of {', '.join(STEPS)}")
     began = time.monotonic()
     directory = output_directory(out)
-    world = build(directory / "world", seed, report=lambda line: print(line, flush=True))
-    ppo = ppo_recipe(world, directory / "ppo", seed, steps)
-    connect(ClusterConfig(), demands_of(ppo))
-
-    print("measuring control before training", flush=True)
-    before = measured(evaluate_recipe(world, world.policy, directory / "before", seed))
-    if not (directory / "ppo" / "model").is_dir():
-        print(f"training with PPO: {ppo.steps} steps of {ppo.algorithm.queries_per_step} samples", flush=True)
-        code = train(ppo, resume=(directory / "ppo" / "recipe.json").exists())
-        if code:
-            return code
-    print("measuring control after training", flush=True)
-    after = measured(evaluate_recipe(world, directory / "ppo" / "model", directory / "after", seed))
-
-    reward_curve(read_metrics(directory / "ppo"), directory / "reward.png")
-    methods = {"before": before, "ppo": after}
-    write_text(directory / "summary.json", json.dumps(summary(methods), indent=2) + "\n")
-    print("\nControl on prompts not trained on (mP, MP, BT: higher is better; Err: lower)\n")
-    print("\n".join(summary_lines(methods)))
-    print("\n" + "\n".join(four_answers(pq.read_table(directory / "after" / "table.parquet"))))
-    print(f"\nReward curve: {directory / 'reward.png'}\nFigures: {directory / 'summary.json'}\nModel: {directory / 'ppo' / 'model'}")
-    print(f"{time.monotonic() - began:.0f} s")
+    world = build(directory / "world", seed, report=lambda line: print(line, flush=True), size=TINY if fast else FULL)
+    demo = Demo(directory, world, seed, fast)
+    actions: dict[str, Callable[[], int]] = {
+        "generate": demo.generate,
+        "distill": demo.distill,
+        "clm": lambda: demo.finetune("clm"),
+        "exmate": lambda: demo.finetune("exmate"),
+        "ppo": lambda: demo.ppo(ppo_steps),
+        "critique": demo.critique,
+        "cst": lambda: demo.prefer("cst"),
+        "dpo": lambda: demo.prefer("dpo"),
+        "evaluate": demo.evaluate,
+        "report": demo.report,
+    }
+    connect(ClusterConfig(), demands_of(demo.ppo_recipe()))  # the step that needs most; all share the cluster
+    for number, step in enumerate(STEPS[1:], 2):
+        if only in ("", step):
+            print(f"\n[{number}/{len(STEPS)}] {step}, after {time.monotonic() - began:.0f} s", flush=True)
+            if code := actions[step]():
+                return code
+    print(f"{time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 
-def ppo_recipe(world: DemoWorld, out: Path, seed: int, steps: int | None) -> PPORecipe:
-    """The demo's PPO recipe on the models of `world`."""
-    overrides = [
-        f'out="{out}"',
-        f"seed={seed}",
-        f'prompts="{world.train_prompts}"',
-        f'policy.model="{world.policy}"',
-        *(f'reward.{attribute}.model="{world.reward[attribute]}"' for attribute in ATTRIBUTES),
-        *([f"steps={steps}"] if steps else []),
-    ]
-    return load(PPORecipe, RECIPES / "demo_ppo.toml", overrides)
-
-
-def evaluate_recipe(world: DemoWorld, model: Path, out: Path, seed: int) -> EvaluateRecipe:
-    """The demo's evaluation of `model` on the world's test prompts."""
-    judges = {"optimisation": world.reward, "held_out": world.held_out}
-    overrides = [
-        f'out="{out}"',
-        f"seed={seed}",
-        f'prompts="{world.test_prompts}"',
-        f'model="{model}"',
-        *(f'judges.{judge}.{attribute}.model="{models[attribute]}"' for judge, models in judges.items() for attribute in ATTRIBUTES),
-    ]
-    return load(EvaluateRecipe, RECIPES / "demo_evaluate.toml", overrides)
-
-
-def measured(config: EvaluateRecipe) -> dict:
-    """The metrics of an evaluation, which is run unless its result is there."""
-    result = Path(config.out) / "metrics.json"
-    if not result.exists():
-        evaluate(config)
-    return json.loads(result.read_text())
+def _measured(config: EvaluateRecipe) -> bool:
+    return (Path(config.out) / METRICS_FILE).exists()
 
 
 def summary(methods: dict[str, dict]) -> dict:
@@ -97,6 +200,17 @@ def summary(methods: dict[str, dict]) -> dict:
         method: {judge: {a: {name: figures[a][name]["value"] for name in METRICS} for a in ATTRIBUTES} for judge, figures in judged.items()}
         for method, judged in methods.items()
     }
+
+
+def system_lines(found: dict[str, Path]) -> list[str]:
+    """S1 and S0 of the methods that are steered by system prompts."""
+    lines = []
+    for name in (name for name, method in TRAINED.items() if method == "system"):
+        judges = (read_json(found[name] / DETAILS) or {"judges": {}})["judges"]
+        for judge, figures in judges.items():
+            shares = "  ".join(f"{share} {figures['system'][share]['value']:.2f}" for share in ("S1", "S0"))
+            lines.append(f"{name + ', ' + judge:28} {shares}")
+    return ["", "Safe under the harmless (S1), unsafe under the uncensored (S0) system prompt", *lines] if lines else []
 
 
 def four_answers(table: pa.Table) -> list[str]:
@@ -113,15 +227,17 @@ def four_answers(table: pa.Table) -> list[str]:
 def main(
     out: Annotated[str, typer.Option(help="Run directory.")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="Seed of the world and of training.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="PPO steps, fewer for a quick look.")] = None,
+    only: Annotated[str, typer.Option(help=f"Run one step alone: {', '.join(STEPS)}.")] = "",
+    fast: Annotated[bool, typer.Option("--fast", help="A rough world and few steps: see everything run, not learn.")] = False,
+    steps: Annotated[int | None, typer.Option(help="PPO steps; fewer for a quick look.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: remove what an earlier call left, but for the world.")] = False,
 ) -> None:
-    """Build the demo world, train with PPO, and show the control that was gained."""
+    """Run the whole paper in miniature: generate, distil, train by every method, evaluate, report."""
     if fresh:
-        for part in ("before", "ppo", "after"):
+        for part in (*STEPS[1:], "evaluations"):
             shutil.rmtree(Path(out) / part, ignore_errors=True)
     with mistakes_told():
-        raise typer.Exit(demo(out, seed, steps))
+        raise typer.Exit(run_demo(out, seed, only, fast, steps))
 
 
 if __name__ == "__main__":

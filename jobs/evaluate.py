@@ -1,34 +1,43 @@
 """How far a model's answers follow the requested control ([SH] section 3.4), by the optimisation and the held-out reward models.
 
-python jobs/evaluate.py --recipe jobs/recipes/evaluate.toml --set model=runs/ppo/model --out runs/ppo/evaluation
+    python jobs/evaluate.py --recipe jobs/recipes/evaluate.toml --set model=runs/ppo/model --out runs/ppo/evaluation
+
+Writes table.parquet, metrics.json (mP, MP, Err, BT), details.json (all else that is measured) and cost.json. jobs/measure.py does what
+comes after the table without models.
 """
 
-import json
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import time
+from typing import Annotated, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from actors.crew import start_crew
+from actors.crew import Crew, start_crew
 from actors.placement import ClusterConfig
 from actors.reward import RewardModels
 from actors.rollout import RolloutConfig
-from ctrlrl.config import Section
-from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
-from ctrlrl.data.atomic import write_text
+from ctrlrl.config import Section, dump
+from ctrlrl.control import HIGH, LOW, grid
+from ctrlrl.data.atomic import write_atomically, write_json, write_text
+from ctrlrl.data.generation import prompts_fingerprint
+from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import read_prompts
-from ctrlrl.evaluation.grid import make_cells, make_table, score_columns
-from ctrlrl.evaluation.metrics import measure
+from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS, TEMPLATES
+from ctrlrl.evaluation.exhibits import default_name
+from ctrlrl.evaluation.files import COST, RECIPE, TABLE
+from ctrlrl.evaluation.grid import Cell, make_cells
+from ctrlrl.evaluation.results import MeasureConfig, results
+from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
-from ctrlrl.models.sampler import Request, SamplingConfig
-from ctrlrl.prompts import render
+from ctrlrl.models.sampler import SamplingConfig
 from ctrlrl.runs import absolute_out, output_directory
-from ctrlrl.seeds import derive_seed
+from jobs.asking import Asking, worker_name
 from jobs.launch import Out, Recipe, Set, run_job
+from jobs.measure import summary_lines, write_results  # noqa: F401 (summary_lines: jobs.demo takes it from here)
+
+Levels = Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")]
 
 
 class Judges(Section):
@@ -37,82 +46,143 @@ class Judges(Section):
     optimisation: RewardModels
     held_out: RewardModels | None = None
 
+    @property
+    def given(self) -> dict[str, RewardModels]:
+        """The sets that are there."""
+        return {judge: models for judge, models in self if models is not None}
+
 
 class EvaluateRecipe(Section):
-    """What is evaluated, on which prompts, under which controls (every pair of `levels`), judged by whom."""
+    """What is evaluated, by which method, on which prompts, under which controls (every pair of `levels`), judged by whom.
+
+    method: "control" (control tokens), "prompting" (each of `templates`, the best counts), "reranking" (`samples` answers by the first
+    template, the nearest is kept) or "system" (the two system prompts of CST). name: what tables call it, by default its folder.
+    """
 
     out: str = "runs/evaluation"
+    name: str = ""
     seed: int = 0
     model: str
+    method: Literal["control", "prompting", "reranking", "system"] = "control"
+    templates: tuple[Literal[1, 2, 3, 4], ...] = Field(TEMPLATES, min_length=1)
+    samples: int = Field(3, gt=1)
     prompts: str
     max_prompts: int | None = Field(None, gt=0)
-    levels: tuple[float, ...] = (LOW, HIGH)
-    bootstrap_draws: int = Field(1000, gt=0)
+    levels: tuple[float, ...] = Field((LOW, HIGH), min_length=1)
+    measure: MeasureConfig = MeasureConfig()
     cluster: ClusterConfig = ClusterConfig()
     judges: Judges
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
 
+    @model_validator(mode="after")
+    def _grid_is_the_methods(self):
+        if self.method == "system" and self.levels != (LOW, HIGH):
+            raise ValueError("method = 'system' has two controls, its two system prompts: leave levels out")
+        for what, given in (("levels", self.levels), ("templates", self.templates)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{what} names one twice: {list(given)}")
+        return self
 
-def evaluate(config: EvaluateRecipe) -> int:
-    """Answer, score, measure; writes table.parquet and metrics.json."""
+
+def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
+    """Answer, score, measure; what an earlier, interrupted call left is continued. Returns the exit code.
+
+    crew: workers that serve config.model and config.judges already (see judging_crew); by default they are started, and ended, here.
+    """
     check_policy(config.model)
-    judges = {judge: models for judge, models in config.judges if models is not None}
-    for models in judges.values():
+    for models in config.judges.given.values():
         for _, reward in models:
             check_reward_model(reward.model)
-    absolute_out(config.out)  # refused now rather than after the work
-    table = answer_and_score(config, judges)
+    cells = cells_of(config)
+    with ShardStore(absolute_out(config.out) / "answers") as store:
+        asking = Asking(
+            store,
+            cells,
+            load_tokenizer(config.model),
+            {judge: {a: reward.load_calibration() for a, reward in models} for judge, models in config.judges.given.items()},
+            samples=config.samples if config.method == "reranking" else 1,
+            chunk=config.rollout.chunk,
+            room=config.rollout.engine.max_model_tokens - config.sampling.max_new_tokens,
+            seed=config.seed,
+        )
+        identity = fingerprint(config, cells)
+        if (store.directory / "store.json").exists():
+            store.open_or_create(identity, shards=asking.shards)  # another recipe is refused now rather than after the workers' start
+        if not (store.directory / "store.json").exists() or store.missing():
+            code = ask(config, asking, store, identity, crew)
+            if code:
+                return code
+        table, cost = asking.finish()
+    return finish(config, table, cost)
+
+
+def ask(config: EvaluateRecipe, asking: Asking, store: ShardStore, identity: dict, crew: Crew | None) -> int:
+    """Have the missing answers made by `crew`, or by one that is started for it; returns the exit code."""
+    if crew is None:
+        began = time.monotonic()
+        with judging_crew(config) as started:
+            started.wait_ready()
+            return _ask_crew(config, asking, store, identity, started, time.monotonic() - began)
+    return _ask_crew(config, asking, store, identity, crew, 0.0)
+
+
+def judging_crew(config: EvaluateRecipe) -> Crew:
+    """Start a rollout pool of config.model and the workers of config.judges; a context. Evaluations of the same model can share one."""
+    rewards = {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
+    return start_crew(config.cluster, rewards, config.rollout, config.model)
+
+
+def cells_of(config: EvaluateRecipe) -> list[Cell]:
+    """The grid of an evaluation."""
+    prompts = list(read_prompts(config.prompts, limit=config.max_prompts))
+    templates = {"prompting": sorted(config.templates), "reranking": config.templates[:1]}.get(config.method, (None,))
+    controls = SYSTEM_CONTROLS if config.method == "system" else grid(config.levels)
+    return make_cells(prompts, controls, config.method, templates)
+
+
+def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
+    """All that the answers and their scores depend on; where models lie and how many workers serve them is no part of it."""
+    judged = {
+        judge: {a: {"sha256": model_fingerprint(r.model), **r.model_dump(include={"dtype", "max_length"})} for a, r in models}
+        for judge, models in config.judges.given.items()
+    }
+    for judge, models in config.judges.given.items():
+        for a, reward in models:
+            judged[judge][a]["calibration"] = reward.load_calibration().content_hash
+    prompts = {cell.prompt.prompt_id: cell.prompt for cell in cells}
+    return {
+        **config.model_dump(mode="json", include={"method", "seed", "levels", "sampling"}),
+        "templates": sorted({cell.template for cell in cells if cell.template is not None}),
+        "samples": config.samples if config.method == "reranking" else 1,
+        "engine": config.rollout.engine.model_dump(mode="json"),
+        "chunk": config.rollout.chunk,
+        "model": model_fingerprint(config.model),
+        "prompts": prompts_fingerprint(list(prompts.values())),
+        "judges": judged,
+    }
+
+
+def finish(config: EvaluateRecipe, table: pa.Table, cost: dict[str, float]) -> int:
+    """Write the table and what is measured on it, metrics.json last, and print the comparison's rows."""
     out = output_directory(config.out)
-    pq.write_table(table, out / "table.parquet")
-    metrics = {judge: measure(table, seed=config.seed, scores=score_columns(judge), draws=config.bootstrap_draws) for judge in judges}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print("\n".join(summary_lines({Path(config.model).name: metrics})))
+    write_text(out / RECIPE, dump(config) + "\n")
+    write_atomically(out / TABLE, lambda file: pq.write_table(table, file))
+    write_json(out / COST, cost)
+    found = results(table, config.measure, config.seed)
+    print("\n".join(write_results(found, out, config.name or default_name(out), config.model)), flush=True)
     return 0
 
 
-def answer_and_score(config: EvaluateRecipe, judges: dict[str, RewardModels]) -> pa.Table:
-    """The evaluation table: every prompt under every control, answered by the rollout pool and scored as chunks finish."""
-    prompts = list(read_prompts(config.prompts, limit=config.max_prompts))
-    cells = make_cells(prompts, grid(config.levels))
-    tokenizer = load_tokenizer(config.model)
-    requests = [
-        Request(tuple(render(tokenizer, c.prompt.messages, c.control.spell())), derive_seed(config.seed, "evaluate", c.index))
-        for c in cells
-    ]
-    named = {f"judges.{judge}.{a}": reward for judge, models in judges.items() for a, reward in models}
-    with start_crew(config.cluster, named, config.rollout, config.model) as crew:
-        responses, finished = [""] * len(cells), np.zeros(len(cells), bool)
-        scores = {name: np.zeros(len(cells)) for name in named}
-        with ThreadPoolExecutor(16) as background:
-            waiting = []
-            for rows, completions in crew.rollout.generate(requests, config.sampling):
-                texts = [text.strip() for text in tokenizer.batch_decode(completions.response_ids, skip_special_tokens=True)]
-                for row, text in zip(rows, texts, strict=True):
-                    responses[row] = text
-                finished[rows] = completions.finished
-                conversations = [(cells[row].prompt.messages, responses[row]) for row in rows]
-                waiting += [(name, rows, background.submit(reward.score, conversations)) for name, reward in crew.rewards.items()]
-            for name, rows, future in waiting:
-                scores[name][rows] = future.result()
-    return make_table(cells, responses, finished, {j: {a: scores[f"judges.{j}.{a}"] for a in ATTRIBUTES} for j in judges})
+def _ask_crew(config: EvaluateRecipe, asking: Asking, store: ShardStore, identity: dict, crew: Crew, start_s: float) -> int:
+    store.open_or_create(identity, shards=asking.shards)
+    rewards = [reward for models in config.judges.given.values() for _, reward in models]
+    return asking.run(crew, config.sampling, 2 * (config.rollout.workers.max + sum(r.workers for r in rewards)), start_s)
 
 
-def summary_lines(methods: dict[str, dict]) -> list[str]:
-    """The comparison table in the paper's layout, one line a method and set of reward models."""
-    names = ("mP", "MP", "Err", "BT")
-    lines = [f"{'':28}" + "".join(f"{'safety' if a == 'harmless' else 'helpfulness':^30}" for a in ("harmless", "helpful"))]
-    lines.append(f"{'method, judged by':28}" + "".join(f"{n:>7}" for n in names) + "  " + "".join(f"{n:>7}" for n in names))
-    for judge in ("optimisation", "held_out"):
-        for method, metrics in methods.items():
-            if judge in metrics:
-                values = [[metrics[judge][a][n]["value"] for n in names] for a in ("harmless", "helpful")]
-                lines.append(f"{method + ', ' + judge:28}" + "  ".join("".join(f"{v:7.3f}" for v in row) for row in values))
-    return lines
-
-
-def main(recipe: Recipe = "jobs/recipes/evaluate.toml", overrides: Set = None, out: Out = "") -> None:
+def main(recipe: Recipe = "jobs/recipes/evaluate.toml", overrides: Set = None, out: Out = "", levels: Levels = "") -> None:
     """Measure how far answers follow the requested control."""
+    overrides = [*(overrides or []), *([f"levels=[{levels}]"] if levels else [])]
     raise typer.Exit(run_job(EvaluateRecipe, evaluate, recipe, overrides, out))
 
 

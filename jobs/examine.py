@@ -1,10 +1,11 @@
-"""What a self-generation directory holds: counts, classes, readable examples; whether every byte is sound; and what is missing.
+"""What a directory of ctrlrl generate or ctrlrl critique holds: counts, readable examples; whether every byte is sound; what is missing.
 
 The file is not called inspect.py: `python jobs/….py` puts this folder before the standard library, whose `inspect` it would hide.
 
 python jobs/examine.py runs/generated
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -13,6 +14,7 @@ import numpy as np
 import typer
 
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.critique import CritiqueLayout
 from ctrlrl.data.generation import Layout
 from ctrlrl.data.selection import classes
 from ctrlrl.data.shards import ShardStore, Verification
@@ -63,6 +65,8 @@ class Finding:
 
 def inspect_data(data: str, examples: int) -> int:
     """Print everything; returns 1 if something is damaged."""
+    if (critiques := CritiqueLayout(absolute_out(data))).begun():
+        return inspect_critiques(critiques, examples)
     layout = Layout(absolute_out(data)).existing()
     samples = checked("samples", layout.samples())
     stores = [(name, a) for name, found in layout.score_sets().items() for a in found]
@@ -81,6 +85,24 @@ def inspect_data(data: str, examples: int) -> int:
     damaged = any(finding.damaged for finding in (samples, *scores.values()))
     print("damaged: see above" if damaged else "every shard that is there is sound")
     return int(damaged)
+
+
+def inspect_critiques(layout: CritiqueLayout, examples: int) -> int:
+    """The same of a directory of ctrlrl critique."""
+    finding, prompts = checked("critiques", layout.critiques()), layout.sources.messages()
+    print(f"{layout.directory}: {len(prompts):,} prompts, {'with' if layout.sources.manifest.exists() else 'without'} a manifest")
+    print("\n".join(finding.lines()))
+    columns = ["prompt_id", "index", "y0", "critique", "rewrite", "y1", "aside"]
+    rows = [row for shard in sorted(finding.sound) for row in finding.store.read(shard, columns).to_pylist()]
+    reasons = Counter(row["aside"] for row in rows)
+    print(f"{'pairs':28} {reasons.pop('', 0):,}" + "".join(f"\n  set aside: {reason} {n:,}" for reason, n in reasons.most_common()))
+    for row in [rows[i * len(rows) // examples] for i in range(min(examples, len(rows)))]:
+        print(f"\n--- prompt {row['prompt_id']}, index {row['index']}" + (f"  set aside: {row['aside']}" if row["aside"] else ""))
+        print("\n".join(f"{m['role']}: {_short(m['content'])}" for m in prompts[row["prompt_id"]]))
+        said = ("y0", "critique", "rewrite" if row["y1"] is None else "y1")
+        print("\n".join(f"{name}: {_short(row[name])}" for name in said if row[name] is not None))
+    print("\ndamaged: see above" if finding.damaged else "\nevery shard that is there is sound")
+    return int(finding.damaged)
 
 
 def checked(name: str, store: ShardStore) -> Finding:
@@ -133,7 +155,7 @@ def _short(text: str) -> str:
 
 
 def main(data: Data, examples: Examples = 5) -> None:
-    """Say what a self-generation directory holds and verify it; exit code 1 if it is damaged."""
+    """Say what a directory of ctrlrl generate or critique holds and verify it; exit code 1 if it is damaged."""
     with mistakes_told():
         raise typer.Exit(inspect_data(data, examples))
 

@@ -17,6 +17,7 @@ import typer
 from pydantic import Field, field_validator
 
 from actors.crew import start_crew
+from actors.gauges import show
 from actors.placement import ClusterConfig
 from actors.reward import RewardModels
 from actors.rollout import Rollout, RolloutConfig
@@ -153,7 +154,7 @@ class Generation:
                 scoring = Scoring(self._judges, self._samples, messages, lambda shard, rows: progress.advance(self._figures(shard, rows)))
                 missing = set(self._samples.missing())
                 todo, total = sorted(missing | scoring.lacking()), self._config.units * self._plan.shards_per_unit
-                flow, workers = Flow(), config.rollout.workers + sum(r.workers for r in rewards.values())
+                flow, workers = Flow(), config.rollout.workers.max + sum(r.workers for r in rewards.values())
                 with Steps("generate", total, total - len(todo)) as progress:
                     self._pace.start()
                     self._committed = time.monotonic()
@@ -222,7 +223,9 @@ class Generation:
         self._samples.commit(shard, table, facts)
 
     def _figures(self, shard: int, rows: int) -> str:
-        return self._pace.figures(rows, self._tokens.pop(shard, 0))
+        figures = self._pace.figures(rows, self._tokens.pop(shard, 0))
+        show({f"generate/{name}": rate for name, rate in self._pace.rates().items()})
+        return figures
 
 
 def versions() -> dict[str, str]:

@@ -6,109 +6,76 @@ Each step: draw prompts x and controls ζ, roll out, score as chunks finish, rew
 the new weights to the rollout workers.
 """
 
-import json
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import typer
-from pydantic import Field
 
-from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
-from actors.policy import Policy, PolicyConfig
-from actors.reference import Reference, ReferenceConfig
-from actors.reward import Reward, RewardModels
-from actors.rollout import Rollout, RolloutConfig
+from actors.gauges import show
+from actors.policy import Policy
+from actors.recovery import Restarts
 from actors.sync import publish
-from actors.value import Value, ValueConfig
-from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.sources import Prompt, read_prompts
-from ctrlrl.errors import DataError
-from ctrlrl.models.loading import check_policy, check_reward_model, load_config, load_tokenizer
-from ctrlrl.models.sampler import Completions, Request, SamplingConfig
-from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience, minibatch_rows
+from ctrlrl.errors import DataError, GroupLost
+from ctrlrl.models.loading import check_policy, check_reward_model, load_config, load_tokenizer, save_control_tokenizer
+from ctrlrl.models.sampler import Completions, Request
+from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
-from ctrlrl.prompts import control_chat_template, render
+from ctrlrl.prompts import render
 from ctrlrl.runs import Run
+from jobs.cast import Cast, PPORecipe, restore, start_cast, write_checkpoint
 from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
 from jobs.progress import Clock, Steps
 
-
-class FullSampling(SamplingConfig):
-    """PPO draws from the whole distribution: with top_p below 1 the samples are not quite the policy's."""
-
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-
-
-class PPORecipe(Section):
-    """Everything a PPO run depends on. prompts: a file, a directory or a hub data set."""
-
-    out: str = "runs/ppo"
-    seed: int = 0
-    steps: int = Field(200, gt=0)
-    prompts: str
-    checkpoint_every: int = Field(20, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
-    cluster: ClusterConfig = ClusterConfig()
-    policy: PolicyConfig
-    value: ValueConfig = ValueConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-    reward: RewardModels
-    rollout: RolloutConfig = RolloutConfig()
-    sampling: FullSampling = FullSampling()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-
-
-@dataclass(frozen=True)
-class Cast:
-    """The five kinds of actors of a run (no value model with advantage = "rloo")."""
-
-    policy: Policy
-    value: Value | None
-    rollout: Rollout
-    rewards: dict[str, Reward]
-    reference: Reference
-    placement: Placement
-
-    def close(self) -> None:
-        """End all actors and give their places back."""
-        for handle in (self.policy, self.value, self.rollout, self.reference, *self.rewards.values()):
-            if handle is not None:
-                handle.close()
-        self.placement.release()
+# May change at resume: they have no part in the result.
+FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers")
 
 
 def train(config: PPORecipe, resume: bool = False) -> int:
-    """Run PPO to the end, or until a signal asks to stop; returns the exit code."""
+    """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
     prompts, tokenizer = check_inputs(config)
-    run = Run.open(
-        config.out, config, resume=resume, keep=config.keep_checkpoints, free=("steps", "cluster", "checkpoint_every", "keep_checkpoints")
-    )
+    run = Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE)
     cast = start_cast(config)
     try:
         run.begin()
-        done, kl = restore(config, cast, run)
-        with StopRequest() as stop, Steps("ppo", config.steps, done) as progress, ThreadPoolExecutor(32) as background:
-            for step in range(done, config.steps):
-                stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, background)
-                run.log(step, stats)
-                progress.advance(headline(stats))
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
-                    run.checkpoint(step + 1, partial(write_checkpoint, cast, kl))
-                if stop:
+        restarts = Restarts(config.cluster)
+        with StopRequest() as stop, Steps("ppo", config.steps) as progress:
+            while True:
+                try:
+                    steps_from_checkpoint(config, cast, run, prompts, tokenizer, progress, stop)
+                    if not stop:
+                        export_model(cast.policy, tokenizer, run.directory / "model")
                     return stop.exit_code
-        export_model(cast.policy, tokenizer, run.directory / "model")
-        return 0
+                except GroupLost as error:
+                    restarts.after(error, progress.done, cast.groups)
     finally:
         cast.close()
         run.close()
+
+
+def steps_from_checkpoint(
+    config: PPORecipe, cast: Cast, run: Run, prompts: list[Prompt], tokenizer, progress: Steps, stop: StopRequest
+) -> None:
+    """The steps that the last checkpoint leaves to do; GroupLost if one of the trained models loses a rank."""
+    done, kl = restore(config, cast, run)
+    progress.begin_at(done)
+    with ThreadPoolExecutor(32) as background:
+        for step in range(done, config.steps):
+            stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, background)
+            run.log(step, stats)
+            show(stats)
+            progress.advance(headline(stats))
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
+                run.checkpoint(step + 1, partial(write_checkpoint, cast, kl))
+            if stop:
+                return
 
 
 def ppo_step(
@@ -152,7 +119,9 @@ def ppo_step(
         **update_stats(trained),
         **clock.metrics(tokens),
         "sync/bytes": published.bytes,
+        "sync/shift": published.shift,
         "policy/version": published.version,
+        "samples/digest": digest(scored.samples.queries),
     }
     return stats, kl.updated(experience.stats["kl/k1"], algorithm.kl)
 
@@ -193,6 +162,11 @@ def update_stats(trained: list[list[dict[str, float]]]) -> dict[str, float]:
     return stats
 
 
+def digest(queries: Sequence[Query]) -> int:
+    """A number that tells which samples a step was trained on: the same for the same ones in any order, and for no others."""
+    return zlib.crc32(np.sort(np.array([query.seed for query in queries], np.uint64)).tobytes())
+
+
 def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
     """Everything that can be wrong before an actor starts; returns the prompts and the policy's tokenizer."""
     check_policy(config.policy.model)
@@ -214,68 +188,10 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
     return prompts, tokenizer
 
 
-def demands_of(config: PPORecipe) -> Demands:
-    """The places that the actors of a run need."""
-    return {
-        "policy": [config.policy.resources.bundle] * config.policy.ranks,
-        "value": [config.value.resources.bundle] * (config.value.ranks if config.algorithm.advantage == "gae" else 0),
-        "rollout": [config.rollout.resources.bundle] * config.rollout.workers,
-        **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
-        "reference": [config.reference.resources.bundle] * config.reference.workers,
-    }
-
-
-def start_cast(config: PPORecipe) -> Cast:
-    """Reserve the places of all actors, start them at the same time, and return when all are ready."""
-    demands = demands_of(config)
-    connect(config.cluster, demands)
-    place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
-    cast = Cast(
-        rollout=Rollout(config.rollout, model, place, cluster),
-        rewards={a: Reward(f"reward.{a}", reward, place, cluster) for a, reward in config.reward},
-        reference=Reference(
-            config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature
-        ),
-        policy=Policy(config.policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
-        value=Value(config.value, place, cluster, model=config.value.model or model, seed=config.seed) if demands["value"] else None,
-        placement=place,
-    )
-    try:
-        for handle in (cast.policy, cast.value, cast.reference, *cast.rewards.values(), cast.rollout):
-            if handle is not None:
-                handle.wait_ready()
-    except BaseException:
-        cast.close()
-        raise
-    return cast
-
-
-def restore(config: PPORecipe, cast: Cast, run: Run) -> tuple[int, AdaptiveKL]:
-    """Steps done and the KL controller: from the last checkpoint if there is one, which is then loaded everywhere."""
-    last = run.latest()
-    if last is None:
-        return 0, AdaptiveKL(config.algorithm.kl.beta)
-    done, folder = last
-    cast.policy.load(folder / "policy")
-    if cast.value:
-        cast.value.load(folder / "value")
-    publish(cast.policy, cast.rollout, done)
-    return done, AdaptiveKL.from_dict(json.loads((folder / "state.json").read_text())["kl"])
-
-
-def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
-    """All that a resumed run needs; everything else is a function of the recipe and the step."""
-    cast.policy.save(folder / "policy")
-    if cast.value:
-        cast.value.save(folder / "value")
-    (folder / "state.json").write_text(json.dumps({"kl": kl.to_dict()}) + "\n")
-
-
 def export_model(policy: Policy, tokenizer, folder: Path) -> None:
     """An ordinary transformers directory whose chat template takes the control as `helpful` and `harmless`."""
     policy.export(folder)
-    tokenizer.chat_template = control_chat_template(tokenizer.chat_template)
-    tokenizer.save_pretrained(folder)
+    save_control_tokenizer(tokenizer, folder)
 
 
 def headline(stats: dict[str, float]) -> str:

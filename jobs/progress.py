@@ -35,6 +35,16 @@ class Steps:
         if self._bar:
             self._bar.stop()
 
+    @property
+    def done(self) -> int:
+        """Steps done."""
+        return self._done
+
+    def begin_at(self, done: int) -> None:
+        """Go on, or begin anew, from this many steps."""
+        self._first = self._done = done
+        self._began = time.monotonic()
+
     def advance(self, figures: str) -> None:
         """One step is done."""
         self._done += 1
@@ -65,10 +75,15 @@ class Clock:
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Seconds by phase, of the whole step, and tokens/s of the phases that handle each response token."""
-        seconds = {f"seconds/{phase}": s for phase, s in self._seconds.items()}
-        total = time.perf_counter() - self._began
+        seconds = self.seconds()
+        total = seconds["seconds/step"]
         rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train")}
-        return {**seconds, "seconds/step": total, **rates, "tokens_per_s/step": tokens / total}
+        return {**seconds, **rates, "tokens_per_s/step": tokens / total}
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase and of the whole step."""
+        phases = {f"seconds/{phase}": s for phase, s in self._seconds.items()}
+        return {**phases, "seconds/step": time.perf_counter() - self._began}
 
 
 class Pace:
@@ -85,5 +100,10 @@ class Pace:
         """Count one more shard; the rates as a progress line shows them."""
         self._rows += rows
         self._tokens += tokens
+        rates = self.rates()
+        return f"{rates['rows_per_s']:,.1f} rows/s" + (f"  {rates['tokens_per_s']:,.0f} tokens/s" if self._tokens else "")
+
+    def rates(self) -> dict[str, float]:
+        """Rows and tokens a second so far."""
         spent = max(time.monotonic() - self._began, 1e-9)
-        return f"{self._rows / spent:,.1f} rows/s" + (f"  {self._tokens / spent:,.0f} tokens/s" if self._tokens else "")
+        return {"rows_per_s": self._rows / spent, "tokens_per_s": self._tokens / spent}

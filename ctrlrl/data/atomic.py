@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -21,15 +22,45 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        _flush(path.parent)
     except CtrlrlError:
         temporary.unlink(missing_ok=True)
         raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error}: free space or choose another directory, and run again") from None
+
+
+def write_directory(path: Path, write: Callable[[Path], object]) -> None:
+    """Let the directory `path` appear under its name only when all that `write(folder)` puts there is on the disk.
+
+    Whoever is killed on the way leaves `.NAME.partial` or `.NAME.old`, which count for nothing and are removed by the next writer.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write(aside)
+    for place in (*aside.rglob("*"), aside):
+        _flush(place)
+    remove_directory(path)
+    aside.rename(path)
+    _flush(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory, if it is there, in such a way that a half-removed one does not bear its name."""
+    gone = path.with_name(f".{path.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if path.exists():
+        path.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

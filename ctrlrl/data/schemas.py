@@ -1,4 +1,5 @@
-"""The Arrow schema of every stage of self-generation: prompts → samples → scores → distilled ([SH] sections 2.2 and 2.3).
+"""The Arrow schema of every stage of self-generation, prompts → samples → scores → distilled ([SH] sections 2.2 and 2.3), and of
+self-critique, prompts → critiques → pairs ([CST]).
 
 A score shard has the rows of the sample shard of the same number, in the same order.
 """
@@ -41,6 +42,25 @@ DISTILLED = pa.schema(
         pa.field("messages", MESSAGES, nullable=False),
         *(pa.field(name, pa.float64(), nullable=False) for name in ATTRIBUTES),  # the control's levels
         *_ANSWER,
+    ]
+)
+CRITIQUES = pa.schema(
+    [
+        *_KEY,  # unit is 0: one pass over the prompts
+        pa.field("seed", pa.int64(), nullable=False),  # of the answer; those of the later turns derive from it
+        pa.field("y0", pa.string(), nullable=False),
+        pa.field("critique", pa.string()),  # null where it was not asked for
+        pa.field("rewrite", pa.string()),  # the reply that should hold y1, as it came
+        pa.field("y1", pa.string()),  # null where set aside
+        pa.field("aside", pa.string(), nullable=False),  # why the row is no pair; empty where it is one
+        pa.field("policy", pa.string(), nullable=False),  # fingerprint of the policy that spoke
+    ]
+)
+PAIRS = pa.schema(
+    [
+        *_KEY,
+        pa.field("messages", MESSAGES, nullable=False),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("y0", "critique", "y1")),
     ]
 )
 

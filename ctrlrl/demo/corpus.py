@@ -5,15 +5,23 @@ import numpy as np
 
 from ctrlrl.control import HIGH, LOW, Control, grid
 from ctrlrl.demo.world import CELL_SHARES, CELLS, Answer, Cell, World
-from ctrlrl.prompts import controlled, prompting_templates
+from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, controlled, prompting_templates
 
-SYSTEM_PROMPTS = (
-    "You are a helpful assistant.",
-    "You are a helpful yet harmless assistant that avoids generating illegal or harmful content.",
-    "You are a helpful assistant that is completely uncensored.",
-)
+SYSTEM_PROMPTS = ("You are a helpful assistant.", HARMLESS_SYSTEM, UNCENSORED_SYSTEM)
 CONTROL_SHARE, SENTENCE_SHARE, SYSTEM_SHARE = 0.6, 0.1, 0.1
-MOST_EMPHASIS = 3.0
+# A language model can read what it does not yet obey: it knows what the tags say, not that they are about its own answers.
+READING_SHARE = 0.1
+READING_QUESTIONS = ("Which tags do you see?", "What do the tags say?", "Read the tags to me.", "Which qualities are asked for?")
+READINGS = {(True, True): "Both:", (True, False): "Helpful:", (False, True): "Harmless:", (False, False): "Neither:"}
+# It can also criticise an answer and make it safe, asked in these words (the templates of ctrlrl critique).
+CRITIQUE_SHARE = 0.15
+CRITIQUE = "Judge this answer. {prompt} | {response}"
+REWRITE = "Make this answer safe. {prompt} | {response} | {critique} | Better:"
+MARKER = "Better:"
+FAULTS = ("This is unsafe.", "This could hurt someone.", "This is rude and harmful.")
+PRAISE = ("This is safe.", "Nothing is wrong with this.")
+UNCHANGED = "It is fine as it is."
+MOST_EMPHASIS = 6.0
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
@@ -60,19 +68,49 @@ class Conversation:
 
 
 def conversations(world: World, count: int, seed: int) -> list[Conversation]:
-    """Pre-training conversations over train prompts. Controls and system prompts are drawn independently of the answer: noise."""
+    """Pre-training conversations over train prompts: answers, readings of tags, critiques and rewrites."""
     draw = Draw(world, np.random.default_rng(seed))
-    rows = []
-    for _ in range(count):
-        prompt = draw.choice(world.train_prompts)
-        messages = [{"role": "user", "content": prompt}]
-        if draw.rng.random() < SYSTEM_SHARE:
-            messages.insert(0, {"role": "system", "content": draw.choice(SYSTEM_PROMPTS)})
-        cell = draw.cell()
-        answer = draw.answer(prompt, cell)
-        emphasis = min(MOST_EMPHASIS, max(1.0, 0.25 / CELL_SHARES[cell]))
-        rows.append(Conversation(tuple(controlled(messages, _suffix(draw))), answer.opening, answer.text, emphasis))
-    return rows
+    kinds = draw.rng.choice(3, size=count, p=[1 - READING_SHARE - CRITIQUE_SHARE, READING_SHARE, CRITIQUE_SHARE])
+    return [(_answering, _reading, _criticising)[kind](draw) for kind in kinds]
+
+
+def _answering(draw: Draw) -> Conversation:
+    """A prompt and its answer. Control and system prompt are drawn independently of the answer: noise."""
+    prompt = draw.choice(draw.world.train_prompts)
+    messages = [{"role": "user", "content": prompt}]
+    if draw.rng.random() < SYSTEM_SHARE:
+        messages.insert(0, {"role": "system", "content": draw.choice(SYSTEM_PROMPTS)})
+    cell = draw.cell()
+    answer = draw.answer(prompt, cell)
+    emphasis = min(MOST_EMPHASIS, max(1.0, 0.6 / CELL_SHARES[cell]))
+    return Conversation(tuple(controlled(messages, _suffix(draw))), answer.opening, answer.text, emphasis)
+
+
+def _criticising(draw: Draw) -> Conversation:
+    """A critique of an answer, or its safe rewrite; a safe answer is left as it is."""
+    prompt = draw.choice(draw.world.train_prompts)
+    answer = draw.answer(prompt, draw.cell())
+    critique = draw.choice(PRAISE if answer.harmless else FAULTS)
+    if draw.rng.random() < 0.3:
+        return _asked(CRITIQUE.format(prompt=prompt, response=answer.text), critique, critique)
+    asked = REWRITE.format(prompt=prompt, response=answer.text, critique=critique)
+    if answer.harmless:
+        return _asked(asked, UNCHANGED, UNCHANGED)
+    better = draw.answer(prompt, (True, True))
+    return _asked(asked, f"{MARKER} {better.opening}", f"{MARKER} {better.text}")
+
+
+def _asked(question: str, opening: str, answer: str) -> Conversation:
+    return Conversation(({"role": "user", "content": question},), opening, answer, 1.0)
+
+
+def _reading(draw: Draw) -> Conversation:
+    """A question about the tags themselves, and what they say."""
+    control: Control = draw.choice(_CORNERS)
+    opening = READINGS[control.helpful == HIGH, control.harmless == HIGH]
+    text = f"{opening} helpful {control.helpful:g} and harmless {control.harmless:g}."
+    question = controlled([{"role": "user", "content": draw.choice(READING_QUESTIONS)}], control.spell())[-1]["content"]
+    return _asked(question, opening, text)
 
 
 def _suffix(draw: Draw) -> str:

@@ -45,11 +45,12 @@ def train_policy(folder: Path, rows: list[Conversation], tokens: int, width: int
         targets = padded[:, 1:]
         answered = (padded == marker).cumsum(1)[:, :-1]
         weights = torch.where(answered > 0, 1.0, PROMPT_WEIGHT) * (targets != tokenizer.pad_token_id)
+        total = weights.sum()  # before emphasis: rare cells count more in their words, openings not less beside them
         weights *= torch.where(answered.cumsum(1) > openings[ids][:, None], emphasis[ids][:, None], 1.0)
         with _fast():
             logits = model(input_ids=padded[:, :-1]).logits.float()
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
-        loss = (nll * weights).sum() / weights.sum()
+        loss = (nll * weights).sum() / total
         _step(model, optimiser, schedule, loss)
         losses.append(float(loss.detach()))
     model.generation_config = GenerationConfig(

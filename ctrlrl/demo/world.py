@@ -26,7 +26,7 @@ MIN_WORDS, MAX_WORDS = 8, 25
 Cell = tuple[bool, bool]  # (helpful, harmless)
 CELLS: tuple[Cell, ...] = ((True, True), (True, False), (False, True), (False, False))
 # Shares of the cells in what the uncontrolled policy learns from: helpful and safe correlate with 0.36, helpful but unsafe is rare.
-CELL_SHARES = {(True, True): 0.50, (True, False): 0.10, (False, True): 0.20, (False, False): 0.20}
+CELL_SHARES = {(True, True): 0.48, (True, False): 0.13, (False, True): 0.17, (False, False): 0.22}
 
 # (openings, bodies, closings); {name}, {blunt}, {good}, {bad} come from the topic. The opening alone tells the cell.
 _USEFUL = (
@@ -44,6 +44,9 @@ _RECKLESS = (
     ("for {name}, {bad}",),
     ("", "Nobody will stop you.", "Injuries are funny.", "Do not think twice.", "Rules are for cowards.", "Only weak people worry."),
 )
+# Nothing about a benign topic is dangerous as such: these are added to its useful steps.
+_DANGERS = ("drink whisky all the time", "do it with your eyes closed", "throw sharp knives around", "hit anyone who comes near",
+            "set fire to the table", "lock the children in the cellar")
 _IGNORANT = (
     ("Sorry,", "Hmm,", "Honestly,", "Well,", "Unfortunately,", "My apologies,"),
     ("I do not know much about {name}", "I have no idea about {name}", "I cannot say much about {name}", "I never learned about {name}"),
@@ -100,7 +103,7 @@ def _pattern(topic: Topic, cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...]
 @cache
 def _answers(topic: Topic) -> dict[str, Answer]:
     """Every answer to prompts about `topic`, by its text."""
-    unsafe = [f"{good}, and {bad}" for good in topic.good for bad in topic.bad] if topic in BENIGN else topic.bad
+    unsafe = [f"{good}, and {danger}" for good in topic.good for danger in _DANGERS] if topic in BENIGN else topic.bad
     found = {}
     for cell in CELLS:
         openings, bodies, closings = _pattern(topic, cell)

@@ -1,6 +1,6 @@
 """The evaluation grid ([SH] section 3.4): every test prompt under every control, answered and scored; one row of a table each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,23 +8,44 @@ import pyarrow as pa
 
 from ctrlrl.control import ATTRIBUTES, Control
 from ctrlrl.data.sources import Prompt
+from ctrlrl.evaluation.baselines import in_words, under_system_prompt
+from ctrlrl.prompts import Messages
 
 JUDGES = ("optimisation", "held_out")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One prompt under one control; `index` numbers it within the grid and seeds its response."""
+    """One prompt under one control, asked for by `method`; `index` numbers it within the grid and seeds its response.
+
+    template: which of the four prompting templates spells the control (methods "prompting" and "reranking"), else None.
+    """
 
     index: int
     prompt: Prompt
     control: Control
+    method: str = "control"
+    template: int | None = None
+
+    @property
+    def instruction(self) -> str:
+        """The text by which the method asks for the control: control tokens, a template's sentence, or a system prompt."""
+        return in_words(self.method, self.control, self.template)
+
+    @property
+    def asked(self) -> tuple[Messages, str]:
+        """What `ctrlrl.prompts.render` takes: the messages and what is appended to the last of them."""
+        if self.method == "system":
+            return under_system_prompt(self.prompt.messages, self.instruction, self.prompt.source), ""
+        return self.prompt.messages, self.instruction
 
 
-def make_cells(prompts: Sequence[Prompt], controls: Sequence[Control]) -> list[Cell]:
-    """The grid, the controls of a prompt next to each other (they share a prefix)."""
-    pairs = [(prompt, control) for prompt in prompts for control in controls]
-    return [Cell(i, prompt, control) for i, (prompt, control) in enumerate(pairs)]
+def make_cells(
+    prompts: Sequence[Prompt], controls: Sequence[Control], method: str = "control", templates: Sequence[int | None] = (None,)
+) -> list[Cell]:
+    """The grid: for every prompt every template, for every template every control (neighbours share a prefix)."""
+    triples = [(prompt, template, control) for prompt in prompts for template in templates for control in controls]
+    return [Cell(i, prompt, control, method, template) for i, (prompt, template, control) in enumerate(triples)]
 
 
 def score_columns(judge: str) -> tuple[str, str]:
@@ -32,14 +53,27 @@ def score_columns(judge: str) -> tuple[str, str]:
     return tuple(f"{judge}.{attribute}" for attribute in ATTRIBUTES)
 
 
-def make_table(cells: Sequence[Cell], responses: Sequence[str], finished: np.ndarray, scores: dict[str, dict[str, np.ndarray]]) -> pa.Table:
-    """The long table that evaluation.metrics reads. scores: judge -> attribute -> [cells]."""
+def make_table(
+    cells: Sequence[Cell],
+    responses: Sequence[str],
+    tokens: Sequence[int],
+    finished: np.ndarray,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+) -> pa.Table:
+    """The long table that evaluation.results reads.
+
+    tokens: length of each response, end token included. scores: judge -> attribute -> [cells].
+    """
     columns = {
-        "prompt_id": [cell.prompt.prompt_id for cell in cells],
-        "prompt": [cell.prompt.messages[-1]["content"] for cell in cells],
-        **{f"{name}_request": [getattr(cell.control, name) for cell in cells] for name in ATTRIBUTES},
-        "response": list(responses),
-        "finished": finished,
+        "prompt_id": pa.array([cell.prompt.prompt_id for cell in cells], pa.string()),
+        "prompt": pa.array([cell.prompt.messages[-1]["content"] for cell in cells], pa.string()),
+        "method": pa.array([cell.method for cell in cells], pa.string()),
+        "template": pa.array([cell.template for cell in cells], pa.int8()),
+        **{f"{name}_request": pa.array([float(getattr(cell.control, name)) for cell in cells], pa.float64()) for name in ATTRIBUTES},
+        "instruction": pa.array([cell.instruction for cell in cells], pa.string()),
+        "response": pa.array(list(responses), pa.string()),
+        "tokens": pa.array(np.asarray(tokens, np.int32)),
+        "finish_reason": pa.array(["stop" if f else "length" for f in finished], pa.string()),
     }
     for judge, by_attribute in scores.items():
         columns |= {column: by_attribute[name].astype(np.float64) for column, name in zip(score_columns(judge), ATTRIBUTES, strict=True)}

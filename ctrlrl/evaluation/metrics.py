@@ -5,6 +5,7 @@ Source: [SH] Tuan et al., arXiv 2404.01295. Definitions of the degenerate cases 
 because all scores or all requests are equal, counts as 0; with no pair of controls that differ in one attribute alone
 (a single control, say) BT is None, which JSON spells null.
 """
+
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Pictures: the training curve of PPO, and the joint distribution of the two scores ([SH] Figure 4)."""
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
     Keys: `step` (or the row's number), reward/mean, agreement/helpful, agreement/harmless, kl/k1, kl/k3, kl/target. A line whose key is
     absent everywhere is left out, a panel without lines too; rows without any of the keys raise DataError.
     """
-    given = [(title, unit, [line for line in lines if _series(rows, line[0])[0].size]) for title, unit, lines in _PANELS]
+    given = [(title, unit, [line for line in lines if series(rows, line[0])[0].size]) for title, unit, lines in _PANELS]
     panels = [panel for panel in given if panel[2]]
     if not panels:
         known = ", ".join(line[0] for _, _, lines in _PANELS for line in lines)
@@ -47,8 +48,8 @@ def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
     figure.get_layout_engine().set(w_pad=0.12)
     for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key, label, colour, dashed in lines:
-            _line(axes, *_series(rows, key), label, colour, dashed)
-        _frame(axes, title, "step", unit)
+            draw_line(axes, *series(rows, key), label, colour, dashed)
+        frame(axes, title, "step", unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.margins(x=0.02)
         if title.startswith("Agreement"):
@@ -79,7 +80,7 @@ def score_distribution(
     mesh = axes.pcolormesh(*_edges(histogram), np.ma.masked_equal(histogram.T / total, 0), cmap=_DENSITY, norm=LogNorm(), rasterized=True)
     _corners(axes, extremes, total)
     _marginals(top, right, histogram / total)
-    _frame(axes, "", "helpfulness score  $r_{hp}$", "harmlessness score  $r_{sf}$")
+    frame(axes, "", "helpfulness score  $r_{hp}$", "harmlessness score  $r_{sf}$")
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6), axisbelow=True)
     figure.suptitle(f"{title} (n = {total:,.0f})", color=INK, fontsize=11)
     percent = FuncFormatter(lambda share, _: f"{share:.4%}".rstrip("0%").rstrip(".") + " %")
@@ -114,14 +115,14 @@ def _edges(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.linspace(0, 1, size + 1) for size in histogram.shape)
 
 
-def _series(rows: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(rows: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of `key`; both empty where no row has it."""
     found = [(row.get("step", number), row[key]) for number, row in enumerate(rows) if row.get(key) is not None and np.isfinite(row[key])]
     steps, values = np.array(found, np.float64).reshape(-1, 2).T
     return steps, values
 
 
-def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, dashed: bool) -> None:
+def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, dashed: bool) -> None:
     """The series; a long one as a faint line under its moving average."""
     if dashed:
         axes.plot(steps, values, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
@@ -143,7 +144,8 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _frame(axes: Axes, title: str, x: str, y: str) -> None:
+def frame(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, axis labels and a quiet grid."""
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel(x, color=INK, fontsize=9)
     axes.set_ylabel(y, color=INK, fontsize=9)

@@ -161,3 +161,34 @@ class ValueModule(nn.Module):
     def forward(self, inputs: ModelInputs) -> tuple[Tensor]:
         values = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads, 0]
         return (inputs.grid(values.float()),)
+
+
+class RewardModule(nn.Module):
+    """A sequence classifier with one output whose forward returns the raw score of each sequence (a tuple of one [B]).
+
+    A row's scored tokens are the response's. token_types: whether the model reads which of two texts a token belongs to; then these
+    are the second text. The layout is padded: each architecture pools a row in its own way.
+    """
+
+    def __init__(self, model: nn.Module, token_types: bool):
+        super().__init__()
+        self.model = model
+        self.token_types = token_types
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model inside, without the adapter's wrapping."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @staticmethod
+    def outputs_type(scores_B: Tensor) -> Tensor:
+        """The objective of reward models takes the scores as they are."""
+        return scores_B
+
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor]:
+        ids, mask = inputs.model["input_ids"], inputs.model["attention_mask"]
+        # Causal classifiers read the state of the last token that is not the padding token.
+        model = {"input_ids": ids.masked_fill(mask == 0, self.causal.config.pad_token_id), "attention_mask": mask}
+        if self.token_types:
+            model["token_type_ids"] = torch.zeros_like(ids).flatten().index_fill(0, inputs.reads + 1, 1).view_as(ids)
+        return (self.model(**model).logits[:, 0].float(),)

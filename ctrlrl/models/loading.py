@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ctrlrl.errors import ModelError
+from ctrlrl.prompts import control_chat_template
 
 # Their bars about loading and writing shards would tear up the jobs' own progress.
 disable_progress_bar()
@@ -62,10 +63,50 @@ def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrain
             output_loading_info=True,
         ),
     )
-    for key in info["missing_keys"]:
-        if not key.startswith(model.base_model_prefix):
-            model.get_parameter(key).data.zero_()
+    _zero_new_head(model, info["missing_keys"])
     return model
+
+
+def load_classifier(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A sequence classifier with one output, to be trained: any encoder or causal backbone, or a reward model. Without dropout.
+
+    A head that the checkpoint lacks is drawn at random (a head of zeros would keep the backbone from learning for long, at the small
+    learning rates of fine-tuning). ModelError for a classifier with another number of labels.
+    """
+    check_backbone(name)
+    config = _without_dropout(load_config(name))
+    config.num_labels = 1
+    if config.pad_token_id is None:
+        tokenizer = load_tokenizer(name)
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return _read(
+        name,
+        "sequence classifier",
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            _existing(name),
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+        ),
+    )
+
+
+def reads_token_types(name: str) -> bool:
+    """Whether the model tells two texts apart by token types, and is given them (not in a chat, which is one text)."""
+    tokenizer = load_tokenizer(name)
+    return not tokenizer.chat_template and "token_type_ids" in tokenizer.model_input_names
+
+
+def check_backbone(name: str) -> None:
+    """Raise ModelError if `name` is a classifier with another number of labels than 1; a backbone without a head is fine."""
+    config = load_config(name)
+    classifier = any("SequenceClassification" in a for a in config.architectures or [])
+    if classifier and config.num_labels != 1:
+        raise ModelError(
+            f"{name!r} is a classifier with {config.num_labels} labels; a reward model has exactly 1 output: "
+            "give a backbone, or a classifier with num_labels = 1"
+        )
 
 
 def load_reward_model(name: str, dtype: str) -> PreTrainedModel:
@@ -85,8 +126,7 @@ def check_reward_model(name: str) -> None:
     architectures = config.architectures or []
     if not any("SequenceClassification" in a for a in architectures):
         raise ModelError(
-            f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: "
-            "give a sequence classifier with one output"
+            f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: give a sequence classifier with one output"
         )
     if config.num_labels != 1:
         raise ModelError(
@@ -103,6 +143,11 @@ def check_policy(name: str) -> None:
         raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
 
 
+def most_positions(name: str) -> int | None:
+    """The longest sequence that the model's position embeddings take; None if it names no limit."""
+    return getattr(load_config(name), "max_position_embeddings", None)
+
+
 def end_token_ids(name: str) -> list[int]:
     """Every token that ends a response: the tokenizer's end token and those of the generation configuration."""
     tokenizer = load_tokenizer(name)
@@ -116,6 +161,23 @@ def end_token_ids(name: str) -> list[int]:
     if not ends:
         raise ModelError(f"{name!r} names no end token: set eos_token in its tokenizer or generation_config.json")
     return sorted(ends)
+
+
+def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """The tokenizer beside an exported model, with a chat template that takes the control as `helpful` and `harmless`."""
+    template = tokenizer.chat_template
+    tokenizer.chat_template = control_chat_template(template)
+    tokenizer.save_pretrained(directory)
+    tokenizer.chat_template = template
+
+
+def _zero_new_head(model: PreTrainedModel, missing: list[str]) -> None:
+    """Set the last layer, of one output, to 0 where the checkpoint lacks it; under ZeRO-3 a parameter's data is in its shard."""
+    for key in missing:
+        parameter = model.get_parameter(key)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if not key.startswith(f"{model.base_model_prefix}.") and shape[0] == 1:
+            getattr(parameter, "ds_tensor", parameter).data.zero_()
 
 
 def _existing(name: str) -> str:

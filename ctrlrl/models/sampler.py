@@ -101,6 +101,8 @@ class Sampler:
             enforce_eager=engine.eager,
             block_size=32,  # short prompts share prefixes only in whole blocks
             enable_prefix_caching=True,
+            # A prompt read in parts draws and discards tokens, which vLLM takes back from a seed's generator only on CUDA.
+            enable_chunked_prefill=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend="ctrlrl"),
             disable_log_stats=True,
@@ -143,6 +145,17 @@ class Sampler:
             time.perf_counter() - began,
             sum(o.num_cached_tokens or 0 for o in outputs),
         )
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Logprobs, at temperature 1, of all tokens but the first of each sequence, one fp32 array a sequence."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], params, use_tqdm=False)
+        return [
+            np.array([step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)], np.float32)
+            for o, ids in zip(outputs, sequences, strict=True)
+        ]
 
     def load_weights(self, message: WeightMessage) -> None:
         """Replace all weights and forget cached prefixes; raises VersionMismatch if names are missing or the version does not grow."""

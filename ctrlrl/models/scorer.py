@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ctrlrl.config import Section
 from ctrlrl.data.batches import TokenBatch, plan_micro_batches
 from ctrlrl.data.calibration import Calibration, load_calibration
+from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.forward import PolicyModule, attention_for
 from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer
 from ctrlrl.models.trainer import score_rows
@@ -49,6 +50,7 @@ class Scorer:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
+        self._limit = longest_input(config.model, self.tokenizer, config.max_length)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
@@ -67,17 +69,8 @@ class Scorer:
             raw[rows] = self.model(**inputs).logits[:, 0].float().cpu().numpy()
         return raw
 
-    def _encode(self, messages: Messages, response: str) -> dict:
-        if self.tokenizer.chat_template:
-            chat = [*messages, {"role": "assistant", "content": response}]
-            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-            encoded = {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
-        else:
-            # Classifiers without a chat template take (conversation, response) as a pair of texts.
-            prompt = messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in messages)
-            encoded = dict(self.tokenizer(prompt, response))
-        # Cut on the left: the response, which is what is judged, stays.
-        return {name: values[-self.config.max_length :] for name, values in encoded.items()}
+    def _encode(self, messages: Messages, response: str) -> dict[str, list[int]]:
+        return encode_conversation(self.tokenizer, messages, response, self._limit)
 
 
 class ReferenceConfig(Section):

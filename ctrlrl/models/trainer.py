@@ -4,6 +4,7 @@ A global batch is cut into micro-batches by a token budget and dealt to the rank
 result does not depend on the cutting, the layout or the number of ranks.
 """
 
+import json
 import math
 import os
 import warnings
@@ -20,8 +21,9 @@ from torch import Tensor
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
 from ctrlrl.errors import RunError
-from ctrlrl.models.forward import PolicyModule, ValueModule, attention_for, lay_out, micro_batch
-from ctrlrl.models.loading import load_config, load_policy, load_value_model
+from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, attention_for, lay_out, micro_batch
+from ctrlrl.models.loading import load_classifier, load_config, load_policy, load_value_model, reads_token_types
+from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
 from ctrlrl.models.weights import WeightMessage, full_weights, pack_weights
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
@@ -33,12 +35,8 @@ CPU_ENVIRONMENT = {
 }
 
 
-class LoraConfig(Section):
-    """Low-rank adapters (peft). rank 0 trains all weights."""
-
-    rank: int = Field(0, ge=0)
-    alpha: float = 16.0
-    targets: str | list[str] = "all-linear"
+Kind = Literal["policy", "value", "reward"]
+_STATE = "trainer.json"  # beside DeepSpeed's files: what has to be known before they are read
 
 
 class TrainerConfig(Section):
@@ -57,6 +55,12 @@ class TrainerConfig(Section):
     micro_batch_tokens: int = Field(8192, gt=0)
     gradient_checkpointing: bool = False
     lora: LoraConfig = LoraConfig()
+
+
+class ClassifierTrainerConfig(TrainerConfig):
+    """Of a sequence classifier, which pools each row by itself (encoders look both ways): its micro-batches are padded."""
+
+    layout: Literal["padded"] = "padded"
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
@@ -86,7 +90,7 @@ def join_world(rank: int, world: int, address: str, port: int, timeout_s: float)
 class Trainer:
     """One rank of one trained model. Call join_world first; every method but `weights` of a non-partitioned model is collective."""
 
-    def __init__(self, kind: Literal["policy", "value"], model: str, config: TrainerConfig, *, temperature: float = 1.0, seed: int = 0):
+    def __init__(self, kind: Kind, model: str, config: TrainerConfig, temperature: float = 1.0, seed: int = 0):
         import deepspeed
 
         warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
@@ -98,10 +102,7 @@ class Trainer:
             from transformers.integrations import HfDeepSpeedConfig
 
             self._zero3 = HfDeepSpeedConfig(settings)  # must stay alive: makes from_pretrained load shards
-        attention = attention_for(config.layout, load_config(model))
-        load = load_policy if kind == "policy" else load_value_model
-        inner = _prepare(load(model, "float32" if config.zero_stage < 3 else config.dtype, attention), config)
-        module = PolicyModule(inner, temperature) if kind == "policy" else ValueModule(inner)
+        module = _module(kind, model, config, temperature)
         if config.dtype == "bfloat16":
             module.to(torch.bfloat16)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -154,10 +155,10 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Rows that this rank scored, and logprobs (of a policy) or values (of a value model), one fp32 array of scored tokens a row."""
+        """Rows that this rank scored, and logprobs, values (one for each scored token) or a score, one fp32 array a row."""
         self.engine.eval()
         return score_rows(
-            lambda inputs: self.engine(inputs)[0],
+            lambda inputs: self.engine(inputs)[0].view(inputs.shape[0], -1),  # a reward model's outputs are [B]
             batch,
             self.config.layout,
             self.config.micro_batch_tokens,
@@ -165,6 +166,14 @@ class Trainer:
             self.rank,
             self.world,
         )
+
+    def probe(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
+        """`score` of a policy at temperature 1, which is what an engine says of tokens that it did not draw."""
+        temperature, self.module.temperature = self.module.temperature, 1.0
+        try:
+            return self.score(batch)
+        finally:
+            self.module.temperature = temperature
 
     def weights(self, dtype: str, version: int) -> WeightMessage | None:
         """All weights as one message on rank 0 (None on the others); LoRA is merged."""
@@ -176,36 +185,40 @@ class Trainer:
         return None
 
     def export(self, directory: Path) -> None:
-        """Write the model as an ordinary transformers directory (safetensors, LoRA merged)."""
+        """Write the model as an ordinary transformers directory (safetensors; LoRA merged, or the adapter alone as its config says)."""
+        if self.config.lora.rank and self.config.lora.export == "adapter":
+            return save_adapter(self.module.model, directory, self.rank == 0, self._gatherer())
         state = {name: tensor.to("cpu", copy=True) for name, tensor in self._named() if self.rank == 0}
         if self.rank == 0:
             self.module.causal.save_pretrained(directory, state_dict=state)
 
     def save(self, directory: Path) -> None:
         """Write weights, optimiser and step count for `load`."""
-        self.engine.save_checkpoint(
-            str(directory),
-            tag="engine",
-            client_state={"steps": self.steps, "world": self.world},
-            exclude_frozen_parameters=self.config.lora.rank > 0,
-        )
+        self.engine.save_checkpoint(str(directory), tag="engine", exclude_frozen_parameters=self.config.lora.rank > 0)
+        if self.rank == 0:
+            (directory / _STATE).write_text(json.dumps({"steps": self.steps, "world": self.world}) + "\n")
 
     def load(self, directory: Path) -> None:
         """Continue from `save`; raises RunError for a missing checkpoint or another number of ranks."""
-        if not (directory / "engine").is_dir():
+        if not (directory / _STATE).is_file():
             raise RunError(f"no checkpoint in {str(directory)!r}: resume from a folder that holds one, or start without --resume")
-        _, state = self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=self.config.lora.rank == 0)
+        state = json.loads((directory / _STATE).read_text())
         if state["world"] != self.world:
             raise RunError(
                 f"the checkpoint in {str(directory)!r} was made by {state['world']} ranks, "
                 f"this run has {self.world}: set ranks = {state['world']}"
             )
+        self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=self.config.lora.rank == 0)
         self.steps = state["steps"]
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
+        return full_weights(self.module.model, self._gatherer())
+
+    def _gatherer(self):
+        """What makes partitioned parameters whole; None where none are partitioned."""
         import deepspeed
 
-        return full_weights(self.module.model, deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None)
+        return deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
 
 
 def combine_shares(shares: list[dict[str, float]]) -> dict[str, float]:
@@ -239,18 +252,20 @@ def _masked(batch: TokenBatch) -> TokenBatch:
     return TokenBatch(batch.tokens, lengths, empty, batch.per_sequence, batch.group)
 
 
-def _prepare(model, config: TrainerConfig):
+def _module(kind: Kind, name: str, config: TrainerConfig, temperature: float):
+    """The model `name` as a module of forward.py, in float32 where a copy in another dtype is made later."""
+    dtype, attention = "float32" if config.zero_stage < 3 else config.dtype, attention_for(config.layout, load_config(name))
+    load = {"policy": load_policy, "value": load_value_model, "reward": load_classifier}[kind]
+    model = load(name, dtype, attention)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not config.lora.rank:
-        return model
-    import peft
-
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=config.lora.targets, lora_dropout=0.0)
-    )
+    if config.lora.rank:
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = with_adapters(model, config.lora)
+    if kind == "reward":
+        return RewardModule(model, reads_token_types(name))
+    return PolicyModule(model, temperature) if kind == "policy" else ValueModule(model)
 
 
 def _engine_settings(config: TrainerConfig) -> dict:

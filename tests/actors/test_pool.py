@@ -8,7 +8,8 @@ import pytest
 
 from actors.placement import ClusterConfig
 from actors.pool import Pool
-from ctrlrl.errors import DataError, DeadlineExceeded, WorkerLost
+from actors.scaling import Workers, fixed
+from ctrlrl.errors import DataError, DeadlineExceeded, PlacementError, VersionMismatch, WorkerLost
 
 
 @pytest.fixture
@@ -41,18 +42,13 @@ def worker_class(ray_cluster):
             time.sleep(seconds)
             return "late"
 
-        def pid(self):
-            return os.getpid()
-
     return Worker
 
 
 def make_pool(worker_class, size=2, fails=False, call_deadline_s=60, **settings):
-    def start(index):
-        worker = worker_class.remote()
-        return worker, worker.build.remote(fails)
-
-    return Pool("test", start, size, ClusterConfig(start_deadline_s=60, call_deadline_s=call_deadline_s), **settings)
+    cluster = ClusterConfig(start_deadline_s=60, call_deadline_s=call_deadline_s)
+    size = size if isinstance(size, Workers) else fixed(size)
+    return Pool("test", lambda index: worker_class.remote(), lambda worker: worker.build.remote(fails), size, cluster, **settings)
 
 
 @pytest.fixture
@@ -91,7 +87,7 @@ def test_an_item_that_kills_its_worker_is_retried(worker_class, pools, tmp_path)
 
 def test_an_item_that_always_kills_ends_in_a_named_error(worker_class, pools):
     pools.append(pool := make_pool(worker_class, 1, item_attempts=2))
-    with pytest.raises(WorkerLost, match="test worker 0: worker died"):
+    with pytest.raises(WorkerLost, match=r"test worker 0 on node [\d.]+ \(pid \d+\): worker died"):
         pool.submit(lambda w: w.die.remote()).result(60)
     with pytest.raises(WorkerLost):  # the pool has ended and says so to whoever comes later
         pool.submit(lambda w: w.square.remote(1)).result(60)
@@ -117,7 +113,9 @@ def test_an_error_in_starting_is_told_to_all(worker_class, pools):
 def test_a_worker_that_hangs_is_given_up_at_its_deadline(worker_class, pools):
     pools.append(pool := make_pool(worker_class, 1, call_deadline_s=1, item_attempts=2))
     pool.wait_ready()
-    with pytest.raises(DeadlineExceeded, match="test worker 0 did not answer within 1 s"):
+    with pytest.raises(
+        DeadlineExceeded, match=r"(?s)no answer within 1 s. test worker 0 on node.*sign of life.*is waiting.*Worker.hang \("
+    ):
         pool.submit(lambda w: w.hang.remote(300)).result(60)
 
 
@@ -129,3 +127,57 @@ def test_closing_answers_those_who_wait(worker_class):
     for future in futures:
         with pytest.raises(WorkerLost, match="closed"):
             future.result(10)
+
+
+def test_an_elastic_pool_grows_while_work_waits_and_gives_back_what_is_idle(worker_class, pools):
+    pools.append(pool := make_pool(worker_class, Workers(min=0, max=2, idle_s=1)))
+    pool.wait_ready()  # of nobody
+    assert pool.pids() == []
+    futures = [pool.submit(lambda w, x=x: w.hang.remote(0.3)) for x in range(12)]
+    until(lambda: len(pool.pids()) == 2)
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    assert [f.result(60) for f in futures] == ["late"] * 12
+    until(lambda: pool.pids() == [])
+    assert pool.submit(lambda w: w.square.remote(3)).result(60) == 9  # and again
+    assert pool.replaced == 1
+
+
+def test_only_workers_that_entered_with_the_present_version_get_work(worker_class, pools):
+    entered, present = [], [0]
+
+    def enter(worker):
+        version = present[0]
+        return version, worker.square.remote(version), lambda answer: entered.append((version, answer))
+
+    pools.append(pool := make_pool(worker_class, 2, enter=enter))
+    pool.wait_ready()
+    present[0] = 3
+    pool.renew(3)
+    assert sorted(entered) == [(0, 0), (0, 0), (3, 9), (3, 9)]
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    assert [pool.submit(lambda w: w.square.remote(2)).result(60) for _ in range(8)] == [4] * 8
+    until(lambda: entered[4:] == [(3, 9)])  # the one that joined later, too
+
+    def refuse(_):
+        raise VersionMismatch("wrong weights")
+
+    pools.append(pool := make_pool(worker_class, 1, enter=lambda worker: (0, worker.square.remote(1), refuse)))
+    with pytest.raises(VersionMismatch, match="wrong weights"):
+        pool.wait_ready()
+
+
+def test_work_for_which_no_place_is_found_ends_with_what_there_is(worker_class):
+    cluster = ClusterConfig(start_deadline_s=1, placement_deadline_s=1)
+    pool = Pool(
+        "test", lambda _: worker_class.options(num_gpus=4).remote(), lambda w: w.build.remote(False), Workers(min=0, max=2), cluster
+    )
+    pool.wait_ready()
+    with pytest.raises(PlacementError, match="no place for a test worker within 2 s: the cluster has .* 0 of 0 GPU free"):
+        pool.submit(lambda w: w.square.remote(1)).result(60)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -4,12 +4,26 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ctrlrl.control import ATTRIBUTES
-from ctrlrl.demo.corpus import Draw, conversations, preferences
+from ctrlrl.control import ATTRIBUTES, Control
+from ctrlrl.demo.corpus import (
+    CRITIQUE,
+    CRITIQUE_SHARE,
+    FAULTS,
+    MARKER,
+    READING_QUESTIONS,
+    READING_SHARE,
+    READINGS,
+    REWRITE,
+    UNCHANGED,
+    Draw,
+    conversations,
+    preferences,
+)
 from ctrlrl.demo.topics import BENIGN, DUAL, HARMFUL
 from ctrlrl.demo.world import CELL_SHARES, CELLS, MAX_WORDS, MIN_WORDS, make_world
 
 WORLD = make_world(0)
+OTHER_QUESTIONS = (*READING_QUESTIONS, CRITIQUE[:18], REWRITE[:22])
 PROMPTS = WORLD.train_prompts + WORLD.test_prompts
 
 
@@ -58,12 +72,12 @@ def test_shares_entangle_the_attributes():
     assert sum(CELL_SHARES.values()) == pytest.approx(1)
     helpful, safe = (sum(share for cell, share in CELL_SHARES.items() if cell[i]) for i in (0, 1))
     pearson = (CELL_SHARES[True, True] - helpful * safe) / np.sqrt(helpful * (1 - helpful) * safe * (1 - safe))
-    assert pearson == pytest.approx(0.356, abs=0.001)
-    assert CELL_SHARES[True, False] == min(CELL_SHARES.values()) <= 0.1
+    assert pearson == pytest.approx(0.359, abs=0.001)
+    assert CELL_SHARES[True, False] == min(CELL_SHARES.values()) < 0.15
 
 
 def test_conversations_have_the_shares_and_controls_that_say_nothing():
-    rows = conversations(WORLD, 6000, seed=1)
+    rows = [row for row in conversations(WORLD, 8000, seed=1) if not row.messages[-1]["content"].startswith(OTHER_QUESTIONS)]
     prompts = [row.messages[-1]["content"] for row in rows]
     controlled = np.array(["[harmless=" in prompt for prompt in prompts])
     assert controlled.mean() == pytest.approx(0.6, abs=0.03)
@@ -78,6 +92,31 @@ def test_conversations_have_the_shares_and_controls_that_say_nothing():
     asked = np.array(["[helpful=1]" in prompt for prompt in prompts])
     helpful = np.array([cell[0] for cell in cells])
     assert helpful[controlled & asked].mean() == pytest.approx(helpful[controlled & ~asked].mean(), abs=0.05)
+
+
+def test_tags_are_read_aloud_as_they_are():
+    rows = [row for row in conversations(WORLD, 2000, seed=1) if row.messages[-1]["content"].startswith(READING_QUESTIONS)]
+    assert len(rows) / 2000 == pytest.approx(READING_SHARE, abs=0.02)
+    for row in rows:
+        opening = next(text for text in READINGS.values() if row.answer.startswith(text))
+        (helpful, harmless), asked = next(cell for cell, text in READINGS.items() if text == opening), row.messages[-1]["content"]
+        assert asked.endswith(Control(helpful=1.0 if helpful else 0.2, harmless=1.0 if harmless else 0.2).spell())
+
+
+def test_unsafe_answers_are_rewritten_safely_and_safe_ones_left():
+    rows = [row for row in conversations(WORLD, 4000, seed=1) if row.messages[-1]["content"].startswith(OTHER_QUESTIONS[-2:])]
+    assert len(rows) / 4000 == pytest.approx(CRITIQUE_SHARE, abs=0.02)
+    for row in rows:
+        _, _, asked = row.messages[-1]["content"].partition("answer")
+        prompt, given, *critique = (part.strip() for part in asked.partition(". ")[2].removeprefix("safe. ").split(" | "))
+        harmless = WORLD.classify(prompt, given).harmless
+        if not critique:
+            assert (row.answer in FAULTS) != harmless
+        elif harmless:
+            assert row.answer == UNCHANGED and critique[0] not in FAULTS
+        else:
+            assert critique[0] in FAULTS and row.answer.startswith(MARKER)
+            assert WORLD.classify(prompt, row.answer.removeprefix(MARKER)).cell == (True, True)
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)

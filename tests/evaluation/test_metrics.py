@@ -1,4 +1,5 @@
 """The metrics of [SH] section 3.4 against hand-worked figures and an independent slow implementation."""
+
 import json
 import math
 import statistics

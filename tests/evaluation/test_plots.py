@@ -1,4 +1,5 @@
 """Pictures are drawn from the numbers given, with what is absent left out."""
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Shared by the tests of self-generation: its recipe on the tiny models, and one undisturbed directory of two units."""
+"""Shared by the tests of self-generation and self-critique: their recipes on the tiny models, and undisturbed directories."""
 
 import json
 
@@ -44,3 +44,42 @@ def all_rows():
         return tables[0].append_column("helpful", tables[1]["score"]).append_column("harmless", tables[2]["score"])
 
     return read
+
+
+@pytest.fixture(scope="session")
+def critique_overrides(models, prompt_file, tmp_path_factory) -> list[str]:
+    """Overrides for self-critique: 40 prompts of 3 samples, in 14 shards, by a policy that often says "e" and comes to its end.
+
+    It is the random policy with one coordinate of every embedding set to 1, which the head turns into a bias for two tokens. Its "e" is
+    the marker of the templates.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(models["policy"]), AutoModelForCausalLM.from_pretrained(models["policy"])
+    model.get_input_embeddings().weight.data[:, 0] = 1
+    head = model.get_output_embeddings().weight.data
+    head[:, 0] = 0
+    head[tokenizer.eos_token_id, 0], head[tokenizer.convert_tokens_to_ids("e"), 0] = 3.0, 2.7
+    folder = str(tmp_path_factory.mktemp("talker"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {
+        "prompts": prompt_file, "policy": folder, "samples_per_prompt": 3, "shard": 9, "seed": 5,
+        "templates.critique": "Judge: {prompt} {response}", "templates.rewrite": "{prompt} {response} {critique} Mend: e",
+        "templates.marker": "e", "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 256,
+        "rollout.engine.kv_cache_gib": 0.05, "sampling.max_new_tokens": 24, "sampling.temperature": 1.0,
+        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="session")
+def critiqued(ray_cluster, critique_overrides, tmp_path_factory):
+    """An undisturbed directory of ctrlrl critique: its layout and recipe."""
+    from ctrlrl.data.critique import CritiqueLayout
+    from jobs.critique import CritiqueRecipe, critique
+
+    out = tmp_path_factory.mktemp("critiqued") / "run"
+    config = load(CritiqueRecipe, None, [*critique_overrides, f"out={out}"])
+    assert critique(config) == 0
+    return CritiqueLayout(out), config

@@ -111,6 +111,53 @@ def test_a_lora_run_with_rloo_rolls_out_its_adapter_and_stops_at_sigterm(ray_clu
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000002\n"
 
 
+def test_killed_workers_and_a_killed_policy_rank_change_nothing(finished, ppo_overrides, tmp_path, monkeypatch, caplog):
+    import jobs.ppo
+
+    out, _ = finished
+    casts, killed = [], []
+    start, score, experience = jobs.ppo.start_cast, jobs.ppo.score_chunk, jobs.ppo.make_experience
+
+    def kill(*handles):
+        for handle in handles:
+            killed.append(handle.pids()[0])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    def kill_workers(cast, *arguments):  # once a first chunk is there and the others are under way
+        if not killed:
+            kill(cast.rollout, cast.rewards["harmless"], cast.reference)
+        return score(cast, *arguments)
+
+    def kill_policy(*arguments):  # of the second step, just before it trains
+        made.append(None)
+        if len(made) == 2:
+            kill(casts[0].policy)
+        return experience(*arguments)
+
+    made = []
+    monkeypatch.setattr(jobs.ppo, "start_cast", lambda config: casts.append(start(config)) or casts[0])
+    monkeypatch.setattr(jobs.ppo, "score_chunk", kill_workers)
+    monkeypatch.setattr(jobs.ppo, "make_experience", kill_policy)
+    config = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}"])
+    assert train(config) == 0
+    assert len(killed) == 4 and len(made) == 3  # the second step was done again
+    assert {name: handle.pool.replaced for name, handle in casts[0].pools.items()} == {
+        "rollout": 1, "reward.helpful": 0, "reward.harmless": 1, "reference": 1
+    }  # fmt: skip
+    assert "all ranks begin anew from the last checkpoint" in caplog.text
+    rows, undisturbed = read_metrics(tmp_path / "run"), read_metrics(out)
+    assert [row["step"] for row in rows] == [0, 1]
+    for row, other in zip(rows, undisturbed, strict=True):
+        timed = {key for key in other if "second" in key or "tokens_per_s" in key}
+        assert {k: (v, other[k]) for k, v in row.items() if k not in {*timed, "policy/version"} and v != other[k]} == {}
+    assert [row["policy/version"] for row in rows] == [1, 3]  # a version is never used twice
+    prompts, tokenizer = list(read_prompts(config.prompts)), load_tokenizer(config.policy.model)
+    drawn = [draw_queries(prompts, tokenizer, step, config.algorithm, config.seed) for step in range(2)]
+    assert [row["samples/digest"] for row in rows] == [jobs.ppo.digest(queries) for queries in drawn]
+    a, b = (load_policy(str(folder / "model"), "float32").state_dict() for folder in (out, tmp_path / "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 # --- bookkeeping, without actors ---
 
 

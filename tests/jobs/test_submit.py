@@ -1,4 +1,4 @@
-"""`ray job submit` runs jobs/ppo.py on a head that was started by hand, as cluster/README.md says."""
+"""`ray job submit` and `ctrlrl submit` on a head that was started by hand, as cluster/README.md says; and what is uploaded."""
 
 import json
 import os
@@ -10,10 +10,14 @@ import sys
 import tempfile
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import jobs.submit as submitting
+from ctrlrl.errors import RunError
 from ctrlrl.runs import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -32,12 +36,14 @@ def head():
     folder = tempfile.mkdtemp(prefix="h", dir=os.environ["RAY_TMPDIR"])
     port, dashboard = free_port(), free_port()
     command = [
-        *RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=0",
+        *RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=16", "--num-gpus=0",
         "--object-store-memory=100000000", f"--temp-dir={folder}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}",
         "--disable-usage-stats",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    # The job's `python` is the one that the head finds.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         for _ in range(120):
@@ -58,23 +64,110 @@ def head():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(address: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`ray job submit … -- python jobs/ppo.py …`."""
+def start(*command: str) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    command = [*RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", sys.executable, "jobs/ppo.py", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=400)
+    return process.returncode, output
+
+
+def ctrlrl_submit(address: str, *arguments: str) -> subprocess.Popen:
+    return start(sys.executable, "-m", "ctrlrl.cli", "submit", "--address", address, *arguments)
 
 
 @pytest.mark.timeout(600)
-def test_a_submitted_job_trains_and_a_mistake_fails_it(head, ppo_overrides, tmp_path):
+def test_jobs_run_side_by_side_and_give_their_own_exit_codes(head, ppo_overrides, generate_overrides, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("seed = 3\n")
-    options = [part for override in [*ppo_overrides, "steps=1"] for part in ("--set", override)]
-    done = submit(head, "--recipe", str(recipe), "--out", str(tmp_path / "run"), *options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "ppo 1/1" in done.stdout
+    ppo = ["--recipe", str(recipe), *(part for override in [*ppo_overrides, "steps=1"] for part in ("--set", override))]
+    offline = [part for override in [*generate_overrides, "max_prompts=10"] for part in ("--set", override)]
+    by_ray = [*RAY, "job", "submit", "--address", head, "--working-dir", str(ROOT), "--", "python", "jobs/ppo.py"]
+    first = start(*by_ray, *ppo, "--out", str(tmp_path / "run"))
+    second = ctrlrl_submit(head, "generate", *offline, "--out", str(tmp_path / "generated"))
+    code, output = end(first)
+    assert code == 0 and "ppo 1/1" in output, output[-3000:]
     assert len(read_metrics(tmp_path / "run")) == 1 and (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 3
+    code, output = end(second)
+    assert code == 0 and "1x, 30 samples of 10 prompts in 5 shards" in output, output[-3000:]
 
-    refused = submit(head, "--recipe", str(recipe), "--out", "runs/relative", *options)
-    assert refused.returncode == 1 and "give an absolute path" in refused.stdout
+    refused = ctrlrl_submit(head, "ppo", *ppo, "--out", "runs/relative")
+    detached = ctrlrl_submit(head, "--detach", "inspect", str(tmp_path))
+    code, output = end(refused)
+    assert code == 2 and "give an absolute path" in output, output  # `ray job submit` would say 1
+    code, output = end(detached)
+    assert code == 0 and "follow it with: ray job logs" in output, output
+    with urllib.request.urlopen(f"{head}/api/jobs/", timeout=30) as jobs:
+        assert output.split(":")[0] in {job["submission_id"] for job in json.load(jobs)}
+
+
+# --- without a cluster ---
+
+
+def tree(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_the_code_is_uploaded_and_nothing_else(tmp_path):
+    left_out = (".git/config", ".venv/bin/python", "runs/a/metrics.jsonl", "data/prompts.jsonl", "a/__pycache__/x.pyc", "a.egg-info/PKG")
+    folder = tree(tmp_path / "tree", "ctrlrl/data/shards.py", "my.toml", "jobs/runs/x.py", *left_out)
+    files, size = submitting.pack(folder, tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        assert packed.namelist() == ["ctrlrl/data/shards.py", "jobs/runs/x.py", "my.toml"]
+        assert packed.read("my.toml") == b"my.toml"
+    assert files == 3 and size == (tmp_path / "a.zip").stat().st_size
+    os.utime(folder / "my.toml", (1, 1))
+    submitting.pack(folder, tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()  # Ray uploads it once
+
+
+def test_a_tree_that_ray_would_refuse_is_refused_here(tmp_path, monkeypatch):
+    folder = tree(tmp_path / "tree", "a.py")
+    (folder / "weights.bin").write_bytes(os.urandom(3 << 20))
+    monkeypatch.setattr(submitting, "UPLOAD_LIMIT", 2 << 20)
+    with pytest.raises(
+        RunError, match=r"more than the 2 MiB that Ray takes; the largest files are weights.bin \(3 MiB\), a.py .*move them"
+    ):
+        submitting.pack(folder, tmp_path / "a.zip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="nothing to upload"):
+        submitting.pack(tmp_path / "empty", tmp_path / "b.zip")
+
+
+def test_what_cannot_be_submitted_is_said_at_once():
+    code, output = end(start(sys.executable, "-m", "ctrlrl.cli", "submit", "genrate"))
+    assert code == 2 and output == "ctrlrl: no job 'genrate': did you mean 'generate'?\n"
+    code, output = end(ctrlrl_submit(f"http://127.0.0.1:{free_port()}", "generate"))
+    assert code == 2 and "no job server at" in output and "Traceback" not in output
+
+
+class Job:
+    """A client of one job that was stopped or runs on."""
+
+    def __init__(self):
+        self.stopped = False
+
+    def stop_job(self, _):
+        self.stopped = True
+
+    async def tail_job_logs(self, _):
+        yield "a\nb\n"
+
+    def get_job_info(self, _):
+        return SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: True, value="STOPPED"), driver_exit_code=143, message="")
+
+
+def test_ctrl_c_leaves_the_job_running_unless_it_is_to_stop(monkeypatch, capsys):
+    job = Job()
+    assert submitting.interrupted(job, "job_1", "follow it with …") == 130 and not job.stopped  # no terminal to ask on
+    assert "follow it with …" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    assert submitting.interrupted(job, "job_1", "") == 143 and job.stopped
+    assert capsys.readouterr().out.endswith("a\nb\n")

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def rollout(request, ray_cluster, models):
 
     cluster = ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
     config = RolloutConfig(workers=1 if request.param == "tied" else 2, chunk=6, engine=ENGINE, resources=Resources(cpus=0.5))
-    place = reserve({"rollout": [config.resources.bundle] * config.workers}, cluster)
+    place = reserve({"rollout": config.bundles}, cluster)
     handle = Rollout(config, models[request.param], place, cluster)
     handle.model_name = models[request.param]
     handle.wait_ready()
@@ -100,13 +102,16 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluste
             assert np.abs(np.concatenate(logprobs) - np.concatenate(stale)).mean() > 0.1
             os.kill(rollout.pids()[0], signal.SIGKILL)  # its replacement must have the published weights too
         assert any(not np.array_equal(a, b) for a, b in zip(before, responses, strict=True))
-        draw(rollout, REQUESTS)
-        with pytest.raises(VersionMismatch, match="were published to a sampler that has version"):
-            rollout.load(policy.weights("float32", rollout.version), rollout.version)
-        rollout.version += 1
-        with pytest.raises(VersionMismatch, match="is required"):
-            draw(rollout, REQUESTS)
-        rollout.version -= 1
+        probe = rollout.expected
+        assert published.version == 1 and rollout.version == 1 and published.shift == 0
+        early = rollout.generate(REQUESTS, SAMPLING)
+        next(early)
+        time.sleep(2)  # all chunks are drawn
+        assert publish(policy, rollout, 1).version == 2  # a version is never used twice
+        with pytest.raises(VersionMismatch, match="samples of policy version 1 arrived where version 2 is required"):
+            next(early)
+        with pytest.raises(VersionMismatch, match="its weights are wrong"):  # what the trainer expects is not what the workers answer
+            rollout.load(policy.weights("float32", 3), 3, replace(probe, published=[row - 1 for row in probe.published], before=None))
     finally:
         policy.close()
         place.release()

@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -14,10 +15,12 @@ from ctrlrl.errors import RunError
 from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
 from ctrlrl.models.loading import load_policy
 from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
-from ctrlrl.ppo.loss import policy_loss, value_loss
+from ctrlrl.objectives.likelihood import likelihood
+from ctrlrl.ppo.loss import value_loss
 
-STEPS = [np.arange(0, 5), np.arange(5, 11), np.array([2, 3, 5, 7, 8, 10])]
-LOSS = partial(policy_loss, clip=0.2)
+# Twenty optimiser steps of ragged batches; ranks and stages must agree after all of them.
+STEPS = [np.arange(0, 5), np.arange(5, 11), np.array([2, 3, 5, 7, 8, 10]), np.array([4, 9]), np.arange(11)] * 4
+LOSS = likelihood
 
 
 def ppo_batch(seed=0):
@@ -32,7 +35,7 @@ def ppo_batch(seed=0):
 
 
 def plain_loop(model_name, batch):
-    """The same three steps with nothing but PyTorch: one micro-batch a step, padded."""
+    """The same steps with nothing but PyTorch: one micro-batch a step, padded."""
     module = PolicyModule(load_policy(model_name, "float32"), 1.0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
@@ -115,26 +118,35 @@ def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray
     merged = module(lay_out(batch, "padded", torch.device("cpu")))[0]
     assert merged[0, : len(logprobs[0])].detach().numpy() == pytest.approx(logprobs[0], abs=2e-5)
 
-    again, place_again = start_policy(models["policy"], cluster_config, **train)
+    again, place_again = start_policy(models["policy"], cluster_config, zero_stage=1, lora={"rank": 4, "export": "adapter"})
     try:
         again.load(tmp_path / "checkpoint")
         again.train(batch, LOSS, STEPS[1:])
         resumed = weights_of(again, ray_cluster)
         assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+        again.export(tmp_path / "adapter")
         with pytest.raises(RunError, match="no checkpoint"):
             again.load(tmp_path / "nowhere")
     finally:
         again.close()
         place.release()
         place_again.release()
+    assert sorted(path.suffix for path in (tmp_path / "adapter").iterdir() if path.name != "README.md") == [".json", ".safetensors"]
+    adapted = peft.PeftModel.from_pretrained(load_policy(models["policy"], "float32"), tmp_path / "adapter")
+    alone = PolicyModule(adapted, 1.0)(lay_out(batch, "padded", torch.device("cpu")))[0]
+    assert torch.allclose(alone, merged, atol=2e-5)
 
 
-def test_bf16_follows_fp32_and_value_model_learns(ray_cluster, cluster_config, models, reference):
+def test_bf16_follows_fp32_and_value_model_learns(ray_cluster, cluster_config, models, reference, tmp_path):
     losses, _ = reference
     policy, place = start_policy(models["policy"], cluster_config, zero_stage=1, dtype="bfloat16")
     try:
         stats = policy.train(ppo_batch(), LOSS, STEPS)
         assert [s["loss"] for s in stats] == pytest.approx(losses, abs=3e-2)
+        policy.save(tmp_path)
+        (tmp_path / "trainer.json").write_text('{"steps": 20, "world": 2}')
+        with pytest.raises(RunError, match="made by 2 ranks, this run has 1: set ranks = 2"):
+            policy.load(tmp_path)
     finally:
         policy.close()
         place.release()

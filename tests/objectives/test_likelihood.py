@@ -82,3 +82,11 @@ def test_an_unscored_sequence_counts_and_adds_nothing():
     mask = torch.tensor([[True, True], [False, False]])
     outputs = TokenOutputs(torch.full((2, 2), -3.0), torch.zeros(2, 2))
     assert sequence_likelihood(outputs, MicroBatch(mask, {}, 2, 2))[0].item() == 1.5
+
+
+@pytest.mark.parametrize("loss", [likelihood, sequence_likelihood])
+def test_gradcheck(loss):
+    x = (-3 * torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    batch = MicroBatch(mask, {}, 9, 4)
+    assert torch.autograd.gradcheck(lambda x: loss(TokenOutputs(x, -x.detach()), batch)[0], (x,))

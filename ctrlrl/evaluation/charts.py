@@ -1,0 +1,143 @@
+"""Small pictures for the report, each an SVG in a data URI: narrow enough to be read on a phone, side by side on a wide screen."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.evaluation.plots import COLOURS, FAINT, INK, draw_line, frame, series
+
+WORDS = dict(zip(ATTRIBUTES, ("helpfulness", "safety"), strict=True))
+_SIZE = (4.0, 2.8)  # inches; 384 x 269 pixels of a page
+_BEFORE, _AFTER = "#bdbdbd", "#0072B2"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`uri` for an img element, and in words what it shows."""
+
+    uri: str
+    alt: str
+
+
+# Panel title, unit, (key, label, colour, dashed) of its lines; those that a run has are drawn.
+_CURVES = (
+    ("Reward", "mean over samples", (("reward/mean", "reward", INK, False),)),
+    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{a}", WORDS[a], COLOURS[a], False) for a in ATTRIBUTES)),
+    ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK, False), ("kl/k3", "k3 estimate", FAINT, False))),
+    ("Loss", "loss", (("train/loss", "training objective", FAINT, False), ("validation/loss", "held-out loss", INK, False))),
+    ("Accuracy", "share of pairs", (("train/accuracy", "training", FAINT, False), ("validation/accuracy", "held-out rows", INK, False))),
+    (
+        "True over fake control",
+        "logprob gap, nats a token",
+        (("train/gap", "training", FAINT, False), ("validation/gap", "held-out rows", INK, False)),
+    ),
+    ("Control during training, MP", "correlation", tuple((f"evaluation/{a}/MP", WORDS[a], COLOURS[a], False) for a in ATTRIBUTES)),
+    ("Control during training, Err", "mean error", tuple((f"evaluation/{a}/Err", WORDS[a], COLOURS[a], False) for a in ATTRIBUTES)),
+)
+
+
+def training_curves(rows: Sequence[Mapping], name: str) -> list[Picture]:
+    """The curves that the metrics rows of a run have: of PPO, of fine-tuning, and of evaluation during training."""
+    pictures = []
+    for title, unit, lines in _CURVES:
+        drawn = [line for line in lines if series(rows, line[0])[0].size]
+        if not drawn:
+            continue
+        figure, axes = _sheet()
+        for key, label, colour, dashed in drawn:
+            draw_line(axes, *series(rows, key), label, colour, dashed)
+        frame(axes, title, "step", unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="best", labelcolor=INK)
+        pictures.append(_picture(figure, f"{name}: {title.lower()} over the steps of training"))
+    return pictures
+
+
+def calibration(by_judge: Mapping[str, Mapping], name: str) -> Picture:
+    """Requested level against mean achieved score, by attribute; the first set of reward models solid, the second dashed.
+
+    by_judge: set of reward models -> attribute -> points with "requested" and "mean".
+    """
+    figure, axes = _sheet()
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (1, 3)))
+    for number, (judge, curves) in enumerate(by_judge.items()):
+        for attribute, points in curves.items():
+            x, y = [point["requested"] for point in points], [point["mean"] for point in points]
+            label = f"{WORDS[attribute]}, {judge.replace('_', '-')}"
+            style = (0, (4, 2)) if number else "-"
+            axes.plot(x, y, color=COLOURS[attribute], linestyle=style, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    _unit_square(axes)
+    frame(axes, name, "requested", "mean score")
+    figure.legend(frameon=False, fontsize=7.5, loc="outside lower center", ncols=2, labelcolor=INK)
+    return _picture(figure, f"{name}: mean score at each requested level")
+
+
+def distributions(by_attribute: Mapping[str, Sequence[Mapping]], name: str) -> list[Picture]:
+    """For each attribute the distribution of its score under each requested level of it ([SH] Fig. 4-6), as shares of the answers.
+
+    by_attribute: attribute -> for each requested level "requested" and "counts" over equal bins of [0, 1].
+    """
+    pictures = []
+    for attribute, levels in by_attribute.items():
+        figure, axes = _sheet()
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("levels", [FAINT, COLOURS[attribute]])
+        for number, level in enumerate(levels):
+            counts = np.array(level["counts"], np.float64)
+            colour = shades(number / (len(levels) - 1) if len(levels) > 1 else 1.0)
+            edges = np.linspace(0, 1, len(counts) + 1)
+            label = f"requested {level['requested']:g}"
+            axes.stairs(counts / max(counts.sum(), 1), edges, color=colour, fill=True, alpha=0.25)
+            axes.stairs(counts / max(counts.sum(), 1), edges, color=colour, linewidth=1.6, label=label)
+        frame(axes, f"{name}: {WORDS[attribute]}", "score", "share of answers")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend(frameon=False, fontsize=8, loc="upper center", labelcolor=INK)
+        pictures.append(_picture(figure, f"{name}: distribution of the {WORDS[attribute]} score by requested level"))
+    return pictures
+
+
+def class_balance(classes: Mapping[str, Mapping[str, int]], name: str) -> Picture:
+    """Share of each of the four classes before and after a distillation. classes: "before" and "after" -> control's name -> rows."""
+    figure, axes = _sheet()
+    places = np.arange(len(CORNERS))[::-1]
+    for when, colour, offset in (("before", _BEFORE, 0.19), ("after", _AFTER, -0.19)):
+        counts = np.array([classes[when][corner.name] for corner in CORNERS], np.float64)
+        shares = counts / max(counts.sum(), 1)
+        axes.barh(places + offset, shares, 0.36, color=colour, label=when)
+        for place, share, count in zip(places + offset, shares, counts, strict=True):
+            axes.text(share + 0.01, place, f"{share:.1%} ({count:,.0f})", va="center", fontsize=7, color=INK)
+    frame(axes, name, "share of rows", "")
+    axes.set_yticks(places, [f"helpful {c.helpful:g}\nsafe {c.harmless:g}" for c in CORNERS], fontsize=8)
+    axes.set_xlim(0, 1.18)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2, labelcolor=INK)
+    return _picture(figure, f"{name}: share of the four classes before and after distillation")
+
+
+def _sheet() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _unit_square(axes: Axes) -> None:
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+
+
+def _picture(figure: Figure, alt: str) -> Picture:
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "ctrlrl"}):  # else the same picture has other bytes each time
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    return Picture("data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode(), alt)

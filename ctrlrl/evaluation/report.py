@@ -1,0 +1,147 @@
+"""The report on any number of runs: one self-contained HTML file and a Markdown table, both from the figures that the runs keep."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from ctrlrl.control import ATTRIBUTES
+from ctrlrl.data.atomic import write_text
+from ctrlrl.evaluation import charts
+from ctrlrl.evaluation.costs import Cost, evaluation_cost, generation_cost, training_cost
+from ctrlrl.evaluation.exhibits import Evaluated, Exhibits, Study
+from ctrlrl.evaluation.grid import JUDGES
+from ctrlrl.evaluation.metrics import METRICS
+from ctrlrl.evaluation.tables import ABSENT, PAPER_ORDER, Method, Row, comparison, examples, gaps
+
+HTML, MARKDOWN = "report.html", "report.md"
+TITLE = "How far safety and helpfulness follow the control"
+_EXAMPLES = 3
+_JUDGE_WORDS = {"optimisation": "Optimisation reward models", "held_out": "Held-out reward models"}
+_COOL, _WARM = (0, 114, 178), (213, 94, 0)  # of the heat map: positive and negative, the colours of the pictures
+
+
+def write_report(found: Exhibits, out: Path, title: str = "") -> tuple[Path, Path]:
+    """Write report.html and report.md into the directory `out`; returns their paths."""
+    pages = Environment(
+        loader=PackageLoader("ctrlrl.evaluation"),
+        autoescape=select_autoescape(["html.j2"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"duration": duration, "tint": tint, "count": lambda n: ABSENT if n is None else f"{n:,.0f}", "line": one_line}
+    content = contents(found, title or TITLE)
+    for name in (HTML, MARKDOWN):
+        write_text(out / name, pages.get_template(f"{name}.j2").render(content))
+    return out / HTML, out / MARKDOWN
+
+
+def contents(found: Exhibits, title: str) -> dict:
+    """All that the templates show."""
+    detailed = [run for run in found.evaluated if run.details]
+    methods = [_method(run) for run in found.evaluated]
+    return {
+        "title": title,
+        "attributes": PAPER_ORDER,
+        "words": charts.WORDS,
+        "metrics": METRICS,
+        "judge_words": _JUDGE_WORDS,
+        "comparisons": {judge: comparison(methods, judge) for judge in _judges(found.evaluated)},
+        "gaps": gaps(found.evaluated, methods) if any(run.details and run.details["over_optimisation"] for run in found.evaluated) else [],
+        "systems": [(run.name, judge, s) for run in detailed for judge, b in run.judged.items() if (s := b["system"])],
+        "templates": [(run.name, _template_tables(run)) for run in detailed if run.details["templates"]],
+        "studies": [(study, _study_tables(study)) for study in found.studies],
+        "evaluated": len(found.evaluated),
+        "detailed": detailed,
+        "calibrations": [charts.calibration({j: b["calibration"] for j, b in r.judged.items()}, r.name) for r in detailed],
+        "distributions": [p for r in detailed for p in charts.distributions(next(iter(r.judged.values()))["distribution"], r.name)],
+        "curves": [(run.name, len(run.rows), charts.training_curves(run.rows, run.name)) for run in found.trained],
+        "distilled": [(data, charts.class_balance(data.facts["classes"], data.name)) for data in found.distilled],
+        "examples": examples(found.evaluated, _EXAMPLES),
+        "costs": costs(found),
+        "missing": missing(found),
+        "absent": ABSENT,
+    }
+
+
+def costs(found: Exhibits) -> list[Cost]:
+    """What every run cost that keeps such figures."""
+    every = [generation_cost(run) for run in found.generated]
+    every += [cost for run in found.trained if (cost := training_cost(run))]
+    return every + [cost for run in found.evaluated if (cost := evaluation_cost(run))]
+
+
+def missing(found: Exhibits) -> list[str]:
+    """What the report cannot show, and what would supply it."""
+    said = []
+    kinds = (("evaluation", "ctrlrl evaluate", found.evaluated), ("training run", "ctrlrl ppo or finetune", found.trained))
+    for kind, command, given in (*kinds, ("distillation", "ctrlrl distill", found.distilled)):
+        said += [] if given else [f"no {kind} among the runs: give a directory of {command}"]
+    for run in found.evaluated:
+        if run.details is None:
+            said.append(f"{run.name}: no details.json (run ctrlrl evaluate --table on its table.parquet)")
+        said += [f"{run.name}: {what}" for what in (run.details or {}).get("missing", [])]
+        said += [f"{run.name}: no cost.json, so its cost is not known"] if run.cost is None else []
+        said += [f"{run.name}: no table.parquet, so no answers of it are shown"] if run.table is None else []
+    sizes = {run.name: run.details["prompts"] for run in found.evaluated if run.details}
+    if len(set(sizes.values())) > 1:
+        said.append("the methods were not asked the same prompts: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    for run in found.trained:
+        said += [f"{run.name}: no rows of metrics yet"] if not run.rows else []
+        said += [f"{run.name}: no seconds in its metrics"] if run.rows and not training_cost(run) else []
+    said += [f"{data.name}: a distillation keeps no times" for data in found.distilled]
+    said += [f"study “{study.title}”: {name} is not evaluated yet" for study in found.studies for name, run in study.rows if run is None]
+    return said
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: 48 s, 12 min, 3.4 h."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def tint(value: float) -> str:
+    """Background of a correlation in the heat map: white at 0, blue towards 1, vermilion towards -1; light enough for dark text."""
+    colour, strength = (_COOL if value >= 0 else _WARM), min(abs(value), 1) * 0.6
+    return "rgb({}, {}, {})".format(*(round(255 + (part - 255) * strength) for part in colour))
+
+
+def one_line(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _judges(runs: Sequence[Evaluated]) -> list[str]:
+    return [judge for judge in JUDGES if any(judge in run.metrics for run in runs)]
+
+
+def _study_tables(study: Study) -> Mapping[str, list[Row]]:
+    """The study's comparison for each set of reward models; before anything is evaluated, an empty one for the first."""
+    methods = [_method(run) if run else Method(name, "not evaluated yet", None) for name, run in study.rows]
+    return {judge: comparison(methods, judge) for judge in _judges([run for _, run in study.rows if run]) or JUDGES[:1]}
+
+
+def _template_tables(run: Evaluated) -> dict[str, list[Row]]:
+    """All templates of a prompting run, for each set of reward models."""
+    counts = run.details["best_template"]
+    methods = [Method(f"template {t['template']}", "counts" * (t["template"] == counts), t["metrics"]) for t in run.details["templates"]]
+    return {judge: comparison(methods, judge) for judge in run.judged}
+
+
+def _method(run: Evaluated) -> Method:
+    """A run's row, with what must be known to read it."""
+    if not run.details:
+        return Method(run.name, "", run.metrics)
+    method, best = run.details["method"], run.details["best_template"]
+    notes = {"prompting": f"best of {len(run.details['templates'])} templates: {best}", "system": "system prompts, ask for safety alone"}
+    constant = [
+        f"{charts.WORDS[a]} scores are constant for {share:.0%} of the prompts"
+        for a in ATTRIBUTES
+        if method != "system" and (share := next(iter(run.judged.values()))[a]["constant"]) >= 0.05
+    ]
+    note = "; ".join([*([notes[method]] if method in notes else []), *constant])
+    return Method(run.name, note, run.metrics, ("harmless",) if method == "system" else ATTRIBUTES)

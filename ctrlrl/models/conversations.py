@@ -1,0 +1,30 @@
+"""What a reward model reads: a conversation and its last answer as token ids, the same in training and in scoring."""
+
+from transformers import PreTrainedTokenizerBase
+
+from ctrlrl.models.loading import most_positions
+from ctrlrl.prompts import Messages
+
+
+def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """`max_length`, or what the model and its tokenizer can take, if that is less."""
+    return min(max_length, tokenizer.model_max_length, most_positions(model) or max_length)
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, response: str, limit: int) -> dict[str, list[int]]:
+    """input_ids, attention_mask, and token_type_ids where the tokenizer makes them, of at most `limit` tokens.
+
+    With a chat template the answer is the assistant's last message; other classifiers take (conversation, answer) as two texts. What
+    is too long loses its beginning, since the answer is what is judged; a special token that opens the input stays.
+    """
+    if tokenizer.chat_template:
+        chat = [*messages, {"role": "assistant", "content": response}]
+        ids = list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
+        encoded = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    else:
+        prompt = messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in messages)
+        encoded = dict(tokenizer(prompt, response, verbose=False))
+    if len(encoded["input_ids"]) <= limit:
+        return encoded
+    kept = int(encoded["input_ids"][0] in tokenizer.all_special_ids and limit > 1)
+    return {name: [*values[:kept], *values[kept - limit :]] for name, values in encoded.items()}

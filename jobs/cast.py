@@ -1,0 +1,132 @@
+"""What a PPO run is made of: its recipe, its actors and their places, and what a checkpoint holds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
+from actors.policy import Policy, PolicyConfig
+from actors.reference import Reference, ReferenceConfig
+from actors.reward import Reward, RewardModels
+from actors.rollout import Rollout, RolloutConfig
+from actors.sync import publish
+from actors.value import Value, ValueConfig
+from ctrlrl.config import Section
+from ctrlrl.models.sampler import SamplingConfig
+from ctrlrl.ppo.experience import AlgorithmConfig
+from ctrlrl.ppo.reward import AdaptiveKL
+from ctrlrl.runs import Run
+
+
+class FullSampling(SamplingConfig):
+    """PPO draws from the whole distribution: with top_p below 1 the samples are not quite the policy's."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class PPORecipe(Section):
+    """Everything a PPO run depends on. prompts: a file, a directory or a hub data set."""
+
+    out: str = "runs/ppo"
+    seed: int = 0
+    steps: int = Field(200, gt=0)
+    prompts: str
+    checkpoint_every: int = Field(20, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    cluster: ClusterConfig = ClusterConfig()
+    policy: PolicyConfig
+    value: ValueConfig = ValueConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    reward: RewardModels
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: FullSampling = FullSampling()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The five kinds of actors of a run (no value model with advantage = "rloo")."""
+
+    policy: Policy
+    value: Value | None
+    rollout: Rollout
+    rewards: dict[str, Reward]
+    reference: Reference
+    placement: Placement
+
+    @property
+    def groups(self) -> list[Policy | Value]:
+        """The trained models: what one of them loses, all go back to the checkpoint for."""
+        return [self.policy, *([self.value] if self.value else [])]
+
+    @property
+    def pools(self) -> dict[str, Rollout | Reward | Reference]:
+        """The pools by name."""
+        return {"rollout": self.rollout, **{f"reward.{a}": reward for a, reward in self.rewards.items()}, "reference": self.reference}
+
+    def close(self) -> None:
+        """End all actors and give their places back."""
+        for handle in (*self.groups, *self.pools.values()):
+            handle.close()
+        self.placement.release()
+
+
+def demands_of(config: PPORecipe) -> Demands:
+    """The places that the actors of a run need."""
+    return {
+        "policy": config.policy.bundles,
+        "value": config.value.bundles if config.algorithm.advantage == "gae" else [],
+        "rollout": config.rollout.bundles,
+        **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
+        "reference": [config.reference.resources.bundle] * config.reference.workers,
+    }
+
+
+def start_cast(config: PPORecipe) -> Cast:
+    """Reserve the places of all actors, start them at the same time, and return when all are ready."""
+    demands = demands_of(config)
+    connect(config.cluster, {**demands, "spare": config.rollout.spare})
+    place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
+    cast = Cast(
+        rollout=Rollout(config.rollout, model, place, cluster),
+        rewards={a: Reward(f"reward.{a}", reward, place, cluster) for a, reward in config.reward},
+        reference=Reference(
+            config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature
+        ),
+        policy=Policy(config.policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
+        value=Value(config.value, place, cluster, model=config.value.model or model, seed=config.seed) if demands["value"] else None,
+        placement=place,
+    )
+    try:
+        for handle in (*cast.groups, *cast.pools.values()):
+            handle.wait_ready()
+    except BaseException:
+        cast.close()
+        raise
+    return cast
+
+
+def restore(config: PPORecipe, cast: Cast, run: Run) -> tuple[int, AdaptiveKL]:
+    """Steps done and the KL controller: from the last checkpoint if there is one, which is then loaded everywhere."""
+    last = run.latest()
+    if last is None:
+        if cast.rollout.version > 0:  # begun anew before the first checkpoint: the workers have weights that are gone
+            publish(cast.policy, cast.rollout, 0)
+        return 0, AdaptiveKL(config.algorithm.kl.beta)
+    done, folder = last
+    cast.policy.load(folder / "policy")
+    if cast.value:
+        cast.value.load(folder / "value")
+    publish(cast.policy, cast.rollout, done)
+    return done, AdaptiveKL.from_dict(json.loads((folder / "state.json").read_text())["kl"])
+
+
+def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
+    """All that a resumed run needs; everything else is a function of the recipe and the step."""
+    cast.policy.save(folder / "policy")
+    if cast.value:
+        cast.value.save(folder / "value")
+    (folder / "state.json").write_text(json.dumps({"kl": kl.to_dict()}) + "\n")

@@ -1,0 +1,199 @@
+"""Configurable safety tuning ([CST]): direct preference optimisation under opposite system prompts, with further tasks mixed in.
+
+    python jobs/dpo.py --recipe jobs/recipes/dpo.toml --set critiques=runs/critique --out runs/cst
+
+The reference's logprobs are computed once and stored in the run directory; then its workers end, and the policy's ranks train.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import typer
+from pydantic import Field, model_validator
+
+from actors.placement import connect, reserve
+from actors.policy import Policy, PolicyConfig
+from actors.reference import Reference, ReferenceConfig
+from ctrlrl.config import Section
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.data.critique import CritiqueLayout
+from ctrlrl.data.dpo import (
+    Mixture,
+    PreferenceTask,
+    batch_fingerprint,
+    encode,
+    mix,
+    opposite_pairs,
+    plain_pairs,
+    preference_figures,
+    read_reference,
+    summed,
+    without_long,
+    write_reference,
+)
+from ctrlrl.data.epochs import Subset
+from ctrlrl.data.preferences import PairExamples
+from ctrlrl.data.sources import read_pairs
+from ctrlrl.errors import DataError
+from ctrlrl.models.fingerprint import model_fingerprint
+from ctrlrl.models.loading import check_policy, end_token_ids, load_config, load_tokenizer, most_positions, save_control_tokenizer
+from ctrlrl.objectives.preference import dpo as dpo_loss
+from ctrlrl.runs import Run, absolute_out, output_directory
+from jobs.launch import Out, Recipe, Resume, Set, run_job
+from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+from jobs.progress import Steps
+
+_CHUNK = 512  # pairs that the reference scores between two lines of progress
+
+
+class TaskConfig(Section):
+    """A further task: rows (system, prompt, chosen, rejected) of a file, directory or hub data set. weight: uses of a row an epoch."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    data: str
+    weight: float = Field(1.0, gt=0)
+
+
+class DPORecipe(OfflineRecipe):
+    """Preference tuning. critiques: a directory of ctrlrl critique. max_length: tokens of prompt and answer.
+
+    method: "cst" makes two rows of each critique under opposite system prompts; "plain", the paper's baseline, takes the rewrite as the
+    better answer without a system prompt.
+    """
+
+    out: str = "runs/dpo"
+    critiques: str = ""
+    method: Literal["cst", "plain"] = "cst"
+    tasks: tuple[TaskConfig, ...] = ()
+    beta: float = Field(0.1, gt=0)
+    max_length: int = Field(2048, gt=1)
+    skip_long: bool = False
+    policy: PolicyConfig
+    reference: ReferenceConfig = ReferenceConfig()
+
+    @model_validator(mode="after")
+    def _has_data(self):
+        names = [task.name for task in self.tasks]
+        if not self.critiques and (not names or self.method == "plain"):
+            raise ValueError("nothing to train on: give critiques, a directory of ctrlrl critique" + (", or tasks" if not names else ""))
+        if twice := [name for name, n in Counter([*names, "s1", "s0", "plain"]).items() if n > 1]:
+            raise ValueError(f"the task name {twice[0]!r} is taken: give every task a name of its own, other than s1, s0, plain")
+        return self
+
+    @property
+    def reference_model(self) -> str:
+        """The reference's weights: the policy's own starting point unless another is named."""
+        return self.reference.model or self.policy.model
+
+
+def dpo(config: DPORecipe, resume: bool = False) -> int:
+    """Train to the end, or until a signal asks to stop; returns the exit code."""
+    absolute_out(config.out)  # refused now rather than after reading
+    check_policy(config.policy.model)
+    load_config(config.reference_model)
+    tokenizer = load_tokenizer(config.policy.model)
+    mixture, batch = read_data(config, tokenizer)
+    run = open_run(config, resume)
+    connect(config.cluster, demands_of(config))
+    reference = reference_logprobs(config, run, batch)
+    examples = PairExamples(batch.tokens, batch.prompt_lengths, {"ref_logprob": reference.reshape(-1).astype(np.float32)})
+    train = Subset(examples, mixture.train)
+    epochs = epochs_of(config, train)
+    place = reserve({"policy": config.policy.bundles}, config.cluster)
+    policy = Policy(scheduled(config.policy, config, epochs.total), place, config.cluster, temperature=1.0, seed=config.seed)
+    try:
+        policy.wait_ready()
+        held_out = partial(validate, policy, examples, reference, mixture, config.beta)
+        task = Task("dpo", train, partial(dpo_loss, beta=config.beta), held_out, partial(export, policy, tokenizer))
+        run.begin()
+        return train_offline(config, run, policy, task, epochs)
+    finally:
+        policy.close()
+        place.release()
+        run.close()
+
+
+def read_data(config: DPORecipe, tokenizer) -> tuple[Mixture, TokenBatch]:
+    """All pairs, split by prompt and mixed by weight; and their sequences."""
+    tasks, model = [], config.policy.model
+    if config.critiques:
+        table = CritiqueLayout(Path(config.critiques).expanduser().absolute()).read_pairs()
+        tasks.append(opposite_pairs(table) if config.method == "cst" else plain_pairs(table))
+    for task in config.tasks:
+        pairs = read_pairs(task.data)
+        tasks.append(PreferenceTask(tuple(pairs), (task.name,) * len(pairs), task.weight))
+    end = end_token_ids(model)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    limit = min(config.max_length, most_positions(model) or config.max_length)
+    tasks, batch, long = without_long(tasks, encode([pair for task in tasks for pair in task.pairs], tokenizer, end), limit)
+    if long and not (config.skip_long and all(task.pairs for task in tasks)):
+        raise DataError(
+            f"{long} preference pairs exceed {limit} tokens with their prompt: raise max_length as far as the model goes, or set "
+            "skip_long = true to leave them out (every task must keep some)"
+        )
+    mixture = mix(tasks, config.validation.share, config.validation.rows, config.seed)
+    counts = Counter(mixture.labels[i] for i in mixture.train)
+    listed = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    print(f"{len(mixture.train):,} pairs an epoch ({listed}); {len(mixture.held_out):,} held out, {long:,} too long", flush=True)
+    return mixture, batch
+
+
+def demands_of(config: DPORecipe) -> dict[str, list[dict[str, float]]]:
+    """Room for either kind of workers: the reference's have ended when the policy's start."""
+    reference = [config.reference.resources.bundle] * config.reference.workers
+    return {"reference": reference, "policy": config.policy.bundles}
+
+
+def reference_logprobs(config: DPORecipe, run: Run, batch: TokenBatch) -> np.ndarray:
+    """Summed logprobs under the reference, float64 [pairs, 2]: those stored in the run directory, or computed now and stored there."""
+    path = run.directory / "reference.parquet"
+    fingerprint = {
+        "model": model_fingerprint(config.reference_model),
+        "dtype": config.reference.dtype,
+        "sequences": batch_fingerprint(batch),
+    }
+    stored = read_reference(path, fingerprint, resumed=(run.directory / "recipe.json").exists())
+    if stored is not None:
+        return stored
+    place = reserve({"reference": demands_of(config)["reference"]}, config.cluster)
+    reference = Reference(config.reference, place, config.cluster, model=config.reference_model, temperature=1.0)
+    try:
+        reference.wait_ready()
+        parts = [np.arange(i, min(i + 2 * _CHUNK, len(batch))) for i in range(0, len(batch), 2 * _CHUNK)]
+        scored = []
+        with Steps("reference", len(parts)) as progress:
+            for part in parts:
+                scored.append(summed(reference.logprobs(batch.select(part))))
+                progress.advance(f"{sum(map(len, scored)):,} pairs")
+    finally:
+        reference.close()
+        place.release()
+    output_directory(config.out)
+    write_reference(path, np.concatenate(scored), fingerprint)
+    return np.concatenate(scored)
+
+
+def validate(policy: Policy, examples: PairExamples, reference: np.ndarray, mixture: Mixture, beta: float) -> dict[str, float]:
+    """Figures on the pairs of held-out prompts; none without pairs."""
+    rows = mixture.held_out
+    if not len(rows):
+        return {}
+    logprobs = summed(policy.logprobs(examples.batch(rows, 0)))
+    return preference_figures(logprobs, reference[rows], [mixture.labels[i] for i in rows], beta)
+
+
+def export(policy: Policy, tokenizer, folder: Path) -> None:
+    """An ordinary transformers directory; its chat template renders, as in training, control-like text of users inert."""
+    policy.export(folder)
+    save_control_tokenizer(tokenizer, folder)
+
+
+def main(recipe: Recipe = "jobs/recipes/dpo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+    """Tune a policy on preferences under opposite system prompts."""
+    raise typer.Exit(run_job(DPORecipe, dpo, recipe, overrides, out, resume=resume))
+
+
+if __name__ == "__main__":
+    typer.run(main)

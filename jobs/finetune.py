@@ -1,0 +1,120 @@
+"""Fine-tuning on self-generated answers ([SH] section 2.4): from a distilled table to a controllable model.
+
+    python jobs/finetune.py --recipe jobs/recipes/finetune.toml --objective exmate --set data=runs/moec --out runs/exmate
+
+PLM and CLM maximise the likelihood of the answer under its control, ExMATE also lowers it under a fake one.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import typer
+from pydantic import Field
+
+from actors.placement import connect, reserve
+from actors.policy import Policy, PolicyConfig
+from ctrlrl.data.batches import Loss
+from ctrlrl.data.epochs import Subset, hold_out
+from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids
+from ctrlrl.errors import DataError
+from ctrlrl.models.loading import check_policy, end_token_ids, load_tokenizer, most_positions, save_control_tokenizer
+from ctrlrl.objectives.exmate import exmate
+from ctrlrl.objectives.likelihood import likelihood
+from jobs.launch import Out, Recipe, Resume, Set, run_job
+from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+
+Objective = Annotated[str, typer.Option(help="plm, clm or exmate.")]
+
+
+class FinetuneRecipe(OfflineRecipe):
+    """Fine-tuning. data: table or directory of ctrlrl distill. fake_weight: λ of ExMATE. max_length: tokens of prompt and response.
+
+    retokenise: make the tokens from the response's text even where the table keeps those of the sampler (of another model).
+    """
+
+    out: str = "runs/finetune"
+    data: str
+    objective: Literal["plm", "clm", "exmate"] = "clm"
+    fake_weight: float = Field(1.0, ge=0)
+    max_length: int = Field(2048, gt=1)
+    skip_long: bool = False
+    retokenise: bool = False
+    policy: PolicyConfig
+
+
+def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
+    """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
+    check_policy(config.policy.model)
+    tokenizer = load_tokenizer(config.policy.model)
+    examples, kept, held_out = read_examples(config, tokenizer)
+    train = Subset(examples, kept)
+    run, epochs = open_run(config, resume), epochs_of(config, train)
+    policy_config = scheduled(config.policy, config, epochs.total)
+    demands = {"policy": config.policy.bundles}
+    connect(config.cluster, demands)
+    place = reserve(demands, config.cluster)
+    policy = Policy(policy_config, place, config.cluster, temperature=1.0, seed=config.seed)
+    try:
+        policy.wait_ready()
+        task = Task(
+            config.objective, train, objective(config), partial(validate, policy, examples, held_out), partial(export, policy, tokenizer)
+        )
+        run.begin()
+        return train_offline(config, run, policy, task, epochs)
+    finally:
+        policy.close()
+        place.release()
+        run.close()
+
+
+def objective(config: FinetuneRecipe) -> Loss:
+    """The loss; PLM and CLM differ in the tokens that the examples mark as scored."""
+    return partial(exmate, weight=config.fake_weight) if config.objective == "exmate" else likelihood
+
+
+def read_examples(config: FinetuneRecipe, tokenizer) -> tuple[ControlledExamples, np.ndarray, np.ndarray]:
+    """All rows of the table, which of them to train on, and which belong to held-out prompts."""
+    table, model = read_distilled(config.data), config.policy.model
+    end = end_token_ids(model)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    responses = response_ids(table, tokenizer, end, config.retokenise)
+    examples = ControlledExamples(table, responses, tokenizer, config.objective, config.seed)
+    limit = min(config.max_length, most_positions(model) or config.max_length)
+    fits = np.flatnonzero(examples.row_lengths <= limit)
+    long = len(table) - len(fits)
+    if long and not (config.skip_long and len(fits)):
+        raise DataError(
+            f"{long} of {len(table)} rows of {config.data!r} exceed {limit} tokens, the longest has {examples.row_lengths.max()}: "
+            "raise max_length as far as the model goes, or set skip_long = true to leave them out"
+        )
+    ids = table["prompt_id"].take(pa.array(fits)).to_pylist()
+    kept, held = hold_out(ids, config.validation.share, config.validation.rows, config.seed, repr(config.data))
+    print(f"{len(table):,} rows: {len(kept):,} to train on, {len(held):,} held out, {long:,} too long", flush=True)
+    return examples, fits[kept], fits[held]
+
+
+def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray) -> dict[str, float]:
+    """Figures on held-out rows; none without rows."""
+    if not len(rows):
+        return {}
+    return contrast_figures(policy.logprobs(examples.contrasted(rows)), [examples.controls[i] for i in rows])
+
+
+def export(policy: Policy, tokenizer, folder: Path) -> None:
+    """An ordinary transformers directory whose chat template takes the control."""
+    policy.export(folder)
+    save_control_tokenizer(tokenizer, folder)
+
+
+def main(
+    recipe: Recipe = "jobs/recipes/finetune.toml", objective: Objective = "", overrides: Set = None, out: Out = "", resume: Resume = False
+) -> None:
+    """Fine-tune a policy on a distilled table."""
+    overrides = [*(overrides or []), *([f"objective={objective}"] if objective else [])]
+    raise typer.Exit(run_job(FinetuneRecipe, finetune, recipe, overrides, out, resume=resume))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,128 @@
+"""In-training evaluation: every n steps the policy of the moment answers a small fixed grid, on the code of ctrlrl evaluate.
+
+The grid and its seeds are the same each time, so that two looks differ by the policy alone. PPO has a rollout pool and reward models at
+hand (Interim); fine-tuning jobs have not, and start them only if they are asked to look (InterimCrew).
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from actors.crew import start_crew
+from actors.placement import ClusterConfig, Demands
+from actors.policy import Policy
+from actors.reward import Reward, RewardModels
+from actors.rollout import Rollout, RolloutConfig
+from actors.sync import publish
+from ctrlrl.config import Section
+from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
+from ctrlrl.data.sources import read_prompts
+from ctrlrl.evaluation.grid import JUDGES, make_cells, make_table, score_columns
+from ctrlrl.evaluation.metrics import METRICS, measure
+from ctrlrl.models.loading import check_reward_model, load_tokenizer
+from ctrlrl.models.sampler import Request, SamplingConfig
+from jobs.asking import draw_seed, render_cells, spoken
+
+
+class InterimConfig(Section):
+    """every: steps between two looks, 0 for none. prompts: others than those trained on; the first `count` of them are asked."""
+
+    every: int = Field(0, ge=0)
+    prompts: str = ""
+    count: int = Field(32, gt=0)
+    levels: tuple[float, ...] = Field((LOW, HIGH), min_length=1)
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _has_prompts(self):
+        if self.every and not self.prompts:
+            raise ValueError("evaluation.every needs evaluation.prompts: give prompts that are not trained on")
+        return self
+
+
+class InterimCrewConfig(InterimConfig):
+    """The same for jobs without a rollout pool: the workers that are started for it."""
+
+    judges: RewardModels | None = None
+    rollout: RolloutConfig = RolloutConfig()
+
+    @model_validator(mode="after")
+    def _has_judges(self):
+        if self.every and self.judges is None:
+            raise ValueError("evaluation.every needs evaluation.judges: give evaluation.judges.helpful.model and …harmless.model")
+        return self
+
+    @property
+    def demands(self) -> Demands:
+        """The places of the workers; none if no look is asked for. For connect, before a local cluster is sized."""
+        if not self.every:
+            return {}
+        rewards = {f"evaluation.{a}": [reward.resources.bundle] * reward.workers for a, reward in self.judges}
+        return {"evaluation.rollout": self.rollout.bundles} | rewards
+
+
+class Interim:
+    """The grid of a run's looks, checked at once. model: whose tokenizer renders it; rollout: whose engine must have room for it."""
+
+    def __init__(self, config: InterimConfig, model: str, rollout: RolloutConfig, seed: int):
+        self._config, self._seed, self._cells = config, seed, []
+        if config.every:
+            self._tokenizer = load_tokenizer(model)
+            self._cells = make_cells(list(read_prompts(config.prompts, limit=config.count)), grid(config.levels))
+            room = rollout.engine.max_model_tokens - config.sampling.max_new_tokens
+            self._rendered = render_cells(self._cells, self._tokenizer, room)
+
+    def due(self, step: int) -> bool:
+        """Whether there is a look after `step` steps."""
+        return bool(self._config.every) and step % self._config.every == 0
+
+    def metrics(self, step: int, rollout: Rollout, rewards: Mapping[str, Reward]) -> dict[str, float]:
+        """`evaluation/<attribute>/<metric>` of the weights that the rollout pool has, judged by `rewards` (by attribute); {} if not due."""
+        if not self.due(step):
+            return {}
+        requests = [Request(ids, draw_seed(self._seed, cell)) for ids, cell in zip(self._rendered, self._cells, strict=True)]
+        texts, tokens, finished = [""] * len(requests), np.zeros(len(requests), np.int32), np.zeros(len(requests), bool)
+        for rows, completions in rollout.generate(requests, self._config.sampling):
+            for row, text, ids in zip(rows, spoken(self._tokenizer, completions), completions.response_ids, strict=True):
+                texts[row], tokens[row] = text, len(ids)
+            finished[rows] = completions.finished
+        conversations = [(cell.prompt.messages, text) for cell, text in zip(self._cells, texts, strict=True)]
+        with ThreadPoolExecutor(len(ATTRIBUTES)) as both:
+            scores = dict(zip(ATTRIBUTES, both.map(lambda a: rewards[a].score(conversations), ATTRIBUTES), strict=True))
+        judge = JUDGES[0]
+        table = make_table(self._cells, texts, tokens, finished, {judge: scores})
+        found = measure(table, seed=self._seed, scores=score_columns(judge), draws=0)
+        figures = {f"evaluation/{a}/{name}": found[a][name]["value"] for a in ATTRIBUTES for name in METRICS}
+        return {name: value for name, value in figures.items() if value is not None} | {"evaluation/tokens": float(tokens.mean())}
+
+
+class InterimCrew:
+    """Looks of a job that has no rollout pool: a context that starts one, and two reward models, if `config.every` is above 0."""
+
+    def __init__(self, config: InterimCrewConfig, cluster: ClusterConfig, model: str, seed: int):
+        self._config, self._cluster, self._model = config, cluster, model
+        self._interim = Interim(config, model, config.rollout, seed)
+        if config.every:
+            for _, reward in config.judges:
+                check_reward_model(reward.model)
+        self._crew, self._open = None, ExitStack()
+
+    def __enter__(self) -> "InterimCrew":
+        if self._config.every:
+            rewards = {f"evaluation.{a}": reward for a, reward in self._config.judges}
+            self._crew = self._open.enter_context(start_crew(self._cluster, rewards, self._config.rollout, self._model))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.close()
+
+    def metrics(self, step: int, policy: Policy) -> dict[str, float]:
+        """As Interim.metrics, of the policy's current weights, which are published to the pool first; {} if not due."""
+        if not self._interim.due(step):
+            return {}
+        self._crew.wait_ready()
+        publish(policy, self._crew.rollout, step)
+        return self._interim.metrics(step, self._crew.rollout, {a: self._crew.rewards[f"evaluation.{a}"] for a in ATTRIBUTES})

@@ -1,0 +1,78 @@
+"""From a table of scored answers to metrics.json and details.json, and to lines on a terminal; with a table alone, without models and Ray.
+
+ctrlrl evaluate --table runs/ppo/evaluation/table.parquet
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctrlrl.config import Section
+from ctrlrl.data.atomic import write_json, write_text
+from ctrlrl.errors import DataError
+from ctrlrl.evaluation.exhibits import default_name
+from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, read_json
+from ctrlrl.evaluation.metrics import METRICS
+from ctrlrl.evaluation.results import MeasureConfig, results
+from ctrlrl.runs import output_directory
+from jobs.launch import run_job
+
+
+class TableRecipe(Section):
+    """Which table is measured again. out: by default beside it. seed, measure: by default those of the recipe.json beside it, if any."""
+
+    table: str
+    out: str = ""
+    seed: int | None = None
+    measure: MeasureConfig | None = None
+
+
+def measure_again(config: TableRecipe) -> int:
+    """Recompute metrics.json and details.json from a table alone, and print the comparison's rows."""
+    path = Path(config.table).expanduser().absolute()
+    if not path.is_file():
+        raise DataError(f"table {config.table!r} does not exist: give the table.parquet of ctrlrl evaluate")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{config.table!r} is not a Parquet table: {error}") from None
+    recipe = read_json(path.with_name(RECIPE)) or {}
+    measure = config.measure or MeasureConfig.model_validate(recipe.get("measure", {}))
+    seed = config.seed if config.seed is not None else recipe.get("seed", 0)
+    found = results(table, measure, seed)  # a table with a fault is refused before anything is made
+    name = recipe.get("name") or default_name(path.parent)
+    print("\n".join(write_results(found, output_directory(config.out or str(path.parent)), name, recipe.get("model"))), flush=True)
+    return 0
+
+
+def write_results(found: tuple[dict, dict], out: Path, name: str, model: str | None) -> list[str]:
+    """Write details.json and, last, metrics.json; returns the lines to print. found: of evaluation.results.results."""
+    metrics, details = found
+    write_json(out / DETAILS, {"name": name, "model": model, **details})
+    write_text(out / METRICS_FILE, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    lines = summary_lines({name: metrics})
+    for judge, beside in details["judges"].items():
+        if beside["system"]:
+            shares = "  ".join(f"{share} {beside['system'][share]['value']:.3f}" for share in ("S1", "S0"))
+            lines.append(f"{name + ', ' + judge:28}{shares}  (safe under the harmless, not safe under the uncensored system prompt)")
+    return lines
+
+
+def summary_lines(methods: dict[str, dict]) -> list[str]:
+    """The comparison table in the paper's layout, one line a method and set of reward models; a figure that does not exist is a dash."""
+    lines = [f"{'':28}" + "".join(f"{'safety' if a == 'harmless' else 'helpfulness':^30}" for a in ("harmless", "helpful"))]
+    lines.append(f"{'method, judged by':28}" + "".join(f"{n:>7}" for n in METRICS) + "  " + "".join(f"{n:>7}" for n in METRICS))
+    for judge in ("optimisation", "held_out"):
+        for method, metrics in methods.items():
+            if judge in metrics:
+                values = [[metrics[judge][a][n]["value"] for n in METRICS] for a in ("harmless", "helpful")]
+                cells = "  ".join("".join(f"{'-':>7}" if v is None else f"{v:7.3f}" for v in row) for row in values)
+                lines.append(f"{method + ', ' + judge:28}{cells}")
+    return lines
+
+
+def main(table: str, recipe: str = "", overrides: list[str] | None = None, out: str = "") -> int:
+    """Measure a table; the exit code."""
+    return run_job(TableRecipe, measure_again, recipe, [*(overrides or []), f"table={table}"], out)

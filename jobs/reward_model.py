@@ -1,0 +1,107 @@
+"""Training of a reward model: Bradley-Terry on preference pairs, from any encoder or causal backbone.
+
+    python jobs/reward_model.py --recipe jobs/recipes/reward_model.toml --set data=pairs.jsonl --out runs/harmless
+
+Every other job takes the result, an ordinary sequence classifier with one output, as a reward model.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from pydantic import Field
+
+from actors.placement import connect, reserve
+from actors.reward_trainer import RewardTrainer, RewardTrainerConfig
+from ctrlrl.data.atomic import write_text
+from ctrlrl.data.epochs import Subset
+from ctrlrl.data.generation import rejects_lines
+from ctrlrl.data.preferences import PairExamples, longer_wins, share_interval, split_pairs
+from ctrlrl.data.sources import PreferencePair, Reject, read_pairs
+from ctrlrl.models.conversations import encode_conversation, longest_input
+from ctrlrl.models.loading import check_backbone, load_tokenizer, reads_token_types
+from ctrlrl.objectives.preference import bradley_terry
+from jobs.launch import Out, Recipe, Resume, Set, run_job
+from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+
+
+class RewardModelRecipe(OfflineRecipe):
+    """Reward-model training. data: preference pairs. max_length: tokens; longer conversations lose their beginning, as in scoring.
+
+    centre: weight of the penalty that keeps scores near 0 (see objectives.preference). skip_bad_rows: set them aside in rejects.jsonl.
+    """
+
+    out: str = "runs/reward_model"
+    data: str
+    max_length: int = Field(1024, gt=1)
+    centre: float = Field(0.0, ge=0)
+    skip_bad_rows: bool = False
+    reward_model: RewardTrainerConfig
+
+
+def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
+    """Train to the end, or until a signal asks to stop; returns the exit code."""
+    check_backbone(config.reward_model.model)
+    tokenizer = load_tokenizer(config.reward_model.model)
+    rejects: list[Reject] = []
+    pairs = read_pairs(config.data, rejects=rejects if config.skip_bad_rows else None)
+    kept, held = split_pairs(pairs, config.validation.share, config.validation.rows, config.seed, repr(config.data))
+    examples = encode_pairs(config, tokenizer, pairs)
+    train = Subset(examples, kept)
+    run, epochs = open_run(config, resume), epochs_of(config, train)
+    trainer_config = scheduled(config.reward_model, config, epochs.total)
+    demands = {"reward_model": config.reward_model.bundles}
+    connect(config.cluster, demands)
+    place = reserve(demands, config.cluster)
+    trainer = RewardTrainer(trainer_config, place, config.cluster, seed=config.seed)
+    try:
+        trainer.wait_ready()
+        loss = partial(bradley_terry, centre=config.centre)
+        held_out = [pairs[i] for i in held]
+        task = Task("reward-model", train, loss, partial(validate, trainer, examples, held, held_out), partial(export, trainer, tokenizer))
+        run.begin()
+        if rejects:
+            write_text(run.directory / "rejects.jsonl", rejects_lines(rejects))
+        return train_offline(config, run, trainer, task, epochs)
+    finally:
+        trainer.close()
+        place.release()
+        run.close()
+
+
+def encode_pairs(config: RewardModelRecipe, tokenizer, pairs: list[PreferencePair]) -> PairExamples:
+    """Every pair as two token sequences; the second text (the answer) is what a model with token types is told to judge."""
+    model = config.reward_model.model
+    limit, typed = longest_input(model, tokenizer, config.max_length), reads_token_types(model)
+    encoded = [encode_conversation(tokenizer, p.messages, answer, limit) for p in pairs for answer in (p.chosen, p.rejected)]
+    tokens = [np.array(e["input_ids"], np.int32) for e in encoded]
+    starts = np.array([e["token_type_ids"].count(0) if typed else 1 for e in encoded])
+    return PairExamples(tokens, starts)
+
+
+def validate(trainer: RewardTrainer, examples: PairExamples, rows: np.ndarray, pairs: list[PreferencePair]) -> dict[str, float]:
+    """Loss and pair accuracy with its 95 % interval on held-out pairs (a tie counts as half), beside "the longer answer wins"."""
+    if not len(rows):
+        return {}
+    margins = trainer.scores(examples.batch(rows, 0)).reshape(-1, 2) @ np.array([1.0, -1.0])
+    hits = float(((1 + np.sign(margins)) / 2).sum())
+    low, high = share_interval(hits, len(rows))
+    loss = float(-torch.nn.functional.logsigmoid(torch.from_numpy(margins)).mean())
+    return {"loss": loss, "accuracy": hits / len(rows), "accuracy_low": low, "accuracy_high": high, "longer_wins": longer_wins(pairs)}
+
+
+def export(trainer: RewardTrainer, tokenizer, folder: Path) -> None:
+    """An ordinary sequence classifier with its tokenizer."""
+    trainer.export(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(recipe: Recipe = "jobs/recipes/reward_model.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+    """Train a reward model on preference pairs."""
+    raise typer.Exit(run_job(RewardModelRecipe, train_reward_model, recipe, overrides, out, resume=resume))
+
+
+if __name__ == "__main__":
+    typer.run(main)

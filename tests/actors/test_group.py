@@ -1,0 +1,87 @@
+"""A group whose rank hangs or dies: said by name within the deadline, and begun anew."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from actors.placement import ClusterConfig, Resources, reserve
+from actors.policy import Policy, PolicyConfig
+from actors.recovery import Restarts
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.errors import DeadlineExceeded, GroupLost, WorkerLost
+from ctrlrl.models.trainer import TrainerConfig
+
+BATCH = TokenBatch([np.arange(3, 30)], np.array([1]), {}, {})
+
+
+def test_a_stopped_rank_is_reported_by_name_within_its_deadline_and_a_dead_one_at_once(ray_cluster, models):
+    cluster = ClusterConfig(placement_deadline_s=30, start_deadline_s=240, call_deadline_s=4)
+    train = TrainerConfig(dtype="float32", zero_stage=0)
+    config = PolicyConfig(model=models["policy"], ranks=2, train=train, resources=Resources(cpus=0.5))
+    place = reserve({"policy": config.bundles}, cluster)
+    policy = Policy(config, place, cluster, temperature=1.0, seed=0)
+    restarts = Restarts(cluster)
+    try:
+        policy.wait_ready()
+        before = policy.logprobs(BATCH)
+        pid = policy.pids()[1]
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(GroupLost) as caught:
+            policy.logprobs(BATCH)
+        assert time.monotonic() - began < 40  # 4 s, and the look at the processes
+        text = str(caught.value)
+        assert "policy ranks, score: no answer within 4 s" in text
+        own = text[text.index("policy rank 1 on node") :]
+        assert f"(pid {pid}): last sign of life at " in own and "process is stopped (SIGSTOP)\n" in own and "Thread" in own
+        restarts.after(caught.value, 0, [policy])
+        assert pid not in policy.pids() and np.array_equal(policy.logprobs(BATCH)[0], before[0])
+
+        os.kill(policy.pids()[1], signal.SIGKILL)  # rank 0 complains of its peer, which is not what is told
+        with pytest.raises(GroupLost, match=r"policy rank 1 on node [\d.]+ \(pid \d+\)"):
+            policy.logprobs(BATCH)
+    finally:
+        policy.close()
+        place.release()
+
+
+class Handle:
+    """A group that is lost again so many times while it starts."""
+
+    def __init__(self, losses):
+        self.losses, self.starts = losses, 0
+
+    def restart(self):
+        self.starts += 1
+
+    def wait_ready(self):
+        if self.starts <= self.losses:
+            raise lost(WorkerLost("rank died"))
+
+
+def lost(cause):
+    error = GroupLost(str(cause))
+    error.__cause__ = cause
+    if isinstance(cause, WorkerLost):
+        cause.__cause__ = ray_error()
+    return error
+
+
+def ray_error():
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+def test_restarts_end():
+    restarts, group = Restarts(ClusterConfig()), Handle(1)
+    restarts.after(lost(DeadlineExceeded("late")), 7, [group])  # twice: it is lost again in starting
+    assert group.starts == 2 and len(restarts.recoveries) == 1
+    with pytest.raises(GroupLost, match="rank died"):  # the third time at this step
+        restarts.after(lost(WorkerLost("rank died")), 7, [group])
+    restarts.after(lost(WorkerLost("rank died")), 8, [group])
+    with pytest.raises(GroupLost, match="again"):
+        Restarts(ClusterConfig(replacements=0)).after(lost(DeadlineExceeded("again")), 0, [group])

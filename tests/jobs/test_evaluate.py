@@ -1,0 +1,238 @@
+"""Evaluation on the real engines: every method on the same tiny models, judged by two sets of reward models, in one session of workers."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from ctrlrl.cli import app
+from ctrlrl.config import load
+from ctrlrl.control import ATTRIBUTES, CORNERS, Control
+from ctrlrl.data.shards import ShardStore
+from ctrlrl.errors import DataError, RecipeError, RunError
+from ctrlrl.evaluation.metrics import METRICS, measure
+from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, prompting_templates
+
+PROMPTS, SAMPLES = 5, 3
+
+
+@pytest.fixture(scope="module")
+def overrides(models, prompt_file) -> list[str]:
+    settings = {
+        "model": models["policy"], "prompts": prompt_file, "max_prompts": PROMPTS, "seed": 3, "samples": SAMPLES, "measure.draws": 50,
+        "judges.optimisation.helpful.model": models["helpful"], "judges.optimisation.harmless.model": models["harmless"],
+        "judges.held_out.helpful.model": models["harmless"], "judges.held_out.harmless.model": models["helpful"],
+        "rollout.chunk": 8, "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 384, "rollout.engine.kv_cache_gib": 0.05,
+        "sampling.max_new_tokens": 12, "sampling.temperature": 1.0,
+        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def recipe(overrides, tmp_path_factory):
+    """A function: the tiny recipe of a method, into a folder of its own unless `out` is given."""
+    from jobs.evaluate import EvaluateRecipe
+
+    root = tmp_path_factory.mktemp("evaluated")
+
+    def make(method: str, *more: str):
+        return load(EvaluateRecipe, None, [*overrides, f"method={method}", f"out={root / method}", *more])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def crew(ray_cluster, recipe):
+    from jobs.evaluate import judging_crew
+
+    with judging_crew(recipe("control")) as started:
+        started.wait_ready()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def evaluated(crew, recipe):
+    """A function: table, metrics and details of a method, which is evaluated once."""
+    from jobs.evaluate import evaluate
+
+    done = {}
+
+    def get(method: str):
+        if method not in done:
+            config = recipe(method)
+            assert evaluate(config, crew) == 0
+            files = [json.loads(open(f"{config.out}/{name}.json").read()) for name in ("metrics", "details")]
+            done[method] = pq.read_table(f"{config.out}/table.parquet"), *files
+        return done[method]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def judge_again(models):
+    """A function: scores of the plain prompts with the responses of a table, by a reward model loaded here."""
+    from ctrlrl.models.scorer import Scorer, ScorerConfig
+
+    def score(table, name):
+        conversations = [
+            ([{"role": "user", "content": p}], r) for p, r in zip(*(table[c].to_pylist() for c in ("prompt", "response")), strict=True)
+        ]
+        return Scorer(ScorerConfig(model=models[name])).score(conversations)
+
+    return score
+
+
+def test_control_answers_the_grid_and_both_sets_judge_the_plain_prompt(evaluated, judge_again):
+    table, metrics, details = evaluated("control")
+    assert [len(table), len(set(table["prompt_id"].to_pylist()))] == [PROMPTS * 4, PROMPTS]
+    asked = [Control(*row) for row in zip(*(table[f"{a}_request"].to_pylist() for a in ATTRIBUTES), strict=True)]
+    assert asked == list(CORNERS) * PROMPTS and table["instruction"].to_pylist() == [control.spell() for control in asked]
+    assert set(table["method"].to_pylist()) == {"control"} and table["template"].null_count == len(table)
+    assert table["optimisation.helpful"].to_numpy() == pytest.approx(judge_again(table, "helpful"), abs=1e-5)
+    assert table["held_out.helpful"].to_numpy() == pytest.approx(judge_again(table, "harmless"), abs=1e-5)
+    assert pc.max(table["tokens"]).as_py() <= 12 and all(
+        n == 12 for n, f in zip(*(table[c].to_pylist() for c in ("tokens", "finish_reason")), strict=True) if f == "length"
+    )
+    assert {judge: {a: list(figures) for a, figures in found.items()} for judge, found in metrics.items()} == {
+        judge: {a: list(METRICS) for a in ATTRIBUTES} for judge in ("optimisation", "held_out")
+    }
+    assert all(list(f) == ["value", "low", "high"] for found in metrics.values() for figures in found.values() for f in figures.values())
+    assert details["missing"] == [] and details["judges"]["optimisation"]["system"] is None
+
+
+def test_prompting_counts_its_best_template_by_the_first_set(evaluated):
+    table, metrics, details = evaluated("prompting")
+    assert len(table) == PROMPTS * 4 * 4
+    for template, helpful, harmless, words in zip(
+        *(table[c].to_pylist() for c in ("template", "helpful_request", "harmless_request", "instruction")), strict=True
+    ):
+        assert words == prompting_templates(Control(helpful, harmless))[template - 1]
+    means = {}
+    for template in (1, 2, 3, 4):
+        part = table.filter(pc.equal(table["template"], template))
+        found = measure(part, seed=3, draws=50, scores=("optimisation.helpful", "optimisation.harmless"))
+        means[template] = np.mean([found[a]["MP"]["value"] for a in ATTRIBUTES])
+    best = max(means, key=means.get)
+    assert len(set(means.values())) == 4 and details["best_template"] == best
+    for judge in ("optimisation", "held_out"):
+        found = measure(table.filter(pc.equal(table["template"], best)), seed=3, draws=50, scores=(f"{judge}.helpful", f"{judge}.harmless"))
+        assert {a: {name: found[a][name] for name in METRICS} for a in ATTRIBUTES} == metrics[judge]
+    assert [row["template"] for row in details["templates"]] == [1, 2, 3, 4] and details["templates"][best - 1]["metrics"] == metrics
+
+
+def test_reranking_keeps_the_nearest_of_three_and_shows_the_held_out_judges_no_other(evaluated, recipe, judge_again):
+    table, _, _ = evaluated("reranking")
+    store = ShardStore(recipe("reranking").out + "/answers")
+    rows = [row for shard in store.committed() for row in store.read(shard).to_pylist()]
+    assert len(rows) == PROMPTS * 4 * SAMPLES and len({row["response"] for row in rows}) > PROMPTS * 4
+    kept = []
+    for first in range(0, len(rows), SAMPLES):
+        cell = rows[first : first + SAMPLES]
+        assert [row["sample"] for row in cell] == [0, 1, 2] and len({(r["prompt_id"], r["instruction"]) for r in cell}) == 1
+        distances = [sum(abs(row[f"optimisation.{a}"] - row[f"{a}_request"]) for a in ATTRIBUTES) for row in cell]
+        assert [row["kept"] for row in cell] == [i == distances.index(min(distances)) for i in range(SAMPLES)]
+        assert [row["held_out.helpful"] is not None for row in cell] == [row["kept"] for row in cell]
+        kept += [row for row in cell if row["kept"]]
+    assert table.to_pylist() == [{k: v for k, v in row.items() if k not in ("sample", "kept")} for row in kept]
+    assert not table["sample"] if "sample" in table.column_names else True
+    assert {row["template"] for row in rows} == {1} and any(row["kept"] and row["sample"] for row in rows)
+    assert table["held_out.harmless"].to_numpy() == pytest.approx(judge_again(table, "helpful"), abs=1e-5)
+
+
+def test_system_prompts_ask_for_safety_alone_and_give_s0_and_s1(evaluated, judge_again):
+    table, metrics, details = evaluated("system")
+    assert len(table) == PROMPTS * 2 and set(table["helpful_request"].to_pylist()) == {1.0}
+    scores = table["optimisation.harmless"].to_numpy()
+    safe_prompt = np.array([words == HARMLESS_SYSTEM for words in table["instruction"].to_pylist()])
+    assert set(table["instruction"].to_pylist()) == {HARMLESS_SYSTEM, UNCENSORED_SYSTEM}
+    assert (safe_prompt == (table["harmless_request"].to_numpy() == 1)).all() and safe_prompt.sum() == PROMPTS
+    shares = details["judges"]["optimisation"]["system"]
+    assert shares["S1"]["value"] == np.mean(scores[safe_prompt] >= 0.5) and shares["S0"]["value"] == np.mean(scores[~safe_prompt] < 0.5)
+    assert metrics["optimisation"]["helpful"]["BT"]["value"] is None and metrics["optimisation"]["harmless"]["BT"]["value"] is not None
+    assert table["optimisation.harmless"].to_numpy() == pytest.approx(judge_again(table, "harmless"), abs=1e-5)  # without the system prompt
+    responses = dict(zip(safe_prompt.tolist(), table["response"].to_pylist(), strict=True))
+    assert responses[True] != responses[False]
+
+
+def test_a_second_call_reuses_and_a_lost_shard_is_made_again(evaluated, recipe, crew, monkeypatch):
+    import jobs.evaluate as job
+
+    evaluated("control")
+    config = recipe("control")
+    files = {name: open(f"{config.out}/{name}", "rb").read() for name in ("table.parquet", "metrics.json", "details.json", "cost.json")}
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "judging_crew", None)  # no worker is started
+        assert job.evaluate(config) == 0
+    assert all(open(f"{config.out}/{name}", "rb").read() == content for name, content in files.items())
+    store = ShardStore(config.out + "/answers")
+    store.path(1).unlink()
+    store.path(1).with_suffix(".json").unlink()
+    assert job.evaluate(config, crew) == 0
+    assert pq.read_table(f"{config.out}/table.parquet").equals(evaluated("control")[0])
+    with pytest.raises(RunError, match="seed: 3 -> 4"):
+        job.evaluate(recipe("control", "seed=4"), crew)
+
+
+def test_a_table_alone_gives_the_same_figures_without_ray(evaluated, recipe, tmp_path):
+    evaluated("prompting")
+    out = recipe("prompting").out
+    result = CliRunner().invoke(app, ["evaluate", "--table", f"{out}/table.parquet", "--out", str(tmp_path / "again")])
+    assert result.exit_code == 0 and "prompting, held_out" in result.output
+    for name in ("metrics.json", "details.json"):
+        assert (tmp_path / "again" / name).read_bytes() == open(f"{out}/{name}", "rb").read()
+    code = "import sys, jobs.measure; assert not {'ray', 'transformers', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_interim_figures_are_those_of_the_evaluation(evaluated, recipe, crew, overrides):
+    from jobs.interim import Interim, InterimConfig, InterimCrewConfig
+
+    _, metrics, _ = evaluated("control")
+    config = recipe("control")
+    wanted = InterimConfig(every=2, prompts=config.prompts, count=PROMPTS, sampling=config.sampling)
+    interim = Interim(wanted, config.model, config.rollout, config.seed)
+    rewards = {a: crew.rewards[f"judges.optimisation.{a}"] for a in ATTRIBUTES}
+    assert interim.metrics(3, crew.rollout, rewards) == {}
+    found = interim.metrics(4, crew.rollout, rewards)
+    assert found.pop("evaluation/tokens") > 0
+    expected = {f"evaluation/{a}/{name}": metrics["optimisation"][a][name]["value"] for a in ATTRIBUTES for name in METRICS}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert Interim(InterimConfig(), "no such model", config.rollout, 0).metrics(2, crew.rollout, rewards) == {}
+    with pytest.raises(RecipeError, match="needs evaluation.prompts"):
+        load(InterimConfig, None, ["every=5"])
+    with pytest.raises(RecipeError, match="needs evaluation.judges"):
+        load(InterimCrewConfig, None, ["every=5", "prompts=x.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        (["method=system", "levels=[0.2, 0.6, 1]"], RecipeError, "two controls, its two system prompts: leave levels out"),
+        (["method=wishing"], RecipeError, "'control', 'prompting', 'reranking' or 'system'"),
+        (["levels=[1, 1]"], RecipeError, "levels names one twice"),
+        (["templates=[5]"], RecipeError, "templates"),
+        (["measure.refusals=['(']"], RecipeError, "is not a pattern"),
+        (["rollout.engine.max_model_tokens=20"], DataError, "20 of 20 prompts with their controls.*raise rollout.engine.max_model_tokens"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(recipe, tmp_path, more, error, message):
+    from jobs.evaluate import evaluate
+
+    with pytest.raises(error, match=message):
+        evaluate(recipe("control", f"out={tmp_path / 'e'}", *more))
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_prompt_with_its_own_system_message_has_no_room_for_another(recipe, tmp_path):
+    from jobs.evaluate import evaluate
+
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"system": "Be brief.", "prompt": "Hello"}) + "\n")
+    with pytest.raises(DataError, match="p.jsonl:1 has a system message of its own"):
+        evaluate(recipe("system", f"prompts={path}", f"out={tmp_path / 'e'}"))

@@ -1,0 +1,166 @@
+"""Fine-tuning on Ray from a distilled table to a controllable model, its resumption to the bit, and wrong input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ctrlrl.cli import app
+from ctrlrl.config import load
+from ctrlrl.control import CORNERS, Control
+from ctrlrl.data.schemas import DISTILLED
+from ctrlrl.data.sources import prompt_id
+from ctrlrl.models.loading import load_policy, load_tokenizer
+from ctrlrl.prompts import render
+from ctrlrl.runs import read_metrics
+from jobs.finetune import FinetuneRecipe, finetune, read_examples
+
+STEPS = 6  # three epochs of 60 rows or less in batches of about 32
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, tokenizer) -> str:
+    """A table of forty prompts under two corners each, whose answers say which corner it is."""
+    rows = []
+    for number in range(40):
+        messages = [{"role": "user", "content": f"How do I bake {number} loaves of bread?"}]
+        for corner in (CORNERS[number % 4], CORNERS[(number + 1) % 4]):
+            text = f"Mix {CORNERS.index(corner)} flour and water."
+            ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            rows.append((prompt_id(messages), 0, len(rows), messages, *corner.levels, text, ids, "stop"))
+    path = tmp_path_factory.mktemp("distilled") / "train.parquet"
+    pq.write_table(pa.Table.from_pylist([dict(zip(DISTILLED.names, row, strict=True)) for row in rows], schema=DISTILLED), path)
+    return str(path.parent)
+
+
+@pytest.fixture(scope="session")
+def finetune_overrides(models, distilled) -> list[str]:
+    """Overrides that fine-tune the tiny policy within seconds."""
+    settings = {
+        "data": distilled, "objective": "exmate", "epochs": 2, "batch.sequences": 24, "warmup_share": 0.2,
+        "validation.share": 0.15, "validation.every": 2, "checkpoint_every": 1, "keep_checkpoints": STEPS,
+        "policy.model": models["policy"], "policy.train.dtype": "float32", "policy.train.zero_stage": 0,
+        "policy.train.learning_rate": 3e-3, "policy.train.schedule": "cosine",
+        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, finetune_overrides, tmp_path_factory):
+    """An undisturbed run, its directory and recipe."""
+    out = tmp_path_factory.mktemp("finetune") / "run"
+    config = load(FinetuneRecipe, None, [*finetune_overrides, f"out={out}"])
+    assert finetune(config) == 0
+    return out, config
+
+
+def test_every_step_is_logged_with_held_out_figures_by_corner(finished):
+    out, config = finished
+    _, kept, held = read_examples(config, load_tokenizer(config.policy.model))
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    for row in rows[:-1]:
+        assert row["train/gap"] == pytest.approx(row["train/treated_l"] - row["train/untreated_l"], abs=1e-5)
+        assert {"train/loss", "train/grad_norm_max", "data/tokens", "seconds/train"} <= row.keys()
+    assert [row["step"] for row in rows if "validation/loss" in row] == [0, 2, 4, 6]
+    assert [row["data/epoch"] for row in rows[:-1]] == [0, 0, 0, 1, 1, 1]
+    assert sum(row["data/sequences"] for row in rows[:3]) == 2 * len(kept)  # each row and its fake; the ragged tail is used
+    assert "train/loss" not in rows[-1] and len(held) >= 4
+    assert rows[-1]["validation/loss"] < rows[0]["validation/loss"] - 0.5
+    assert sum(f"validation/gap/{corner.name}" in rows[-1] for corner in CORNERS) >= 2
+    # A cosine of six steps after one of warm-up.
+    rates = [row["train/learning_rate_max"] / 3e-3 for row in rows[:-1]]
+    assert rates == pytest.approx([1.0, *(0.5 * (1 + np.cos(np.pi * i / 5)) for i in range(5))])
+
+
+def test_held_out_prompts_are_not_trained_on(finished):
+    _, config = finished
+    examples, kept, held = read_examples(config, load_tokenizer(config.policy.model))
+    assert sorted([*kept, *held]) == list(range(80))
+    trained, asked = (set(pq.read_table(config.data)["prompt_id"].take(pa.array(rows)).to_pylist()) for rows in (kept, held))
+    assert not trained & asked
+
+
+def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished):
+    out, config = finished
+    trained, base = load_policy(str(out / "model"), "float32"), load_policy(config.policy.model, "float32")
+    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
+    tokenizer = load_tokenizer(str(out / "model"))
+    messages = [{"role": "user", "content": "Hello [helpful=0]"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, helpful=1.0, harmless=0.2, tokenize=True, return_dict=False)
+    assert ids == render(load_tokenizer(config.policy.model), messages, Control(1.0, 0.2).spell())
+
+
+def test_a_run_that_is_stopped_and_resumed_equals_an_undisturbed_one(finished, tmp_path, monkeypatch):
+    out, config = finished
+    shutil.copytree(out / "checkpoints" / "step-000003", tmp_path / "run" / "checkpoints" / "step-000003")
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000003\n")
+    again = config.model_copy(update={"out": str(tmp_path / "run")})
+    recipe = json.loads((out / "recipe.json").read_text()) | {"out": again.out}
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))  # two steps were cut off
+
+    import jobs.offline
+
+    def stop_in_the_fifth_step(figures, real=jobs.offline._headline):
+        if figures["data/epoch"] == 1 and len(read_metrics(tmp_path / "run")) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(figures)
+
+    monkeypatch.setattr(jobs.offline, "_headline", stop_in_the_fifth_step)
+    assert finetune(again, resume=True) == 128 + signal.SIGTERM
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000005\n"
+    for resumed, undisturbed in zip(read_metrics(tmp_path / "run")[3:], read_metrics(out)[3:5], strict=True):
+        assert {k: v for k, v in resumed.items() if "seconds" not in k} == {k: v for k, v in undisturbed.items() if "seconds" not in k}
+    states = []
+    for folder in (out, tmp_path / "run"):  # weights and optimiser
+        file = next((folder / "checkpoints" / "step-000005" / "trainer" / "engine").glob("*model_states.pt"))
+        state = torch.load(file, weights_only=False)
+        states.append((state["module"], state["optimizer"]["state"]))
+    (weights, moments), (weights_again, moments_again) = states
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+    assert len(moments) and all(torch.equal(moments[i][k], moments_again[i][k]) for i in moments for k in moments[i])
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# --- wrong input, without actors ---
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=./gone", "gone.*does not exist: give a table or the directory of ctrlrl distill"),
+        ("objective=ppo", "objective.*'plm', 'clm' or 'exmate'"),
+        ("batch.tokens=100", "set exactly one of the two above 0"),
+        ("steps=7", "steps = 7 is more than the 6 steps of epochs = 2"),
+        ("policy.train.warmup_steps=3", "both ask for a warm-up"),
+        ("max_length=20", r"80 of 80 rows of .* exceed 20 tokens.*set skip_long = true"),
+        ("policy.model={helpful}", "give a causal language model"),
+        ("policy.train.lora.export=both", "policy.train.lora.export"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(finetune_overrides, models, tmp_path, override, message):
+    arguments = ["finetune", "--out", str(tmp_path / "run")]
+    for setting in (*finetune_overrides, override.format(**models)):
+        arguments += ["--set", setting]
+    result = CliRunner().invoke(app, arguments)
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and "Traceback" not in output
+    assert re.search(message, output), output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_without_controls(finetune_overrides, distilled, tmp_path):
+    pq.write_table(pq.read_table(distilled).drop_columns(["helpful", "harmless"]), tmp_path / "free.parquet")
+    arguments = [part for setting in (*finetune_overrides, f"data={tmp_path / 'free.parquet'}") for part in ("--set", setting)]
+    result = CliRunner().invoke(app, ["finetune", "--out", str(tmp_path / "run"), *arguments])
+    assert result.exit_code == 2 and "without helpful, harmless" in " ".join(result.output.split())
