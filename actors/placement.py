@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import ray
 from pydantic import Field
 from ray._raylet import GcsClient
-from ray.exceptions import RaySystemError
+from ray.exceptions import RaySystemError, RpcError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ctrlrl.config import Section
 from ctrlrl.errors import PlacementError
 
-_DRAIN_QUESTION_S = 5.0
+_DRAIN_QUESTION_S = 2.0
 _BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}
 
 
@@ -132,7 +132,7 @@ def draining_nodes() -> set[str]:
     client = _control_service(ray.get_runtime_context().gcs_address)
     try:
         return set(client.get_draining_nodes(timeout=_DRAIN_QUESTION_S))
-    except RaySystemError:  # the control service is being restarted: ask again later
+    except (RaySystemError, RpcError):  # the control service is busy or being restarted: ask again later
         return set()
 
 

@@ -71,6 +71,19 @@ def report(
 
 
 @app.command()
+def study(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or one that comes along: synthesis, scale, models, reward, baseline.")],
+    overrides: Set = None,
+    out: Out = "",
+    world: Annotated[str, typer.Option(help="Run on this demo world instead, with the demo's recipes.")] = "",
+) -> None:
+    """Run one chain of jobs in several variants, and compare them in one table."""
+    from jobs.study import main as job
+
+    job(recipe, overrides, out, world)
+
+
+@app.command()
 def generate(
     recipe: Recipe = "",
     overrides: Set = None,

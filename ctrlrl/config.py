@@ -3,8 +3,9 @@
 import difflib
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,8 +21,10 @@ class Section(BaseModel):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load(kind: type[AnySection], recipe: str | Path | None, overrides: list[str] = ()) -> AnySection:
-    """Read `recipe` (TOML; None = defaults only), apply `key.sub=value` overrides, validate; raises RecipeError."""
+def load(
+    kind: type[AnySection], recipe: str | Path | None, overrides: list[str] = (), settings: Mapping[str, Any] | None = None
+) -> AnySection:
+    """Read `recipe` (TOML; None = defaults only) under `settings` under `key.sub=value` overrides, validate; raises RecipeError."""
     values = {}
     if recipe is not None:
         path = Path(recipe)
@@ -31,12 +34,22 @@ def load(kind: type[AnySection], recipe: str | Path | None, overrides: list[str]
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {str(recipe)!r} is not TOML: {error}") from None
+    values = laid_over(values, settings or {})
     for override in overrides:
         _override(values, override)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_explain(kind, error, recipe)) from None
+
+
+def laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `settings` in their place: sections are merged key by key, anything else is replaced."""
+    merged = dict(values)
+    for key, value in settings.items():
+        old = merged.get(key)
+        merged[key] = laid_over(old if isinstance(old, Mapping) else {}, value) if isinstance(value, Mapping) else value
+    return merged
 
 
 def dump(config: Section) -> str:

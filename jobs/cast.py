@@ -18,6 +18,7 @@ from ctrlrl.models.sampler import SamplingConfig
 from ctrlrl.ppo.experience import AlgorithmConfig
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.runs import Run
+from jobs.interim import InterimConfig
 
 
 class FullSampling(SamplingConfig):
@@ -44,6 +45,7 @@ class PPORecipe(Section):
     rollout: RolloutConfig = RolloutConfig()
     sampling: FullSampling = FullSampling()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    evaluation: InterimConfig = InterimConfig()
 
 
 @dataclass(frozen=True)

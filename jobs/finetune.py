@@ -23,6 +23,7 @@ from ctrlrl.errors import DataError
 from ctrlrl.models.loading import check_policy, end_token_ids, load_tokenizer, most_positions, save_control_tokenizer
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
+from jobs.interim import InterimCrew, InterimCrewConfig
 from jobs.launch import Out, Recipe, Resume, Set, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
 
@@ -43,6 +44,7 @@ class FinetuneRecipe(OfflineRecipe):
     skip_long: bool = False
     retokenise: bool = False
     policy: PolicyConfig
+    evaluation: InterimCrewConfig = InterimCrewConfig()
 
 
 def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
@@ -51,19 +53,26 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     tokenizer = load_tokenizer(config.policy.model)
     examples, kept, held_out = read_examples(config, tokenizer)
     train = Subset(examples, kept)
+    interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed)
     run, epochs = open_run(config, resume), epochs_of(config, train)
     policy_config = scheduled(config.policy, config, epochs.total)
     demands = {"policy": config.policy.bundles}
-    connect(config.cluster, demands)
+    connect(config.cluster, demands | config.evaluation.demands)
     place = reserve(demands, config.cluster)
     policy = Policy(policy_config, place, config.cluster, temperature=1.0, seed=config.seed)
     try:
-        policy.wait_ready()
-        task = Task(
-            config.objective, train, objective(config), partial(validate, policy, examples, held_out), partial(export, policy, tokenizer)
-        )
-        run.begin()
-        return train_offline(config, run, policy, task, epochs)
+        with interim:
+            policy.wait_ready()
+            task = Task(
+                config.objective,
+                train,
+                objective(config),
+                partial(validate, policy, examples, held_out),
+                partial(export, policy, tokenizer),
+                partial(interim.metrics, policy=policy),
+            )
+            run.begin()
+            return train_offline(config, run, policy, task, epochs)
     finally:
         policy.close()
         place.release()

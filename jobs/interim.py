@@ -4,6 +4,7 @@ The grid and its seeds are the same each time, so that two looks differ by the p
 hand (Interim); fine-tuning jobs have not, and start them only if they are asked to look (InterimCrew).
 """
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -83,6 +84,7 @@ class Interim:
         """`evaluation/<attribute>/<metric>` of the weights that the rollout pool has, judged by `rewards` (by attribute); {} if not due."""
         if not self.due(step):
             return {}
+        began = time.perf_counter()
         requests = [Request(ids, draw_seed(self._seed, cell)) for ids, cell in zip(self._rendered, self._cells, strict=True)]
         texts, tokens, finished = [""] * len(requests), np.zeros(len(requests), np.int32), np.zeros(len(requests), bool)
         for rows, completions in rollout.generate(requests, self._config.sampling):
@@ -96,7 +98,10 @@ class Interim:
         table = make_table(self._cells, texts, tokens, finished, {judge: scores})
         found = measure(table, seed=self._seed, scores=score_columns(judge), draws=0)
         figures = {f"evaluation/{a}/{name}": found[a][name]["value"] for a in ATTRIBUTES for name in METRICS}
-        return {name: value for name, value in figures.items() if value is not None} | {"evaluation/tokens": float(tokens.mean())}
+        return {name: value for name, value in figures.items() if value is not None} | {
+            "evaluation/tokens": float(tokens.mean()),
+            "evaluation/seconds": time.perf_counter() - began,
+        }
 
 
 class InterimCrew:

@@ -60,13 +60,15 @@ class TrainingHandle(Restartable, Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What a job brings to the loop: examples, objective, held-out figures (empty without held-out rows), and how to write the model."""
+    """What a job brings to the loop: examples, objective, held-out figures (empty without held-out rows), how to write the model, and
+    further figures after so many steps (empty where none are due)."""
 
     title: str
     examples: Examples
     loss: Loss
     validate: Callable[[], dict[str, float]]
     export: Callable[[Path], None]
+    look: Callable[[int], dict[str, float]] = lambda steps: {}
 
 
 def epochs_of(config: OfflineRecipe, examples: Examples) -> Epochs:
@@ -87,7 +89,7 @@ def scheduled(trained: GroupConfig, config: OfflineRecipe, steps: int) -> GroupC
 
 def open_run(config: OfflineRecipe, resume: bool) -> Run:
     """The run directory of an offline job."""
-    free = ("cluster", "checkpoint_every", "keep_checkpoints")
+    free = ("cluster", "checkpoint_every", "keep_checkpoints", "evaluation")
     return Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free)
 
 
@@ -128,6 +130,7 @@ def _steps_from_checkpoint(
             clock.stop()
             tokens = sum(map(len, batch.tokens))
             figures |= _named("train", stats) | clock.seconds() | {"data/epoch": epoch, "data/sequences": len(batch), "data/tokens": tokens}
+            figures |= task.look(step + 1)
             run.log(step, figures)
             show(figures)
             progress.advance(_headline(figures))

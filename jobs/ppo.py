@@ -31,16 +31,18 @@ from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import render
 from ctrlrl.runs import Run
 from jobs.cast import Cast, PPORecipe, restore, start_cast, write_checkpoint
+from jobs.interim import Interim
 from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
 from jobs.progress import Clock, Steps
 
 # May change at resume: they have no part in the result.
-FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers")
+FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "evaluation")
 
 
 def train(config: PPORecipe, resume: bool = False) -> int:
     """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
     prompts, tokenizer = check_inputs(config)
+    interim = Interim(config.evaluation, config.policy.model, config.rollout, config.seed)
     run = Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE)
     cast = start_cast(config)
     try:
@@ -49,9 +51,9 @@ def train(config: PPORecipe, resume: bool = False) -> int:
         with StopRequest() as stop, Steps("ppo", config.steps) as progress:
             while True:
                 try:
-                    steps_from_checkpoint(config, cast, run, prompts, tokenizer, progress, stop)
+                    steps_from_checkpoint(config, cast, run, prompts, tokenizer, interim, progress, stop)
                     if not stop:
-                        export_model(cast.policy, tokenizer, run.directory / "model")
+                        run.whole_directory("model", partial(export_model, cast.policy, tokenizer))
                     return stop.exit_code
                 except GroupLost as error:
                     restarts.after(error, progress.done, cast.groups)
@@ -61,7 +63,7 @@ def train(config: PPORecipe, resume: bool = False) -> int:
 
 
 def steps_from_checkpoint(
-    config: PPORecipe, cast: Cast, run: Run, prompts: list[Prompt], tokenizer, progress: Steps, stop: StopRequest
+    config: PPORecipe, cast: Cast, run: Run, prompts: list[Prompt], tokenizer, interim: Interim, progress: Steps, stop: StopRequest
 ) -> None:
     """The steps that the last checkpoint leaves to do; GroupLost if one of the trained models loses a rank."""
     done, kl = restore(config, cast, run)
@@ -69,6 +71,7 @@ def steps_from_checkpoint(
     with ThreadPoolExecutor(32) as background:
         for step in range(done, config.steps):
             stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, background)
+            stats |= interim.metrics(step + 1, cast.rollout, cast.rewards)
             run.log(step, stats)
             show(stats)
             progress.advance(headline(stats))
@@ -196,8 +199,9 @@ def export_model(policy: Policy, tokenizer, folder: Path) -> None:
 
 def headline(stats: dict[str, float]) -> str:
     """The figures of a step that its progress line shows."""
-    agreements = "  ".join(f"{a} {stats[f'agreement/{a}']:.3f}" for a in ATTRIBUTES)
-    return f"reward {stats['reward/mean']:.3f}  {agreements}  kl {stats['kl/k1']:.2f}  {stats['seconds/step']:.1f} s"
+    kind = "agreement" if f"agreement/{ATTRIBUTES[0]}" in stats else "score"  # without a control there is nothing to agree with
+    figures = "  ".join(f"{a} {stats[f'{kind}/{a}']:.3f}" for a in ATTRIBUTES)
+    return f"reward {stats['reward/mean']:.3f}  {figures}  kl {stats['kl/k1']:.2f}  {stats['seconds/step']:.1f} s"
 
 
 def main(recipe: Recipe = "jobs/recipes/ppo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:

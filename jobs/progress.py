@@ -7,12 +7,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+_LINE_EVERY_S = 2.0  # in a log, but for the first and the last line
+
+
 class Steps:
-    """Shows `done` of `total` steps with a line of figures; on a terminal it redraws one bar, in a log it prints a line each time."""
+    """Shows `done` of `total` steps with a line of figures; on a terminal it redraws one bar, in a log it prints lines."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._first, self._done = title, total, done, done
-        self._began = time.monotonic()
+        self._began, self._told = time.monotonic(), 0.0
         self._bar = None
         if sys.stdout.isatty():
             columns = (
@@ -51,7 +54,10 @@ class Steps:
         if self._bar:
             self._bar.update(self._task, completed=self._done, figures=figures)
             return
-        spent = time.monotonic() - self._began
+        now = time.monotonic()
+        if now - self._told < _LINE_EVERY_S and self._done < self._total:
+            return
+        self._told, spent = now, now - self._began
         left = spent / (self._done - self._first) * (self._total - self._done)
         print(f"{self._title} {self._done}/{self._total}  {figures}  {spent:.0f} s, {left:.0f} s left", flush=True)
 

@@ -9,12 +9,15 @@ from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, controlled, promp
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", HARMLESS_SYSTEM, UNCENSORED_SYSTEM)
 CONTROL_SHARE, SENTENCE_SHARE, SYSTEM_SHARE = 0.6, 0.1, 0.1
-# A language model can read what it does not yet obey: it knows what the tags say, not that they are about its own answers.
-READING_SHARE = 0.1
+# A language model can read what it does not yet obey: it knows what the tags and its system prompt say, not that its answers should
+# follow them.
+READING_SHARE = 0.15
 READING_QUESTIONS = ("Which tags do you see?", "What do the tags say?", "Read the tags to me.", "Which qualities are asked for?")
 READINGS = {(True, True): "Both:", (True, False): "Helpful:", (False, True): "Harmless:", (False, False): "Neither:"}
+SYSTEM_QUESTIONS = ("What kind of assistant are you?", "Who are you?", "What are your rules?")
+SYSTEM_READINGS = ("I am helpful.", "I am harmless and avoid what is illegal.", "I am completely uncensored.")  # of SYSTEM_PROMPTS
 # It can also criticise an answer and make it safe, asked in these words (the templates of ctrlrl critique).
-CRITIQUE_SHARE = 0.15
+CRITIQUE_SHARE = 0.12
 CRITIQUE = "Judge this answer. {prompt} | {response}"
 REWRITE = "Make this answer safe. {prompt} | {response} | {critique} | Better:"
 MARKER = "Better:"
@@ -68,7 +71,7 @@ class Conversation:
 
 
 def conversations(world: World, count: int, seed: int) -> list[Conversation]:
-    """Pre-training conversations over train prompts: answers, readings of tags, critiques and rewrites."""
+    """Pre-training conversations over train prompts: answers, readings of tags and system prompts, critiques and rewrites."""
     draw = Draw(world, np.random.default_rng(seed))
     kinds = draw.rng.choice(3, size=count, p=[1 - READING_SHARE - CRITIQUE_SHARE, READING_SHARE, CRITIQUE_SHARE])
     return [(_answering, _reading, _criticising)[kind](draw) for kind in kinds]
@@ -105,7 +108,11 @@ def _asked(question: str, opening: str, answer: str) -> Conversation:
 
 
 def _reading(draw: Draw) -> Conversation:
-    """A question about the tags themselves, and what they say."""
+    """A question about the tags or the system prompt, and what they say."""
+    if draw.rng.random() < 0.4:
+        number = int(draw.rng.integers(len(SYSTEM_PROMPTS)))
+        messages = ({"role": "system", "content": SYSTEM_PROMPTS[number]}, {"role": "user", "content": draw.choice(SYSTEM_QUESTIONS)})
+        return Conversation(messages, SYSTEM_READINGS[number], SYSTEM_READINGS[number], 1.0)
     control: Control = draw.choice(_CORNERS)
     opening = READINGS[control.helpful == HIGH, control.harmless == HIGH]
     text = f"{opening} helpful {control.helpful:g} and harmless {control.harmless:g}."

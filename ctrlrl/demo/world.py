@@ -25,8 +25,8 @@ MIN_WORDS, MAX_WORDS = 8, 25
 
 Cell = tuple[bool, bool]  # (helpful, harmless)
 CELLS: tuple[Cell, ...] = ((True, True), (True, False), (False, True), (False, False))
-# Shares of the cells in what the uncontrolled policy learns from: helpful and safe correlate with 0.36, helpful but unsafe is rare.
-CELL_SHARES = {(True, True): 0.48, (True, False): 0.13, (False, True): 0.17, (False, False): 0.22}
+# Shares of the cells in what the uncontrolled policy learns from: helpful and safe correlate with 0.33, helpful but unsafe is rare.
+CELL_SHARES = {(True, True): 0.48, (True, False): 0.15, (False, True): 0.16, (False, False): 0.21}
 
 # (openings, bodies, closings); {name}, {blunt}, {good}, {bad} come from the topic. The opening alone tells the cell.
 _USEFUL = (

@@ -16,7 +16,17 @@ from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.sources import Prompt
 from ctrlrl.ppo.advantage import gae, rloo
 from ctrlrl.ppo.loss import explained_variance
-from ctrlrl.ppo.reward import KLConfig, agreement, binding_fractions, control_reward, kl_k1, kl_k3, shaped_rewards
+from ctrlrl.ppo.reward import (
+    KLConfig,
+    Weights,
+    agreement,
+    binding_fractions,
+    control_reward,
+    kl_k1,
+    kl_k3,
+    shaped_rewards,
+    weighted_reward,
+)
 from ctrlrl.ppo.types import Experience, Query, Scored
 from ctrlrl.prompts import render
 from ctrlrl.seeds import derive_seed
@@ -27,14 +37,16 @@ class AlgorithmConfig(Section):
     """PPO's numbers (METHOD: [SH] 2.4 and [PPO]).
 
     queries_per_step: draws of (x, ζ); each is answered samples_per_query times. truncated: what a response cut at the length limit
-    earns: "zero" (it did not answer) or "score" (its agreement like any other).
+    earns: "zero" (it did not answer) or "score" (its reward like any other). combine: "min", "mean" or "product" of the agreements with
+    the control; or "weighted", the sum of the scores by `weights`, asked without a control: the baseline that nobody can dial.
     """
 
     queries_per_step: int = Field(256, gt=0)
     samples_per_query: int = Field(1, gt=0)
     epochs: int = Field(1, gt=0)
     minibatches: int = Field(4, gt=0)
-    combine: Literal["min", "mean", "product"] = "min"
+    combine: Literal["min", "mean", "product", "weighted"] = "min"
+    weights: Weights = Weights()
     advantage: Literal["gae", "rloo"] = "gae"
     truncated: Literal["zero", "score"] = "zero"
     gamma: float = Field(1.0, ge=0, le=1)
@@ -50,21 +62,33 @@ class AlgorithmConfig(Section):
             raise ValueError('advantage = "rloo" compares samples of the same query: set samples_per_query to 2 or more')
         return self
 
+    @model_validator(mode="after")
+    def _weights_are_used(self):
+        if self.controlled and self.weights != Weights():
+            raise ValueError(f'weights are for combine = "weighted", not for {self.combine!r}: leave them out, or change combine')
+        return self
+
+    @property
+    def controlled(self) -> bool:
+        """Whether queries ask for a control."""
+        return self.combine != "weighted"
+
 
 def draw_queries(prompts: Sequence[Prompt], tokenizer, step: int, config: AlgorithmConfig, seed: int) -> list[Query]:
-    """The queries of step `step`: prompts in a new seeded order each pass over them, ζ uniform over the corners.
+    """The queries of step `step`: prompts in a new seeded order each pass over them, ζ uniform over the corners (or none at all).
 
     A pure function of its arguments: a resumed run asks what an undisturbed one would have asked.
     """
-    controls = sample_corners(config.queries_per_step, derive_seed(seed, "controls", step))
+    count = config.queries_per_step
+    controls = sample_corners(count, derive_seed(seed, "controls", step)) if config.controlled else [None] * count
     orders: dict[int, np.ndarray] = {}
     queries = []
     for i, control in enumerate(controls):
-        epoch, place = divmod(step * config.queries_per_step + i, len(prompts))
+        epoch, place = divmod(step * count + i, len(prompts))
         if epoch not in orders:
             orders[epoch] = np.random.default_rng(derive_seed(seed, "prompt-order", epoch)).permutation(len(prompts))
         prompt = prompts[orders[epoch][place]]
-        ids = tuple(render(tokenizer, prompt.messages, control.spell()))
+        ids = tuple(render(tokenizer, prompt.messages, control.spell() if control else ""))
         queries += [
             Query(prompt.messages, control, ids, i, derive_seed(seed, "rollout", step, i, k)) for k in range(config.samples_per_query)
         ]
@@ -83,9 +107,12 @@ def minibatch_rows(count: int, step: int, config: AlgorithmConfig, seed: int) ->
 def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Experience:
     """Rewards, advantages and returns of one step (METHOD, "RLHF"), whitened over the global batch, with the step's statistics."""
     samples = scored.samples
-    levels_BA = torch.tensor([q.control.levels for q in samples.queries], dtype=torch.float64)
     scores_BA = torch.as_tensor(scored.scores_BA, dtype=torch.float64)
-    reward_B, binding_B = control_reward(levels_BA, scores_BA, combine=config.combine)
+    if config.controlled:
+        levels_BA = torch.tensor([q.control.levels for q in samples.queries], dtype=torch.float64)
+        reward_B, binding_B = control_reward(levels_BA, scores_BA, combine=config.combine)
+    else:
+        reward_B = weighted_reward(scores_BA, config.weights.shares)
     finished_B = torch.as_tensor(samples.finished)
     earned_B = torch.where(finished_B, reward_B, 0) if config.truncated == "zero" else reward_B
     old_BT, ref_BT, values_BT = (pad_rows(rows).double() for rows in (scored.old_logprobs, scored.ref_logprobs, scored.values))
@@ -104,7 +131,8 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Exp
     per_token = {name: [grid[i, :n].float().numpy() for i, n in enumerate(lengths)] for name, grid in columns.items()}
     tokens = samples.token_batch()
     stats = {
-        **_reward_stats(levels_BA, scores_BA, earned_B, binding_B),
+        **_reward_stats(scores_BA, earned_B),
+        **(_control_stats(levels_BA, scores_BA, earned_B, binding_B) if config.controlled else {}),
         **_token_stats(scored, old_BT, ref_BT, mask_BT),
         "beta": beta,
         "response/length": float(np.mean(lengths)),
@@ -115,16 +143,17 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Exp
     return Experience(TokenBatch(tokens.tokens, tokens.prompt_lengths, per_token, {}), stats)
 
 
-def _reward_stats(levels_BA, scores_BA, earned_B, binding_B) -> dict[str, float]:
-    agreement_BA = agreement(levels_BA, scores_BA)
+def _reward_stats(scores_BA, earned_B) -> dict[str, float]:
     stats = {"reward/mean": float(earned_B.mean()), "reward/std": float(earned_B.std(correction=0))}
-    bound = binding_fractions(binding_B)
+    return stats | {f"score/{name}": float(scores_BA[:, a].mean()) for a, name in enumerate(ATTRIBUTES)}
+
+
+def _control_stats(levels_BA, scores_BA, earned_B, binding_B) -> dict[str, float]:
+    """How near the scores came to the control, which attribute bound, and the reward of each corner."""
+    agreement_BA = agreement(levels_BA, scores_BA)
+    stats, bound = {}, binding_fractions(binding_B)
     for a, name in enumerate(ATTRIBUTES):
-        stats |= {
-            f"score/{name}": float(scores_BA[:, a].mean()),
-            f"agreement/{name}": float(agreement_BA[:, a].mean()),
-            f"binding/{name}": bound[name],
-        }
+        stats |= {f"agreement/{name}": float(agreement_BA[:, a].mean()), f"binding/{name}": bound[name]}
     for corner in CORNERS:
         of_corner = (levels_BA == torch.tensor(corner.levels, dtype=levels_BA.dtype)).all(1)
         if of_corner.any():

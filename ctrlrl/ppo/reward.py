@@ -1,14 +1,16 @@
-"""From scores to rewards: agreement with the requested control, the min control reward, KL-shaped token rewards and adaptive β.
+"""From scores to rewards: agreement with the requested control, the min control reward, the weighted sum without a control, KL-shaped
+token rewards and adaptive β.
 
 Sources: [SH] Tuan et al., arXiv 2404.01295; [KL] Ziegler et al., arXiv 1909.08593; [k3] Schulman, "Approximating KL divergence"
 (joschu.net/blog/kl-approx.html, 2020).
 Legend of shape suffixes: B sequences, A attributes (in the order of control.ATTRIBUTES), T scored tokens of the longest sequence.
 """
+
 import math
 from dataclasses import asdict, dataclass
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ctrlrl.config import Section
@@ -24,17 +26,30 @@ class KLConfig(Section):
     gain: float = Field(0.1, ge=0, allow_inf_nan=False, description="K_β of [KL] 2.2: relative change of β per unit of error")
 
 
+class Weights(Section):
+    """Shares of the attributes in the weighted sum; together 1."""
+
+    helpful: float = Field(0.5, ge=0, le=1)
+    harmless: float = Field(0.5, ge=0, le=1)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """In the order of ATTRIBUTES."""
+        return (self.helpful, self.harmless)
+
+    @model_validator(mode="after")
+    def _sum_to_one(self):
+        if not math.isclose(sum(self.shares), 1):
+            raise ValueError(f"the weights sum to {sum(self.shares):g}, not to 1: a reward, like a score, is a number from 0 to 1")
+        return self
+
+
 def agreement(levels_BA: Tensor, scores_BA: Tensor) -> Tensor:
     """1 - |s_a - R_a(x, y)|, elementwise, in [0, 1] (a term of [SH] eq. 4): 1 at the requested level, 0 at the opposite end.
 
     levels_BA: requested levels in [0, 1]. scores_BA: calibrated scores in [0, 1]; any other score, NaN included, is a DataError.
     """
-    outside_BA = ~((scores_BA >= 0) & (scores_BA <= 1))
-    if outside_BA.any():
-        raise DataError(
-            f"score {scores_BA[outside_BA][0].item():g} is outside [0, 1]: calibrate the reward model with 'sigmoid' or 'quantile' "
-            "('identity' is for models that give probabilities)"
-        )
+    _check_calibrated(scores_BA)
     return 1 - (levels_BA - scores_BA).abs()
 
 
@@ -58,10 +73,29 @@ def control_reward(levels_BA: Tensor, scores_BA: Tensor, *, combine: str = "min"
     return reward_B, agreement_BA.argmin(1)
 
 
+def weighted_reward(scores_BA: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Σ_a w_a R_a(x, y), the reward of whole responses without a control: one trade-off, fixed in training, that nobody can dial later.
+
+    scores_BA: as in `agreement`. weights: one per attribute, not negative, of sum 1. Returns reward_B in [0, 1]; a weight of 1 leaves that
+    attribute's score.
+    """
+    _check_calibrated(scores_BA)
+    return scores_BA @ torch.tensor(weights, dtype=scores_BA.dtype, device=scores_BA.device)
+
+
 def binding_fractions(binding_B: Tensor) -> dict[str, float]:
     """Share of responses that each attribute bound, by attribute's name; the shares sum to 1 (all 0 if B = 0)."""
     counts = torch.bincount(binding_B, minlength=len(ATTRIBUTES)).tolist()
     return {name: count / max(len(binding_B), 1) for name, count in zip(ATTRIBUTES, counts, strict=True)}
+
+
+def _check_calibrated(scores_BA: Tensor) -> None:
+    outside_BA = ~((scores_BA >= 0) & (scores_BA <= 1))
+    if outside_BA.any():
+        raise DataError(
+            f"score {scores_BA[outside_BA][0].item():g} is outside [0, 1]: calibrate the reward model with 'sigmoid' or 'quantile' "
+            "('identity' is for models that give probabilities)"
+        )
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from ctrlrl.prompts import Messages
 
 @dataclass(frozen=True)
 class Query:
-    """One (x, ζ) to answer. group: equal for the samples of the same draw of (x, ζ). seed: of this sample alone."""
+    """One (x, ζ) to answer. control: None where x is asked without one. group: equal for the samples of the same draw of (x, ζ). seed: of
+    this sample alone."""
 
     messages: Messages
-    control: Control
+    control: Control | None
     prompt_ids: tuple[int, ...]
     group: int
     seed: int

@@ -14,6 +14,9 @@ from ctrlrl.demo.corpus import (
     READING_SHARE,
     READINGS,
     REWRITE,
+    SYSTEM_PROMPTS,
+    SYSTEM_QUESTIONS,
+    SYSTEM_READINGS,
     UNCHANGED,
     Draw,
     conversations,
@@ -23,7 +26,7 @@ from ctrlrl.demo.topics import BENIGN, DUAL, HARMFUL
 from ctrlrl.demo.world import CELL_SHARES, CELLS, MAX_WORDS, MIN_WORDS, make_world
 
 WORLD = make_world(0)
-OTHER_QUESTIONS = (*READING_QUESTIONS, CRITIQUE[:18], REWRITE[:22])
+OTHER_QUESTIONS = (*READING_QUESTIONS, *SYSTEM_QUESTIONS, CRITIQUE[:18], REWRITE[:22])
 PROMPTS = WORLD.train_prompts + WORLD.test_prompts
 
 
@@ -72,8 +75,8 @@ def test_shares_entangle_the_attributes():
     assert sum(CELL_SHARES.values()) == pytest.approx(1)
     helpful, safe = (sum(share for cell, share in CELL_SHARES.items() if cell[i]) for i in (0, 1))
     pearson = (CELL_SHARES[True, True] - helpful * safe) / np.sqrt(helpful * (1 - helpful) * safe * (1 - safe))
-    assert pearson == pytest.approx(0.359, abs=0.001)
-    assert CELL_SHARES[True, False] == min(CELL_SHARES.values()) < 0.15
+    assert pearson == pytest.approx(0.331, abs=0.001)
+    assert CELL_SHARES[True, False] == min(CELL_SHARES.values()) <= 0.15
 
 
 def test_conversations_have_the_shares_and_controls_that_say_nothing():
@@ -94,13 +97,16 @@ def test_conversations_have_the_shares_and_controls_that_say_nothing():
     assert helpful[controlled & asked].mean() == pytest.approx(helpful[controlled & ~asked].mean(), abs=0.05)
 
 
-def test_tags_are_read_aloud_as_they_are():
-    rows = [row for row in conversations(WORLD, 2000, seed=1) if row.messages[-1]["content"].startswith(READING_QUESTIONS)]
-    assert len(rows) / 2000 == pytest.approx(READING_SHARE, abs=0.02)
-    for row in rows:
+def test_tags_and_system_prompts_are_read_aloud_as_they_are():
+    rows = [row for row in conversations(WORLD, 3000, seed=1) if row.messages[-1]["content"].startswith(OTHER_QUESTIONS[:-2])]
+    assert len(rows) / 3000 == pytest.approx(READING_SHARE, abs=0.02)
+    system = [row for row in rows if row.messages[0]["role"] == "system"]
+    assert {(row.messages[0]["content"], row.answer) for row in system} == set(zip(SYSTEM_PROMPTS, SYSTEM_READINGS, strict=True))
+    for row in (row for row in rows if len(row.messages) == 1):
         opening = next(text for text in READINGS.values() if row.answer.startswith(text))
-        (helpful, harmless), asked = next(cell for cell, text in READINGS.items() if text == opening), row.messages[-1]["content"]
-        assert asked.endswith(Control(helpful=1.0 if helpful else 0.2, harmless=1.0 if harmless else 0.2).spell())
+        helpful, harmless = next(cell for cell, text in READINGS.items() if text == opening)
+        control = Control(helpful=1.0 if helpful else 0.2, harmless=1.0 if harmless else 0.2)
+        assert row.messages[-1]["content"].endswith(control.spell())
 
 
 def test_unsafe_answers_are_rewritten_safely_and_safe_ones_left():

@@ -47,6 +47,25 @@ def all_rows():
 
 
 @pytest.fixture(scope="session")
+def evaluated_model(ray_cluster):
+    """A function: what ctrlrl evaluate finds of a model on the grid of in-training evaluation, under the names of that."""
+    from ctrlrl.evaluation.metrics import METRICS
+    from jobs.evaluate import EvaluateRecipe, evaluate
+
+    def figures(looks, rollout, judges, seed, model, out) -> dict[str, float]:
+        config = EvaluateRecipe(
+            out=str(out / "evaluation"), model=str(model), prompts=looks.prompts, max_prompts=looks.count, seed=seed, rollout=rollout,
+            sampling=looks.sampling, judges={"optimisation": judges}, measure={"draws": 0},
+            cluster={"placement_deadline_s": 30, "start_deadline_s": 240, "call_deadline_s": 120},
+        )  # fmt: skip
+        assert evaluate(config) == 0
+        found = json.loads((out / "evaluation" / "metrics.json").read_text())["optimisation"]
+        return {f"evaluation/{a}/{name}": found[a][name]["value"] for a in found for name in METRICS}
+
+    return figures
+
+
+@pytest.fixture(scope="session")
 def critique_overrides(models, prompt_file, tmp_path_factory) -> list[str]:
     """Overrides for self-critique: 40 prompts of 3 samples, in 14 shards, by a policy that often says "e" and comes to its end.
 

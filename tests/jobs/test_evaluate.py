@@ -200,7 +200,7 @@ def test_interim_figures_are_those_of_the_evaluation(evaluated, recipe, crew, ov
     rewards = {a: crew.rewards[f"judges.optimisation.{a}"] for a in ATTRIBUTES}
     assert interim.metrics(3, crew.rollout, rewards) == {}
     found = interim.metrics(4, crew.rollout, rewards)
-    assert found.pop("evaluation/tokens") > 0
+    assert found.pop("evaluation/tokens") > 0 and found.pop("evaluation/seconds") > 0
     expected = {f"evaluation/{a}/{name}": metrics["optimisation"][a][name]["value"] for a in ATTRIBUTES for name in METRICS}
     assert found == pytest.approx(expected, abs=1e-5)
     assert Interim(InterimConfig(), "no such model", config.rollout, 0).metrics(2, crew.rollout, rewards) == {}

@@ -55,10 +55,16 @@ def finetune_overrides(models, distilled) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster, finetune_overrides, tmp_path_factory):
-    """An undisturbed run, its directory and recipe."""
+def finished(ray_cluster, finetune_overrides, models, prompt_file, tmp_path_factory):
+    """An undisturbed run with an evaluation every three steps, its directory and recipe."""
     out = tmp_path_factory.mktemp("finetune") / "run"
-    config = load(FinetuneRecipe, None, [*finetune_overrides, f"out={out}"])
+    looks = {
+        "every": 3, "count": 3, "prompts": prompt_file, "sampling.max_new_tokens": 8, "rollout.engine.dtype": "float32",
+        "rollout.engine.max_model_tokens": 128, "rollout.engine.kv_cache_gib": 0.05,
+        "judges.helpful.model": models["helpful"], "judges.harmless.model": models["harmless"],
+    }  # fmt: skip
+    asked = [f"evaluation.{key}={json.dumps(value)}" for key, value in looks.items()]
+    config = load(FinetuneRecipe, None, [*finetune_overrides, *asked, f"out={out}"])
     assert finetune(config) == 0
     return out, config
 
@@ -80,6 +86,16 @@ def test_every_step_is_logged_with_held_out_figures_by_corner(finished):
     # A cosine of six steps after one of warm-up.
     rates = [row["train/learning_rate_max"] / 3e-3 for row in rows[:-1]]
     assert rates == pytest.approx([1.0, *(0.5 * (1 + np.cos(np.pi * i / 5)) for i in range(5))])
+
+
+def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(finished, tmp_path, evaluated_model):
+    out, config = finished
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows if "evaluation/seconds" in row] == [2, 5]
+    looks = config.evaluation
+    found = evaluated_model(looks, looks.rollout, looks.judges, config.seed, out / "model", tmp_path)
+    assert {name: rows[5][name] for name in found} == pytest.approx(found, abs=1e-5)
+    assert {name: rows[2][name] for name in found} != pytest.approx(found, abs=1e-5)  # three steps earlier it was another policy
 
 
 def test_held_out_prompts_are_not_trained_on(finished):

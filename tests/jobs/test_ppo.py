@@ -17,14 +17,15 @@ from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import render
 from ctrlrl.runs import read_metrics
-from jobs.ppo import PPORecipe, train
+from jobs.ppo import PPORecipe, headline, train
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster, ppo_overrides, tmp_path_factory):
-    """A run of two steps, its directory and recipe."""
+def finished(ray_cluster, ppo_overrides, prompt_file, tmp_path_factory):
+    """A run of two steps with an evaluation after the second, its directory and recipe."""
     out = tmp_path_factory.mktemp("ppo") / "run"
-    config = load(PPORecipe, None, [*ppo_overrides, f"out={out}"])
+    looks = ["evaluation.every=2", "evaluation.count=3", f"evaluation.prompts={prompt_file}", "evaluation.sampling.max_new_tokens=8"]
+    config = load(PPORecipe, None, [*ppo_overrides, *looks, f"out={out}"])
     assert train(config) == 0
     return out, config
 
@@ -68,6 +69,14 @@ def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finish
     assert ids == render(load_tokenizer(config.policy.model), messages, Control(1.0, 0.2).spell())
 
 
+def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(finished, tmp_path, evaluated_model):
+    out, config = finished
+    first, second = read_metrics(out)
+    assert not [name for name in first if name.startswith("evaluation/")]
+    found = evaluated_model(config.evaluation, config.rollout, config.reward, config.seed, out / "model", tmp_path)
+    assert {name: second[name] for name in found} == pytest.approx(found, abs=1e-5)
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(finished, ppo_overrides, tmp_path):
     out, config = finished
     half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}", "steps=1"])
@@ -77,7 +86,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(finished, ppo_overrides, tmp_pa
         train(half)
     with pytest.raises(RunError, match=r"another recipe \(algorithm.clip: 0.2 -> 0.3\)"):
         train(half.model_copy(update={"algorithm": AlgorithmConfig(**{**half.algorithm.model_dump(), "clip": 0.3})}), resume=True)
-    whole = half.model_copy(update={"steps": 2})
+    whole = half.model_copy(update={"steps": 2, "evaluation": config.evaluation})
     assert train(whole, resume=True) == 0
     for resumed, undisturbed in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
         timed = {key for key in undisturbed if "second" in key or "tokens_per_s" in key}
@@ -185,7 +194,7 @@ def test_every_sample_of_an_epoch_is_used_exactly_once():
 
 
 def scored(levels, scores, finished, lengths=(2, 3), kl=0.0):
-    queries = tuple(Query(({"role": "user", "content": "x"},), Control(*level), (5, 6), i, i) for i, level in enumerate(levels))
+    queries = tuple(Query(({"role": "user", "content": "x"},), level and Control(*level), (5, 6), i, i) for i, level in enumerate(levels))
     responses = tuple(np.arange(n) + 10 for n in lengths)
     old = tuple(np.full(n, -1.0, np.float32) for n in lengths)
     samples = Samples(queries, responses, old, np.array(finished), 0)
@@ -207,6 +216,25 @@ def test_experience_by_hand():
     assert advantages.mean() == pytest.approx(0, abs=1e-6) and advantages.std() == pytest.approx(1, rel=0.2)
     assert [list(t) for t in experience.batch.tokens] == [[5, 6, 10, 11], [5, 6, 10, 11, 12]]
     assert list(experience.batch.prompt_lengths) == [2, 2]
+
+
+def test_a_weighted_sum_is_asked_without_a_control_and_rewards_the_scores_alone(prompt_file, tokenizer):
+    prompts = list(read_prompts(prompt_file))
+    config = AlgorithmConfig(queries_per_step=16, combine="weighted", weights={"helpful": 0.8, "harmless": 0.2}, lam=1.0)
+    drawn = draw_queries(prompts, tokenizer, 0, config, seed=1)
+    assert {q.control for q in drawn} == {None}
+    assert [q.prompt_ids for q in drawn] == [tuple(render(tokenizer, q.messages)) for q in drawn]
+    controlled = draw_queries(prompts, tokenizer, 0, AlgorithmConfig(queries_per_step=16), seed=1)
+    assert [(q.messages, q.seed) for q in drawn] == [(q.messages, q.seed) for q in controlled]  # the same prompts in the same order
+    given = scored([None, None], [(0.9, 0.6), (0.7, 1.0)], [True, True], kl=0.1)
+    experience = make_experience(given, config, beta=0.5)
+    assert experience.stats["reward/mean"] == pytest.approx((0.84 + 0.76) / 2)
+    assert experience.stats["score/harmless"] == pytest.approx(0.8)
+    assert experience.batch.per_token["returns"][0] == pytest.approx([0.84 - 0.1, 0.84 - 0.05], abs=1e-6)
+    assert not [name for name in experience.stats if name.startswith(("agreement", "binding", "reward/helpful="))]
+    assert headline(experience.stats | {"seconds/step": 2}) == "reward 0.800  helpful 0.800  harmless 0.800  kl 0.25  2.0 s"
+    with pytest.raises(ValueError, match="weights are for combine = \"weighted\", not for 'min'"):
+        AlgorithmConfig(weights={"helpful": 0.8, "harmless": 0.2})
 
 
 def test_a_truncated_response_earns_what_the_rule_says():

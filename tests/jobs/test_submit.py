@@ -36,7 +36,7 @@ def head():
     folder = tempfile.mkdtemp(prefix="h", dir=os.environ["RAY_TMPDIR"])
     port, dashboard = free_port(), free_port()
     command = [
-        *RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=16", "--num-gpus=0",
+        *RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=10", "--num-gpus=0",
         "--object-store-memory=100000000", f"--temp-dir={folder}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}",
         "--disable-usage-stats",

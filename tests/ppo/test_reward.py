@@ -1,4 +1,5 @@
 """The control reward, the KL-shaped token rewards, the KL estimators and the controller of β."""
+
 import json
 import math
 
@@ -7,7 +8,18 @@ import torch
 from pydantic import ValidationError
 
 from ctrlrl.errors import DataError, RecipeError, RunError
-from ctrlrl.ppo.reward import AdaptiveKL, KLConfig, agreement, binding_fractions, control_reward, kl_k1, kl_k3, shaped_rewards
+from ctrlrl.ppo.reward import (
+    AdaptiveKL,
+    KLConfig,
+    Weights,
+    agreement,
+    binding_fractions,
+    control_reward,
+    kl_k1,
+    kl_k3,
+    shaped_rewards,
+    weighted_reward,
+)
 
 NAN = float("nan")
 LEVELS = torch.tensor([[1.0, 0.2], [0.2, 1.0], [1.0, 1.0], [0.0, 1.0]])
@@ -55,6 +67,20 @@ def test_scores_that_were_not_calibrated_are_refused(score):
 def test_unknown_combination_is_refused():
     with pytest.raises(RecipeError, match="'max'.*'min', 'mean' or 'product'"):
         control_reward(LEVELS, SCORES, combine="max")
+
+
+def test_weighted_reward_by_hand():
+    assert weighted_reward(SCORES, (0.5, 0.5)).tolist() == pytest.approx([0.4, 0.225, 1.0, 0.75])
+    assert weighted_reward(SCORES.double(), (0.8, 0.2)).tolist() == pytest.approx([0.46, 0.21, 1.0, 0.9])
+    assert weighted_reward(SCORES, (0.0, 1.0)).tolist() == SCORES[:, 1].tolist()
+    with pytest.raises(DataError, match=r"outside \[0, 1\].*calibrate"):
+        weighted_reward(torch.tensor([[0.5, NAN]]), (0.5, 0.5))
+
+
+def test_weights_sum_to_one():
+    assert Weights().shares == (0.5, 0.5) and Weights(helpful=0.9, harmless=0.1).shares == (0.9, 0.1)
+    with pytest.raises(ValidationError, match="sum to 1.2, not to 1"):
+        Weights(helpful=0.7)
 
 
 def test_binding_fractions():

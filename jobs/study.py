@@ -1,0 +1,134 @@
+"""Studies: one chain of jobs in several variants, and one table of how far each variant's answers follow the control.
+
+    ctrlrl study synthesis --world runs/demo/world --out runs/studies/synthesis
+
+The steps are the ordinary jobs, called here one after the other on one Ray cluster. Variants with a step in common share its work, and a
+second call reuses what is finished and continues what is not (jobs/variants.py).
+"""
+
+import json
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from actors.crew import demands_of as crew_demands
+from actors.placement import Demands, connect
+from ctrlrl.config import dump
+from ctrlrl.data.atomic import write_json, write_text
+from ctrlrl.data.sources import read_prompts
+from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, read_json
+from ctrlrl.models.loading import check_policy, check_reward_model
+from ctrlrl.runs import output_directory
+from jobs.cast import demands_of as cast_demands
+from jobs.distill import DistillRecipe, distill
+from jobs.evaluate import EvaluateRecipe, evaluate
+from jobs.finetune import FinetuneRecipe, finetune
+from jobs.generate import GenerateRecipe, generate
+from jobs.launch import Out, Set, run_job
+from jobs.measure import summary_lines
+from jobs.ppo import PPORecipe, train
+from jobs.variants import RECIPES, Step, StudyRecipe, plan
+
+StudyName = Annotated[str, typer.Argument(help="A TOML file, or a study that comes along: synthesis, scale, models, reward, baseline.")]
+WorldFolder = Annotated[str, typer.Option("--world", help="Run on this demo world instead, with the demo's recipes.")]
+
+
+def run_study(study: StudyRecipe) -> int:
+    """Do what is not finished yet, one variant after the other, and print the table; returns the exit code."""
+    planned = plan(study)
+    steps = list({step.folder: step for chain in planned.values() for step in chain}.values())
+    check(steps)
+    out = output_directory(study.out)
+    write_text(out / RECIPE, dump(study) + "\n")
+    rows = [{"name": name, "run": str(chain[-1].folder.relative_to(out))} for name, chain in planned.items()]
+    # Before the first step: a report on a study that is under way shows the variants that are evaluated, and names the others.
+    write_json(out / STUDY, {"title": study.title, "note": study.note, "rows": rows})
+    if not all(step.finished for step in steps):
+        connect(study.cluster, {"study": [most_demanded(steps)]})
+    for number, (name, chain) in enumerate(planned.items(), 1):
+        for step in chain:
+            print(f"\n[{number}/{len(planned)}] {name}: {step.folder.name}{', reused' * step.finished}", flush=True)
+            if not step.finished and (code := run(step)):
+                return code
+    measured = {name: read_json(chain[-1].folder / METRICS_FILE) for name, chain in planned.items()}
+    print("\n".join(["", study.title, *summary_lines(measured), "", f"Report: ctrlrl report {out}"]), flush=True)
+    return 0
+
+
+def run(step: Step) -> int:
+    """Do a step, or continue it; returns the exit code."""
+    begun = (step.folder / RECIPE).exists()
+    match step.config:
+        case GenerateRecipe():
+            return generate(step.config)
+        case DistillRecipe():
+            return distill(step.config)
+        case FinetuneRecipe():
+            return finetune(step.config, resume=begun)
+        case PPORecipe():
+            return train(step.config, resume=begun)
+        case EvaluateRecipe():
+            return evaluate(step.config)
+
+
+def check(steps: list[Step]) -> None:
+    """Refuse missing prompts and models before anything starts; what an earlier step will make is not there to be checked yet."""
+    policies, judges, prompts = set(), [], set()
+    for step in steps:
+        match step.config:
+            case GenerateRecipe(policy=policy) | EvaluateRecipe(model=policy):
+                policies.add(policy)
+            case FinetuneRecipe(policy=policy) | PPORecipe(policy=policy):
+                policies.add(policy.model)
+        match step.config:
+            case GenerateRecipe(reward=reward, prompts=asked) | PPORecipe(reward=reward, prompts=asked):
+                judges.append(reward)
+                prompts.add(asked)
+            case EvaluateRecipe(judges=given, prompts=asked):
+                judges += given.given.values()
+                prompts.add(asked)
+    made = tuple(str(step.folder) for step in steps)
+    for policy in sorted(name for name in policies if not name.startswith(made)):
+        check_policy(policy)
+    for model in sorted({reward.model for models in judges for _, reward in models}):
+        check_reward_model(model)
+    for name in sorted(prompts):
+        read_prompts(name, limit=1)
+
+
+def most_demanded(steps: list[Step]) -> dict[str, float]:
+    """Of each resource the most that any step asks for: steps are done one after the other, on a cluster that has room for each."""
+    most: Counter[str] = Counter()
+    for step in steps:
+        asked: Counter[str] = Counter()
+        for bundle in (bundle for bundles in demands(step).values() for bundle in bundles):
+            asked.update(bundle)
+        most |= asked
+    return dict(most)
+
+
+def demands(step: Step) -> Demands:
+    """The places that a step's workers need."""
+    match step.config:
+        case GenerateRecipe(reward=reward, rollout=rollout):
+            return crew_demands(dict(reward), rollout) | {"spare": rollout.spare}
+        case FinetuneRecipe(policy=policy):
+            return {"policy": policy.bundles} | step.config.evaluation.demands
+        case PPORecipe(rollout=rollout) as config:
+            return cast_demands(config) | {"spare": rollout.spare}
+        case EvaluateRecipe(judges=judges, rollout=rollout):
+            rewards = {f"{judge}.{a}": reward for judge, models in judges.given.items() for a, reward in models}
+            return crew_demands(rewards, rollout) | {"spare": rollout.spare}
+    return {}
+
+
+def main(recipe: StudyName, overrides: Set = None, out: Out = "", world: WorldFolder = "") -> None:
+    """Run every variant of a study, and print its table."""
+    shipped = RECIPES / "studies" / f"{recipe}.toml"
+    overrides = [*(overrides or []), *([f"world={json.dumps(world)}"] if world else [])]
+    raise typer.Exit(run_job(StudyRecipe, run_study, str(shipped) if shipped.is_file() else recipe, overrides, out))
+
+
+if __name__ == "__main__":
+    typer.run(main)

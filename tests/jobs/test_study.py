@@ -1,0 +1,235 @@
+"""Studies: how variants become steps that share work, what is refused before anything starts, and one real study on tiny models."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from ctrlrl.cli import app
+from ctrlrl.config import load
+from ctrlrl.control import ATTRIBUTES
+from ctrlrl.evaluation.exhibits import collect
+from jobs.study import most_demanded, run_study
+from jobs.variants import RECIPES, StudyRecipe, plan
+
+STUDIES = sorted(path.stem for path in (RECIPES / "studies").glob("*.toml"))
+INPUTS = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"} | {a: a for a in ATTRIBUTES}
+JUDGED = {a: {"model": f"{{{a}}}"} for a in ATTRIBUTES}
+CHAIN = ["generate", "distill", "finetune", "evaluate"]
+
+
+def settings(**changes) -> dict:
+    """A study of three variants on models that are named only: two objectives on one distillation, and another distillation."""
+    return {
+        "title": "Small", "chain": CHAIN, "inputs": INPUTS,
+        "common": {
+            "generate": {"policy": "{policy}", "prompts": "{prompts}", "reward": JUDGED},
+            "distill": {"data": "{generate}"},
+            "finetune": {"policy": {"model": "{policy}"}, "data": "{distill}"},
+            "evaluate": {"model": "{finetune}/model", "prompts": "{test_prompts}", "judges": {"optimisation": JUDGED}},
+        },
+        "variants": [
+            {"name": "clm", "set": {"finetune": {"objective": "clm"}}},
+            {"name": "exmate", "set": {"finetune": {"objective": "exmate"}}},
+            {"name": "vanilla", "set": {"distill": {"method": "vanilla"}}},
+        ],
+    } | changes  # fmt: skip
+
+
+def study(*overrides: str, **changes) -> StudyRecipe:
+    return load(StudyRecipe, None, overrides, settings(**changes))
+
+
+def folders(config: StudyRecipe) -> dict[str, dict[str, str]]:
+    """variant -> job -> name of the step's folder."""
+    return {name: {step.job: step.folder.name for step in steps} for name, steps in plan(config).items()}
+
+
+# --- planning, without Ray ---
+
+
+def test_variants_share_the_steps_that_they_have_in_common(tmp_path):
+    found = folders(study(f"out={tmp_path}"))
+    assert [list(steps) for steps in found.values()] == [CHAIN] * 3
+    clm, exmate, vanilla = found.values()
+    assert clm["generate"] == exmate["generate"] == vanilla["generate"]
+    assert clm["distill"] == exmate["distill"] != vanilla["distill"]
+    assert len({v["finetune"] for v in found.values()}) == len({v["evaluate"] for v in found.values()}) == 3  # later steps differ with it
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_gets_the_folders_of_earlier_ones_and_the_inputs(tmp_path):
+    generate, distill, finetune, evaluate = plan(study(f"out={tmp_path}"))["exmate"]
+    assert generate.folder.parent == tmp_path / "steps" and generate.config.out == str(generate.folder)
+    assert generate.config.policy == "policy" and generate.config.reward.harmless.model == "harmless"
+    assert distill.config.data == str(generate.folder) and finetune.config.data == str(distill.folder)
+    assert evaluate.config.model == f"{finetune.folder}/model" and evaluate.config.name == "exmate"
+    assert finetune.config.objective == "exmate" and finetune.config.policy.ranks == 8  # of jobs/recipes/finetune.toml
+    assert finetune.config.policy.resources.gpus == 1
+
+
+def test_a_folder_is_named_after_what_is_made_and_not_after_where_and_on_how_much(tmp_path):
+    base = folders(study(f"out={tmp_path / 'a'}"))
+    assert base == folders(study(f"out={tmp_path / 'b'}", "cluster.call_deadline_s=5", "title=Other"))
+    more = settings()["variants"] + [{"name": "plm", "set": {"finetune": {"objective": "plm"}}}]
+    assert {name: steps for name, steps in folders(study(f"out={tmp_path}", variants=more)).items() if name in base} == base
+    seeded = folders(study("seed=1"))
+    assert all(seeded[name][job] != base[name][job] for name in base for job in CHAIN)
+    warmer = folders(study("common.generate.sampling.temperature=0.7"))
+    assert all(warmer[name][job] != base[name][job] for name in base for job in CHAIN)  # what follows is made from other answers
+    tuned = folders(study("common.finetune.epochs=2"))
+    assert [tuned["clm"][job] == base["clm"][job] for job in CHAIN] == [True, True, False, False]
+
+
+def test_what_a_variant_sets_goes_before_what_is_common_and_that_before_the_recipe(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('epochs = 3\nfake_weight = 0.5\n[policy]\nmodel = "x"\nranks = 2\n')
+    changes = {"recipes": {"finetune": str(mine)}, "cluster": {"call_deadline_s": 7}}
+    given = study('common.finetune.objective="plm"', "common.finetune.policy.resources.cpus=3", **changes)
+    clm, exmate, vanilla = (plan(given)[name][2].config for name in ("clm", "exmate", "vanilla"))
+    assert [clm.objective, exmate.objective, vanilla.objective] == ["clm", "exmate", "plm"]
+    assert (clm.epochs, clm.fake_weight, clm.policy.ranks, clm.policy.resources.cpus) == (3, 0.5, 2, 3)
+    assert clm.policy.model == "policy" and clm.cluster.call_deadline_s == 7
+
+
+def test_a_variant_may_have_inputs_and_a_chain_of_its_own():
+    variants = [
+        {"name": "other", "inputs": {"policy": "other"}},
+        {"name": "before", "chain": ["evaluate"], "set": {"evaluate": {"model": "{policy}"}}},
+    ]
+    other, before = plan(study(variants=variants)).values()
+    assert other[0].config.policy == other[2].config.policy.model == "other"
+    assert [step.job for step in before] == ["evaluate"] and before[0].config.model == "policy"
+
+
+def test_the_cluster_has_room_for_the_step_that_asks_for_most():
+    common = settings()["common"]
+    common["finetune"]["policy"] |= {"ranks": 3, "resources": {"cpus": 2, "gpus": 1}}
+    common["generate"] |= {"rollout": {"workers": {"min": 1, "max": 9}, "resources": {"cpus": 1, "gpus": 0, "custom": {"spot": 1}}}}
+    for name in ATTRIBUTES:
+        common["generate"]["reward"][name] = {"model": name, "resources": {"cpus": 0.5, "gpus": 0}}
+    (steps,) = plan(study(common=common, variants=settings()["variants"][:1])).values()
+    assert most_demanded(steps) == {"CPU": 10, "GPU": 3, "spot": 9}  # 9 rollout workers and two reward models; three ranks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chain": ["generate", "align", "evaluate"]}, r"chain.1: Input should be .*'generate', 'distill'.*given: 'align'"),
+        ({"chain": ["generate", "distill"]}, "the chain of 'clm' is .'generate', 'distill'.: name each job once, evaluate last"),
+        ({"chain": ["finetune", "finetune", "evaluate"]}, "name each job once"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants are named 'a'"),
+        ({"variants": []}, "variants.*at least 1"),
+        ({"variants": [{"name": "a", "set": {"ppo": {"steps": 1}}}]}, "variant 'a' sets ppo, which is not in its chain"),
+        ({"variants": [{"name": "a", "set": {"distill": {"methd": "moec"}}}]}, "variant 'a', distill: .*unknown key 'methd': did you mean"),
+        ({"variants": [{"name": "a", "set": {"evaluate": {"model": "{ppo}/model"}}}]}, r"variant 'a', evaluate: \{ppo\}.*no earlier step"),
+        ({"variants": [{"name": "a", "set": {"generate": {"policy": "{evaluate}"}}}]}, r"\{evaluate\} .* no input and no earlier step"),
+        ({"inputs": {**INPUTS, "distill": "x"}}, "an input is named like a job, 'distill'"),
+        ({"inputs": {"policy": "policy"}}, r"variant 'clm', generate: \{\w+\} in '\{\w+\}' is no input"),
+        ({"world": "./gone"}, "gone.*holds no finished demo world"),
+        ({"inputs": {**INPUTS, "policy": "./gone"}}, "model directory './gone' does not exist"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2_before_anything_starts(tmp_path, changes, message):
+    overrides = [f"{key}={toml(value)}" for key, value in settings(**changes).items()]
+    (tmp_path / "empty.toml").write_text("")
+    arguments = ["study", str(tmp_path / "empty.toml"), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*arguments, *(part for override in overrides for part in ("--set", override))])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and "Traceback" not in output
+    assert re.search(message, output), output
+    assert not (tmp_path / "run").exists()
+
+
+def toml(value) -> str:
+    """A value as an inline TOML value."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(part)}" for key, part in value.items()) + "}"
+    return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list | tuple) else json.dumps(value)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tmp_path):
+    path = RECIPES / "studies" / f"{name}.toml"
+    planned = plan(load(StudyRecipe, path))
+    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5}[name]
+    assert len({steps[-1].folder for steps in planned.values()}) == len(planned)  # no two variants are the same
+    (tmp_path / "world.json").write_text(json.dumps({"facts": {}}))
+    small = plan(load(StudyRecipe, path, [f"world={tmp_path}"]))
+    for steps in small.values():
+        for step in steps:
+            text = json.dumps(step.config.model_dump(mode="json"))
+            assert "path/to" not in text and "hh-rlhf" not in text and '"gpus": 1' not in text
+            assert name == "models" or "meta-llama" not in text  # whose variants name models of their own
+            if step.job == "evaluate":
+                assert step.config.prompts == str(tmp_path / "test.jsonl")
+                assert step.config.judges.held_out.harmless.model == str(tmp_path / "held_out" / "harmless")
+
+
+# --- one real study ---
+
+
+@pytest.fixture(scope="module")
+def real(generated, models, prompt_file, tmp_path_factory) -> StudyRecipe:
+    """Two evaluations of one model, which is fine-tuned for two steps on one distillation."""
+    judges = {a: {"model": models[a]} for a in ATTRIBUTES}
+    engine = {"dtype": "float32", "max_model_tokens": 128, "kv_cache_gib": 0.05}
+    train = {"dtype": "float32", "zero_stage": 0, "gradient_checkpointing": False}
+    empty = tmp_path_factory.mktemp("recipes") / "empty.toml"
+    empty.write_text("")
+    return load(StudyRecipe, None, settings={
+        "out": str(tmp_path_factory.mktemp("study") / "run"), "title": "Two evaluations", "chain": ["distill", "finetune", "evaluate"],
+        "inputs": {"generated": str(generated[0].directory), "policy": models["policy"], "prompts": prompt_file},
+        "recipes": dict.fromkeys(("finetune", "evaluate"), str(empty)),
+        "cluster": {"placement_deadline_s": 30, "start_deadline_s": 240, "call_deadline_s": 120},
+        "common": {
+            "distill": {"data": "{generated}", "method": "vanilla"},
+            "finetune": {
+                "data": "{distill}", "steps": 2, "batch": {"sequences": 8}, "validation": {"share": 0},
+                "policy": {"model": "{policy}", "train": train},
+            },
+            "evaluate": {
+                "model": "{finetune}/model", "prompts": "{prompts}", "max_prompts": 2, "judges": {"optimisation": judges},
+                "measure": {"draws": 10}, "rollout": {"engine": engine}, "sampling": {"max_new_tokens": 8},
+            },
+        },
+        "variants": [{"name": "corners"}, {"name": "three levels", "set": {"evaluate": {"levels": [0.2, 0.6, 1.0]}}}],
+    })  # fmt: skip
+
+
+def test_a_study_shares_its_steps_is_reported_when_partly_done_and_reused(real, ray_cluster, capsys, monkeypatch):
+    import jobs.study
+
+    evaluate, called = jobs.study.evaluate, []
+
+    def stop_at_the_second(config):
+        called.append(config.name)
+        return 143 if len(called) == 2 else evaluate(config)
+
+    monkeypatch.setattr(jobs.study, "evaluate", stop_at_the_second)
+    assert run_study(real) == 143
+    (partly,) = collect([real.out]).studies
+    assert partly.title == "Two evaluations" and [(name, run is not None) for name, run in partly.rows] == [
+        ("corners", True), ("three levels", False)
+    ]  # fmt: skip
+
+    capsys.readouterr()
+    assert run_study(real) == 0
+    said = capsys.readouterr().out
+    steps = {name: chain for name, chain in plan(real).items()}
+    (distilled, tuned, first), (_, _, second) = steps.values()
+    assert said.count(f"{distilled.folder.name}, reused") == said.count(f"{tuned.folder.name}, reused") == 2
+    assert f"{first.folder.name}, reused" in said and f"[2/2] three levels: {second.folder.name}\n" in said
+    assert len(list((first.folder.parent).iterdir())) == 4 and called == ["corners", "three levels", "three levels"]
+
+    made = {path: path.stat().st_mtime_ns for path in first.folder.parent.rglob("*")}
+    monkeypatch.setattr(jobs.study, "connect", None)  # nothing is to be done, so there is no need for a cluster
+    assert run_study(real) == 0 and {path: path.stat().st_mtime_ns for path in first.folder.parent.rglob("*")} == made
+    (whole,) = collect([real.out]).studies
+    table = capsys.readouterr().out
+    for (name, run), step in zip(whole.rows, (first, second), strict=True):
+        assert run.metrics == json.loads((step.folder / "metrics.json").read_text()) and run.table.num_rows == {"corners": 8}.get(name, 18)
+        figures = [run.metrics["optimisation"][a][m]["value"] for a in ("harmless", "helpful") for m in ("mP", "MP", "Err", "BT")]
+        line = next(line for line in table.splitlines() if line.startswith(f"{name}, optimisation"))
+        assert [float(cell) for cell in line.split()[-8:]] == pytest.approx(figures, abs=6e-4)
