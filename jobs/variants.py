@@ -30,7 +30,10 @@ RECIPES = Path(__file__).parent / "recipes"
 KINDS = {"generate": GenerateRecipe, "distill": DistillRecipe, "finetune": FinetuneRecipe, "ppo": PPORecipe, "evaluate": EvaluateRecipe}
 # What a step has when it is finished.
 FINISHED = {"generate": "manifest.json", "distill": DISTILLED_REPORT, "finetune": "model", "ppo": "model", "evaluate": METRICS_FILE}
-UNHASHED = {"out", "cluster", "name"}  # no part of what a step makes
+# No part of what a step makes: where, on how much, how often it is saved and looked at.
+UNHASHED = {key: True for key in ("out", "cluster", "name", "evaluation", "checkpoint_every", "keep_checkpoints")} | {
+    "rollout": {"workers"}
+}
 JobName = Literal["generate", "distill", "finetune", "ppo", "evaluate"]
 Settings = dict[JobName, dict[str, Any]]
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")

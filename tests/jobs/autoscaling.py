@@ -1,5 +1,6 @@
 """A private, real autoscaling Ray cluster on this machine: a head in a process of its own, and raylets as nodes that come and go."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -13,8 +14,14 @@ from pathlib import Path
 
 _HEAD = "f" * 51 + "00000"  # the id by which Ray's test provider knows the head
 _STORE = 80 << 20
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 # A node whose raylet is killed is declared dead after about two seconds, not fourteen.
 _HEALTH = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 3}
+
+
+def end_with_parent() -> None:
+    """For preexec_fn: a head in a session of its own must not outlive tests that were killed."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -48,7 +55,12 @@ class AutoscalingCluster:
         ]  # fmt: skip
         self._log = open(Path(self.folder) / "head.log", "w+")
         self._head = subprocess.Popen(
-            command, env=os.environ | environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | environment,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
 
     def _settings(self, types: dict[str, dict], head_cpus: int, idle_s: float) -> dict:

@@ -71,7 +71,8 @@ def test_a_step_gets_the_folders_of_earlier_ones_and_the_inputs(tmp_path):
 
 def test_a_folder_is_named_after_what_is_made_and_not_after_where_and_on_how_much(tmp_path):
     base = folders(study(f"out={tmp_path / 'a'}"))
-    assert base == folders(study(f"out={tmp_path / 'b'}", "cluster.call_deadline_s=5", "title=Other"))
+    elsewhere = ["cluster.call_deadline_s=5", "title=Other", "common.generate.rollout.workers=2", "common.finetune.checkpoint_every=7"]
+    assert base == folders(study(f"out={tmp_path / 'b'}", *elsewhere))
     more = settings()["variants"] + [{"name": "plm", "set": {"finetune": {"objective": "plm"}}}]
     assert {name: steps for name, steps in folders(study(f"out={tmp_path}", variants=more)).items() if name in base} == base
     seeded = folders(study("seed=1"))
