@@ -26,7 +26,7 @@ def rows_of(layout: CritiqueLayout) -> pa.Table:
     return pa.concat_tables([store.read(i) for i in store.committed()])
 
 
-def test_every_sample_becomes_a_pair_or_is_set_aside_with_the_reason(critiqued, prompt_file, capsys):
+def test_every_sample_becomes_a_pair_or_is_set_aside_with_the_reason(critiqued, prompt_file):
     layout, config = critiqued
     rows, prompts = rows_of(layout).to_pylist(), {p.prompt_id: p for p in read_prompts(prompt_file)}
     assert Counter((r["prompt_id"], r["unit"], r["index"]) for r in rows) == Counter((p, 0, i) for p in prompts for i in range(3))
@@ -45,7 +45,7 @@ def test_every_sample_becomes_a_pair_or_is_set_aside_with_the_reason(critiqued, 
     manifest = json.loads(layout.sources.manifest.read_text())
     assert manifest["aside"] == Counter(a["reason"] for a in aside) and len(manifest["aside"]) >= 3
     assert manifest["counts"] | {"tokens": 0} == {"prompts": 40, "rows": 120, "pairs": len(pairs), "tokens": 0}
-    assert manifest["fingerprint"]["templates"]["marker"] == "e" and manifest["versions"]["vllm"]
+    assert manifest["fingerprint"]["templates"]["marker"] == "e" and manifest["versions"]["torch"]
 
 
 def test_the_turns_of_a_row_are_drawn_with_different_seeds(critiqued):
@@ -75,7 +75,7 @@ def test_a_finished_directory_needs_no_workers_and_another_recipe_is_refused(cri
     assert critique(config) == 0
     for change, named in (
         ("seed=6", "seed: 5 -> 6"),
-        ("templates.marker=a", 'templates.marker: "e" -> "a"'),
+        ("templates.marker=M", 'templates.marker: "e" -> "M"'),
         ("sampling.top_p=0.5", "sampling.top_p: 0.95 -> 0.5"),
     ):
         with pytest.raises(RunError, match=named):

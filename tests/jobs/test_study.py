@@ -94,6 +94,15 @@ def test_what_a_variant_sets_goes_before_what_is_common_and_that_before_the_reci
     assert clm.policy.model == "policy" and clm.cluster.call_deadline_s == 7
 
 
+def test_what_is_set_for_a_world_is_set_with_a_world_alone(tmp_path):
+    (tmp_path / "world.json").write_text(json.dumps({"facts": {}}))
+    common = {**settings()["common"], "distill": {"data": "{generate}", "per_cell": 2}}
+    extra = {"with_world": {"distill": {"per_cell": 3}}, "common": common}
+    alone, there = (plan(study(f"out={tmp_path}", **extra, **world))["clm"] for world in ({}, {"world": str(tmp_path)}))
+    assert [alone[1].config.per_cell, there[1].config.per_cell] == [2, 3]
+    assert there[0].config.policy == str(tmp_path / "policy") and there[2].config.policy.train.dtype == "float32"  # the demo's recipe
+
+
 def test_a_variant_may_have_inputs_and_a_chain_of_its_own():
     variants = [
         {"name": "other", "inputs": {"policy": "other"}},
