@@ -59,6 +59,7 @@ class TaskConfig(Section):
 
 class DPORecipe(OfflineRecipe):
     """Preference tuning. critiques: a directory of ctrlrl critique. max_length: tokens of prompt and answer.
+    nll_weight: of the better answer's negative log-likelihood (objectives/preference.py); 0 is DPO.
 
     method: "cst" makes two rows of each critique under opposite system prompts; "plain", the paper's baseline, takes the rewrite as the
     better answer without a system prompt.
@@ -69,6 +70,7 @@ class DPORecipe(OfflineRecipe):
     method: Literal["cst", "plain"] = "cst"
     tasks: tuple[TaskConfig, ...] = ()
     beta: float = Field(0.1, gt=0)
+    nll_weight: float = Field(0.0, ge=0)
     max_length: int = Field(2048, gt=1)
     skip_long: bool = False
     policy: PolicyConfig
@@ -107,7 +109,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     try:
         policy.wait_ready()
         held_out = partial(validate, policy, examples, reference, mixture, config.beta)
-        task = Task("dpo", train, partial(dpo_loss, beta=config.beta), held_out, partial(export, policy, tokenizer))
+        task = Task("dpo", train, partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight), held_out, partial(export, policy, tokenizer))
         run.begin()
         return train_offline(config, run, policy, task, epochs)
     finally:

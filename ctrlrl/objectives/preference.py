@@ -1,7 +1,7 @@
 """Objectives on preference pairs: direct preference optimisation of a policy, Bradley-Terry training of a reward model.
 
 Sources: [DPO] Rafailov et al., arXiv 2305.18290; [BT] Bradley and Terry, Biometrika 39 (1952), as used by Ouyang et al.,
-arXiv 2203.02155, eq. 1; [CST] Gallego, arXiv 2404.00495.
+arXiv 2203.02155, eq. 1; [CST] Gallego, arXiv 2404.00495; [RPO] Pang et al., arXiv 2404.19733, eq. 1.
 Legend of shape suffixes: B sequences of a micro-batch, P = B/2 pairs, T scored tokens of its longest sequence.
 Rows are interleaved (chosen, rejected, chosen, rejected, ...), so a TokenBatch of pairs has group = 2. Each function returns this
 micro-batch's share of the global loss and of the stats, Σ over its pairs / (batch.sequences / 2); shares add up. A pair without
@@ -14,18 +14,24 @@ from torch.nn.functional import logsigmoid
 from ctrlrl.data.batches import MicroBatch, TokenOutputs
 
 
-def dpo(outputs: TokenOutputs, batch: MicroBatch, *, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation ([DPO] eq. 7): -(1/pairs) Σ log σ(r⁺ - r⁻), r = β (log π(y) - log π_ref(y)).
+def dpo(
+    outputs: TokenOutputs, batch: MicroBatch, *, beta: float = 0.1, nll_weight: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimisation ([DPO] eq. 7): (1/pairs) Σ [-log σ(r⁺ - r⁻) + nll_weight nll⁺], r = β (log π(y) - log π_ref(y)).
 
     outputs.logprobs_BT: of the policy, differentiable; log π(y) is their sum over scored tokens. batch.columns: ref_logprob [B], the
     same sum under the reference. beta > 0. With π = π_ref the loss is ln 2 and the gradient -(β/2)(∇log π(y⁺) - ∇log π(y⁻)) a pair;
     swapping a pair, as the opposite system prompt of [CST] does, turns its margin's sign. β = 0 gives ln 2.
+    nll_weight >= 0 adds [RPO]'s term, nll⁺ = -log π(y⁺) / |y⁺|: the loss alone may lower both answers, and what they lose goes anywhere.
 
-    Stats: loss >= 0; accuracy in [0, 1], pairs with a positive margin; margin = r⁺ - r⁻; chosen_reward = r⁺; rejected_reward = r⁻.
+    Stats: loss >= 0; accuracy in [0, 1], pairs with a positive margin; margin = r⁺ - r⁻; chosen_nll = nll⁺; chosen_reward = r⁺;
+    rejected_reward = r⁻.
     """
     logprob_B = torch.where(batch.mask_BT, outputs.logprobs_BT, 0).sum(1)
     chosen_P, rejected_P = _pairs(beta * (logprob_B - batch.columns["ref_logprob"]))
-    loss, stats = _pairwise(chosen_P, rejected_P, batch)
+    nll_P = -(logprob_B / batch.mask_BT.sum(1).clamp(min=1))[0::2]
+    loss, stats = _pairwise(chosen_P, rejected_P, batch, nll_weight * nll_P)
+    stats["chosen_nll"] = _share(nll_P.detach(), batch)
     stats["chosen_reward"] = _share(chosen_P.detach(), batch)
     stats["rejected_reward"] = _share(rejected_P.detach(), batch)
     return loss, stats

@@ -32,10 +32,20 @@ def test_dpo_by_hand(cut, beta):
     loss, stats, grads = cut(lambda o, b: dpo(o, b, beta=beta), rows, 4)
     assert loss == pytest.approx((-math.log(sigmoid(2 * beta)) - math.log(sigmoid(-3 * beta))) / 2)
     expected = {"loss": loss, "accuracy": 0.5, "margin": -0.5 * beta, "chosen_reward": 0.5 * beta, "rejected_reward": beta}
+    expected["chosen_nll"] = (1.5 + 1.0) / 2
     assert stats == pytest.approx(expected)
     # -β σ(-margin) / pairs on every chosen token, the opposite on every rejected one.
     push = [beta * sigmoid(-2 * beta) / 2, beta * sigmoid(3 * beta) / 2]
     assert [g.tolist() for g in grads] == [pytest.approx(x) for x in ([-push[0]] * 2, [push[0]], [-push[1]], [push[1]] * 3)]
+
+
+def test_dpo_with_the_likelihood_of_the_better_answer(cut):
+    rows = with_reference(((-1.0, -2.0), -3.0), ((-2.0,), -2.0), ((-1.0,), -1.0), ((-2.0, -2.0), -4.0))
+    loss, _, grads = cut(lambda o, b: dpo(o, b, beta=0.2, nll_weight=0.5), rows, 4)
+    assert loss == pytest.approx(math.log(2) + 0.5 * (1.5 + 1.0) / 2)
+    push, pull = 0.2 / 2 / 2, 0.5 / 2  # of ln σ, of the likelihood, a pair
+    expected = ([-push - pull / 2] * 2, [push], [-push - pull], [push] * 2)
+    assert [g.tolist() for g in grads] == [pytest.approx(x) for x in expected]
 
 
 def test_dpo_at_the_reference_is_ln_2(cut, rows):
@@ -43,6 +53,7 @@ def test_dpo_at_the_reference_is_ln_2(cut, rows):
     some = [(logprobs, {"ref_logprob": logprobs.sum().item()}) for logprobs, _ in some]
     loss, stats, grads = cut(dpo, some, 4)
     assert loss == pytest.approx(math.log(2), rel=1e-12)
+    assert stats.pop("chosen_nll") > 0
     assert stats == pytest.approx({"loss": loss, "accuracy": 0, "margin": 0, "chosen_reward": 0, "rejected_reward": 0}, abs=1e-12)
     # The default β = 0.1: -(β/2) / pairs on chosen tokens.
     assert [grad[0].item() for grad in grads] == pytest.approx([-0.025, 0.025, -0.025, 0.025])
