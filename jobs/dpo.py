@@ -109,7 +109,8 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     try:
         policy.wait_ready()
         held_out = partial(validate, policy, examples, reference, mixture, config.beta)
-        task = Task("dpo", train, partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight), held_out, partial(export, policy, tokenizer))
+        loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
+        task = Task("dpo", train, loss, held_out, partial(export, policy, tokenizer))
         run.begin()
         return train_offline(config, run, policy, task, epochs)
     finally:

@@ -6,7 +6,6 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-
 _LINE_EVERY_S = 2.0  # in a log, but for the first and the last line
 
 

@@ -62,6 +62,7 @@ def pools():
 
 def test_every_item_is_answered_once_and_in_its_place(worker_class, pools):
     pools.append(pool := make_pool(worker_class, 3))
+    pool.wait_ready()
     futures = [pool.submit(lambda w, x=x: w.square.remote(x)) for x in range(50)]
     assert [f.result(60) for f in futures] == [x * x for x in range(50)]
     assert len(set(pool.pids())) == 3 and pool.replaced == 0

@@ -39,6 +39,7 @@ class Bare:
         self.llm = LLM(
             model=model, skip_tokenizer_init=True, dtype=engine.dtype, max_model_len=engine.max_model_tokens, enforce_eager=True,
             kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30), max_num_seqs=engine.max_concurrent, block_size=32,
+            enable_chunked_prefill=False,  # vLLM's seeded sampling on CPU cannot split a prefill
         )  # fmt: skip
 
     def vllm(self, requests, sampling, ends):

@@ -48,6 +48,7 @@ class Bare:
         self.llm = LLM(
             model=model, skip_tokenizer_init=True, dtype=ENGINE.dtype, max_model_len=ENGINE.max_model_tokens, enforce_eager=True,
             kv_cache_memory_bytes=int(ENGINE.kv_cache_gib * 2**30), max_num_seqs=ENGINE.max_concurrent, block_size=32,
+            enable_chunked_prefill=False,  # vLLM's seeded sampling on CPU cannot split a prefill
         )  # fmt: skip
 
     def generate(self, requests, ends):

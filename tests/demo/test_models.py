@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_policy(tmp_path):
 
 
 def test_training_learns(tmp_path):
-    row = Conversation(({"role": "user", "content": "How?"},), "Sure:", "Sure: like this.", 3.0)
+    row = Conversation(({"role": "user", "content": "How?"},), "Sure:", "Sure: like this.", 1.0)
     figures = train_policy(tmp_path / "policy", [row] * 640, 300, 64, 1, batch=16, seed=0)
     assert figures["loss"] < 0.5
     pairs = preferences(WORLD, WORLD.train_prompts, "harmless", False, 640, seed=0)
