@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 _HEAD = "f" * 51 + "00000"  # the id by which Ray's test provider knows the head
+_HEAD_TYPE = "ray.head.default"  # the name that Ray's fake provider gives the head's type
 _STORE = 80 << 20
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 # A node whose raylet is killed is declared dead after about two seconds, not fourteen.
@@ -44,7 +45,7 @@ class AutoscalingCluster:
         settings.write_text(json.dumps(self._settings(types, head_cpus, idle_s)))
         environment = {
             "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_TMPDIR": self.folder, "RAY_enable_autoscaler_v2": "1",
-            "RAY_CLOUD_INSTANCE_ID": _HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD, "RAY_NODE_TYPE_NAME": "head",
+            "RAY_CLOUD_INSTANCE_ID": _HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD, "RAY_NODE_TYPE_NAME": _HEAD_TYPE,
             "PYTHONPATH": str(Path(__file__).parent), **{f"RAY_health_check_{name}": str(value) for name, value in _HEALTH.items()},
         }  # fmt: skip
         command = [
@@ -74,8 +75,10 @@ class AutoscalingCluster:
         }  # fmt: skip
         head = {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0}
         return {
-            **empty, "cluster_name": "test", "max_workers": 8, "provider": provider, "head_node_type": "head", "upscaling_speed": 1000,
-            "available_node_types": {"head": head, **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in types.items()}},
+            **empty, "cluster_name": "test", "max_workers": 8, "provider": provider, "head_node_type": _HEAD_TYPE, "upscaling_speed": 1000,
+            "available_node_types": {
+                _HEAD_TYPE: head, **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in types.items()},
+            },
             "idle_timeout_minutes": idle_s / 60, "auth": {}, "file_mounts": {}, "file_mounts_sync_continuously": False, "docker": {},
         }  # fmt: skip
 
