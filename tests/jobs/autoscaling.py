@@ -83,7 +83,7 @@ class AutoscalingCluster:
         }  # fmt: skip
 
     def __enter__(self) -> "AutoscalingCluster":
-        end = time.monotonic() + 90
+        end = time.monotonic() + 240
         while "Ray runtime started" not in self.log():
             assert self._head.poll() is None and time.monotonic() < end, self.log()
             time.sleep(0.1)

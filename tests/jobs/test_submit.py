@@ -42,7 +42,7 @@ def head():
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(120):
+        for _ in range(480):  # half seconds, on a busy machine
             try:
                 urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).read()
                 break
@@ -66,7 +66,7 @@ def start(*command: str) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=800)
     return process.returncode, output
 
 
@@ -74,7 +74,7 @@ def ctrlrl_submit(address: str, *arguments: str) -> subprocess.Popen:
     return start(sys.executable, "-m", "ctrlrl.cli", "submit", "--address", address, *arguments)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_jobs_run_side_by_side_and_give_their_own_exit_codes(head, ppo_overrides, generate_overrides, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("seed = 3\n")
