@@ -98,7 +98,7 @@ def test_jobs_run_side_by_side_and_give_their_own_exit_codes(head, ppo_overrides
     told = [line for line in output.splitlines() if "follow it with: ray job logs" in line]
     assert code == 0 and len(told) == 1, output
     with urllib.request.urlopen(f"{head}/api/jobs/", timeout=30) as jobs:
-        assert told[0].split(":")[0] in {job["submission_id"] for job in json.load(jobs)}
+        assert told[0].split("--follow ")[1].split(";")[0] in {job["submission_id"] for job in json.load(jobs)}
 
 
 # --- without a cluster ---
