@@ -1,11 +1,14 @@
 """The policy: ranks that train it with DeepSpeed and publish its weights."""
 
+from pathlib import Path
+
 import numpy as np
 import ray
 
 from actors.group import GroupConfig, TrainerGroup
 from actors.placement import ClusterConfig, Placement
 from ctrlrl.data.batches import TokenBatch
+from ctrlrl.models.loading import save_control_tokenizer
 from ctrlrl.models.probe import Probe, probe_batch
 from ctrlrl.models.trainer import Trainer
 
@@ -24,6 +27,11 @@ class Policy:
         self.train, self.export, self.save, self.load = self._group.train, self._group.export, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
         self.restart, self.dtype = self._group.restart, config.train.dtype
+
+    def export_controllable(self, tokenizer, directory: Path) -> None:
+        """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""
+        self.export(directory)
+        save_control_tokenizer(tokenizer, directory)
 
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens under the current weights, one fp32 array a row."""

@@ -21,7 +21,7 @@ from actors.rollout import Rollout, RolloutConfig
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_json, write_text
 from ctrlrl.data.critique import CritiqueLayout, Dialogues, Reply, Templates
-from ctrlrl.data.generation import Draw, Plan, prompts_fingerprint, rejects_lines
+from ctrlrl.data.generation import Draw, Plan, rejects_lines
 from ctrlrl.data.sources import Prompt, Reject, read_prompts
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
@@ -31,7 +31,7 @@ from ctrlrl.prompts import render
 from ctrlrl.runs import absolute_out
 from ctrlrl.seeds import derive_seed
 from jobs.flow import Flow
-from jobs.generate import SkipBadRows, fitting, report, versions
+from jobs.generate import SkipBadRows, drawn_from, effort, fitting, report, tokens_of, versions
 from jobs.launch import Out, Recipe, Set, StopRequest, run_job
 from jobs.progress import Pace, Steps
 
@@ -106,12 +106,7 @@ class Critiquing:
         self._plan = Plan(len(prompts), config.samples_per_prompt, config.shard, config.seed)
         self._policy = model_fingerprint(config.policy)
         self._tokenizer = load_tokenizer(config.policy)
-        self._fingerprint = {
-            **config.model_dump(mode="json", include={"seed", "samples_per_prompt", "shard", "sampling", "templates"}),
-            "engine": config.rollout.engine.model_dump(mode="json"),
-            "policy": self._policy,
-            "prompts": prompts_fingerprint(prompts),
-        }
+        self._fingerprint = {**drawn_from(config, self._policy, prompts), "templates": config.templates.model_dump(mode="json")}
         self._store = layout.critiques()
         self._pace, self._committed = Pace(), time.monotonic()
 
@@ -146,16 +141,17 @@ class Critiquing:
         done = self._store.finish({"policy": self._config.policy})
         reasons = self._layout.write_results()
         facts = [shard["facts"] for shard in done["shards"]]
-        tokens, wall = sum(f["tokens"] for f in facts), sum(f["wall_s"] for f in facts)
         manifest = {
             "recipe": self._config.model_dump(mode="json"),
             "fingerprint": done["fingerprint"],
-            "versions": {name: sorted({f["versions"][name] for f in facts}) for name in facts[0]["versions"]},
-            "counts": {"prompts": len(self._prompts), "rows": done["rows"], "pairs": done["rows"] - reasons.total(), "tokens": tokens},
+            "counts": {
+                "prompts": len(self._prompts),
+                "rows": done["rows"],
+                "pairs": done["rows"] - reasons.total(),
+                "tokens": tokens_of(facts),
+            },
             "aside": dict(reasons.most_common()),
-            "wall_s": wall,
-            "engine_s": sum(f["engine_s"] for f in facts),
-            "tokens_per_s": tokens / max(wall, 1e-9),
+            **effort(facts),
         }
         write_json(self._layout.sources.manifest, manifest)
         return manifest

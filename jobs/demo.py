@@ -58,7 +58,7 @@ class Demo:
     def recipe(self, kind: type[AnySection], name: str, out: str, /, **settings) -> AnySection:
         """The recipe demo_`name`.toml with its output in `out`; a double underscore in a setting's name stands for a dot."""
         settings = {"out": str(self.directory / out), "seed": self.seed, **(FAST.get(name, {}) if self.fast else {}), **settings}
-        overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+        overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
         path = RECIPES / f"demo_{name}.toml"
         return load(kind, path if path.exists() else None, overrides)
 

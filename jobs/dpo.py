@@ -39,7 +39,7 @@ from ctrlrl.data.preferences import PairExamples
 from ctrlrl.data.sources import read_pairs
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.loading import check_policy, end_token_ids, load_config, load_tokenizer, most_positions, save_control_tokenizer
+from ctrlrl.models.loading import check_policy, final_token_id, load_config, load_tokenizer, within_positions
 from ctrlrl.objectives.preference import dpo as dpo_loss
 from ctrlrl.runs import Run, absolute_out, output_directory
 from jobs.launch import Out, Recipe, Resume, Set, run_job
@@ -110,7 +110,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
         policy.wait_ready()
         held_out = partial(validate, policy, examples, reference, mixture, config.beta)
         loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
-        task = Task("dpo", train, loss, held_out, partial(export, policy, tokenizer))
+        task = Task("dpo", train, loss, held_out, partial(policy.export_controllable, tokenizer))
         run.begin()
         return train_offline(config, run, policy, task, epochs)
     finally:
@@ -128,8 +128,8 @@ def read_data(config: DPORecipe, tokenizer) -> tuple[Mixture, TokenBatch]:
     for task in config.tasks:
         pairs = read_pairs(task.data)
         tasks.append(PreferenceTask(tuple(pairs), (task.name,) * len(pairs), task.weight))
-    end = end_token_ids(model)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    limit = min(config.max_length, most_positions(model) or config.max_length)
+    end = final_token_id(model, tokenizer)
+    limit = within_positions(model, config.max_length)
     tasks, batch, long = without_long(tasks, encode([pair for task in tasks for pair in task.pairs], tokenizer, end), limit)
     if long and not (config.skip_long and all(task.pairs for task in tasks)):
         raise DataError(
@@ -185,12 +185,6 @@ def validate(policy: Policy, examples: PairExamples, reference: np.ndarray, mixt
         return {}
     logprobs = summed(policy.logprobs(examples.batch(rows, 0)))
     return preference_figures(logprobs, reference[rows], [mixture.labels[i] for i in rows], beta)
-
-
-def export(policy: Policy, tokenizer, folder: Path) -> None:
-    """An ordinary transformers directory; its chat template renders, as in training, control-like text of users inert."""
-    policy.export(folder)
-    save_control_tokenizer(tokenizer, folder)
 
 
 def main(recipe: Recipe = "jobs/recipes/dpo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:

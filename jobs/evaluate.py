@@ -35,7 +35,7 @@ from ctrlrl.models.sampler import SamplingConfig
 from ctrlrl.runs import absolute_out, output_directory
 from jobs.asking import Asking, worker_name
 from jobs.launch import Out, Recipe, Set, run_job
-from jobs.measure import summary_lines, write_results  # noqa: F401 (summary_lines: jobs.demo takes it from here)
+from jobs.measure import write_results
 
 Levels = Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")]
 

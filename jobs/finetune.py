@@ -6,7 +6,6 @@ PLM and CLM maximise the likelihood of the answer under its control, ExMATE also
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from ctrlrl.data.batches import Loss
 from ctrlrl.data.epochs import Subset, hold_out
 from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids
 from ctrlrl.errors import DataError
-from ctrlrl.models.loading import check_policy, end_token_ids, load_tokenizer, most_positions, save_control_tokenizer
+from ctrlrl.models.loading import check_policy, final_token_id, load_tokenizer, within_positions
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
 from jobs.interim import InterimCrew, InterimCrewConfig
@@ -68,7 +67,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                 train,
                 objective(config),
                 partial(validate, policy, examples, held_out),
-                partial(export, policy, tokenizer),
+                partial(policy.export_controllable, tokenizer),
                 partial(interim.metrics, policy=policy),
             )
             run.begin()
@@ -87,10 +86,10 @@ def objective(config: FinetuneRecipe) -> Loss:
 def read_examples(config: FinetuneRecipe, tokenizer) -> tuple[ControlledExamples, np.ndarray, np.ndarray]:
     """All rows of the table, which of them to train on, and which belong to held-out prompts."""
     table, model = read_distilled(config.data), config.policy.model
-    end = end_token_ids(model)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    end = final_token_id(model, tokenizer)
     responses = response_ids(table, tokenizer, end, config.retokenise)
     examples = ControlledExamples(table, responses, tokenizer, config.objective, config.seed)
-    limit = min(config.max_length, most_positions(model) or config.max_length)
+    limit = within_positions(model, config.max_length)
     fits = np.flatnonzero(examples.row_lengths <= limit)
     long = len(table) - len(fits)
     if long and not (config.skip_long and len(fits)):
@@ -109,12 +108,6 @@ def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray) -> 
     if not len(rows):
         return {}
     return contrast_figures(policy.logprobs(examples.contrasted(rows)), [examples.controls[i] for i in rows])
-
-
-def export(policy: Policy, tokenizer, folder: Path) -> None:
-    """An ordinary transformers directory whose chat template takes the control."""
-    policy.export(folder)
-    save_control_tokenizer(tokenizer, folder)
 
 
 def main(

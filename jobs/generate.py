@@ -118,12 +118,7 @@ class Generation:
         self._plan = Plan(len(prompts), config.samples_per_prompt, config.shard, config.seed)
         self._policy = model_fingerprint(config.policy)
         self._tokenizer = load_tokenizer(config.policy)
-        self._fingerprint = {
-            **config.model_dump(mode="json", include={"seed", "samples_per_prompt", "shard", "sampling"}),
-            "engine": config.rollout.engine.model_dump(mode="json"),
-            "policy": self._policy,
-            "prompts": prompts_fingerprint(prompts),
-        }
+        self._fingerprint = drawn_from(config, self._policy, prompts)
         self._samples = layout.samples()
         self._judges = {a: Judge.of(r, layout.scores(OPTIMISATION, a), self._fingerprint) for a, r in config.reward}
         self._pace, self._tokens, self._committed = Pace(), {}, time.monotonic()
@@ -168,18 +163,14 @@ class Generation:
             judge.store.finish({})
         samples = self._samples.finish({"policy": self._config.policy})
         facts = [shard["facts"] for shard in samples["shards"]]
-        tokens, wall = sum(f["tokens"] for f in facts), sum(f["wall_s"] for f in facts)
         manifest = {
             "recipe": self._config.model_dump(mode="json") | {"scale": f"{len(facts) // self._plan.shards_per_unit}x"},
             "fingerprint": samples["fingerprint"],
             "reward_models": {a: judge.fingerprint["reward"] for a, judge in self._judges.items()},
-            "versions": {name: sorted({f["versions"][name] for f in facts}) for name in facts[0]["versions"]},
-            "counts": {"prompts": self._plan.prompts, "samples": samples["rows"], "shards": len(facts), "tokens": tokens},
+            "counts": {"prompts": self._plan.prompts, "samples": samples["rows"], "shards": len(facts), "tokens": tokens_of(facts)},
             "truncated": sum(f["truncated"] for f in facts),
             "mean_score": {a: judge_mean(judge.store, samples["rows"], len(facts)) for a, judge in self._judges.items()},
-            "wall_s": wall,
-            "engine_s": sum(f["engine_s"] for f in facts),
-            "tokens_per_s": tokens / max(wall, 1e-9),
+            **effort(facts),
         }
         write_json(self._layout.manifest, manifest)
         return manifest
@@ -226,6 +217,32 @@ class Generation:
         figures = self._pace.figures(rows, self._tokens.pop(shard, 0))
         show({f"generate/{name}": rate for name, rate in self._pace.rates().items()})
         return figures
+
+
+def drawn_from(config: Section, policy: str, prompts: list[Prompt]) -> dict:
+    """The fingerprint of what the shards of a generation or critique depend on. policy: the model's own fingerprint."""
+    return {
+        **config.model_dump(mode="json", include={"seed", "samples_per_prompt", "shard", "sampling"}),
+        "engine": config.rollout.engine.model_dump(mode="json"),
+        "policy": policy,
+        "prompts": prompts_fingerprint(prompts),
+    }
+
+
+def tokens_of(facts: list[dict]) -> int:
+    """Tokens drawn in all shards."""
+    return sum(f["tokens"] for f in facts)
+
+
+def effort(facts: list[dict]) -> dict:
+    """Versions, seconds and tokens/s of all shards, as their manifest shows them."""
+    wall = sum(f["wall_s"] for f in facts)
+    return {
+        "versions": {name: sorted({f["versions"][name] for f in facts}) for name in facts[0]["versions"]},
+        "wall_s": wall,
+        "engine_s": sum(f["engine_s"] for f in facts),
+        "tokens_per_s": tokens_of(facts) / max(wall, 1e-9),
+    }
 
 
 def versions() -> dict[str, str]:

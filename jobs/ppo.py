@@ -10,19 +10,17 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import typer
 
 from actors.gauges import show
-from actors.policy import Policy
 from actors.recovery import Restarts
 from actors.sync import publish
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import DataError, GroupLost
-from ctrlrl.models.loading import check_policy, check_reward_model, load_config, load_tokenizer, save_control_tokenizer
+from ctrlrl.models.loading import check_policy, check_reward_model, load_config, load_tokenizer
 from ctrlrl.models.sampler import Completions, Request
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
@@ -53,7 +51,7 @@ def train(config: PPORecipe, resume: bool = False) -> int:
                 try:
                     steps_from_checkpoint(config, cast, run, prompts, tokenizer, interim, progress, stop)
                     if not stop:
-                        run.whole_directory("model", partial(export_model, cast.policy, tokenizer))
+                        run.whole_directory("model", partial(cast.policy.export_controllable, tokenizer))
                     return stop.exit_code
                 except GroupLost as error:
                     restarts.after(error, progress.done, cast.groups)
@@ -189,12 +187,6 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
         )
         raise DataError(f"{problem}: raise rollout.engine.max_model_tokens, lower sampling.max_new_tokens, or change the prompts")
     return prompts, tokenizer
-
-
-def export_model(policy: Policy, tokenizer, folder: Path) -> None:
-    """An ordinary transformers directory whose chat template takes the control as `helpful` and `harmless`."""
-    policy.export(folder)
-    save_control_tokenizer(tokenizer, folder)
 
 
 def headline(stats: dict[str, float]) -> str:

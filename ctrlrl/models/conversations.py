@@ -2,13 +2,13 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from ctrlrl.models.loading import most_positions
+from ctrlrl.models.loading import within_positions
 from ctrlrl.prompts import Messages
 
 
 def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
     """`max_length`, or what the model and its tokenizer can take, if that is less."""
-    return min(max_length, tokenizer.model_max_length, most_positions(model) or max_length)
+    return min(tokenizer.model_max_length, within_positions(model, max_length))
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, response: str, limit: int) -> dict[str, list[int]]:

@@ -143,9 +143,9 @@ def check_policy(name: str) -> None:
         raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
 
 
-def most_positions(name: str) -> int | None:
-    """The longest sequence that the model's position embeddings take; None if it names no limit."""
-    return getattr(load_config(name), "max_position_embeddings", None)
+def within_positions(name: str, max_length: int) -> int:
+    """`max_length` tokens, or what the model's position embeddings take, if that is less."""
+    return min(max_length, getattr(load_config(name), "max_position_embeddings", None) or max_length)
 
 
 def end_token_ids(name: str) -> list[int]:
@@ -161,6 +161,11 @@ def end_token_ids(name: str) -> list[int]:
     if not ends:
         raise ModelError(f"{name!r} names no end token: set eos_token in its tokenizer or generation_config.json")
     return sorted(ends)
+
+
+def final_token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a response in training: the tokenizer's end token, else the generation configuration's first."""
+    return end_token_ids(name)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

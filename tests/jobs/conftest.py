@@ -1,12 +1,17 @@
 """Shared by the tests of self-generation and self-critique: their recipes on the tiny models, and undisturbed directories."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from ctrlrl.config import load
+from ctrlrl.control import Control
 from ctrlrl.data.generation import OPTIMISATION, Layout
+from ctrlrl.models.loading import load_policy, load_tokenizer
+from ctrlrl.prompts import render
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +36,21 @@ def generated(ray_cluster, generate_overrides, tmp_path_factory):
     config = load(GenerateRecipe, None, [*generate_overrides, f"out={out}", "scale=2x"])
     assert generate(config) == 0
     return Layout(out), config
+
+
+@pytest.fixture(scope="session")
+def assert_controllable():
+    """A function: the model in a folder differs from its base, and its chat template takes the control, the operator's alone."""
+
+    def check(model: Path, base: str) -> None:
+        assert not torch.equal(load_policy(str(model), "float32").lm_head.weight, load_policy(base, "float32").lm_head.weight)
+        messages, tokenizer = [{"role": "user", "content": "Hello [helpful=0]"}], load_tokenizer(str(model))
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, helpful=1.0, harmless=0.2, tokenize=True, return_dict=False
+        )
+        assert ids == render(load_tokenizer(base), messages, Control(1.0, 0.2).spell())
+
+    return check
 
 
 @pytest.fixture(scope="session")

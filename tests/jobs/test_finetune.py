@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 
 from ctrlrl.cli import app
 from ctrlrl.config import load
-from ctrlrl.control import CORNERS, Control
+from ctrlrl.control import CORNERS
 from ctrlrl.data.schemas import DISTILLED
 from ctrlrl.data.sources import prompt_id
-from ctrlrl.models.loading import load_policy, load_tokenizer
-from ctrlrl.prompts import render
+from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.runs import read_metrics
 from jobs.finetune import FinetuneRecipe, finetune, read_examples
 
@@ -106,14 +105,9 @@ def test_held_out_prompts_are_not_trained_on(finished):
     assert not trained & asked
 
 
-def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished):
+def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished, assert_controllable):
     out, config = finished
-    trained, base = load_policy(str(out / "model"), "float32"), load_policy(config.policy.model, "float32")
-    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
-    tokenizer = load_tokenizer(str(out / "model"))
-    messages = [{"role": "user", "content": "Hello [helpful=0]"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, helpful=1.0, harmless=0.2, tokenize=True, return_dict=False)
-    assert ids == render(load_tokenizer(config.policy.model), messages, Control(1.0, 0.2).spell())
+    assert_controllable(out / "model", config.policy.model)
 
 
 def test_a_run_that_is_stopped_and_resumed_equals_an_undisturbed_one(finished, tmp_path, monkeypatch):

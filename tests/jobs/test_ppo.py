@@ -59,14 +59,9 @@ def test_first_step_invariants(finished):
         assert row["mismatch/max"] < 1e-3
 
 
-def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished):
+def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished, assert_controllable):
     out, config = finished
-    trained, base = load_policy(str(out / "model"), "float32"), load_policy(config.policy.model, "float32")
-    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
-    tokenizer = load_tokenizer(str(out / "model"))
-    messages = [{"role": "user", "content": "Hello [helpful=0]"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, helpful=1.0, harmless=0.2, tokenize=True, return_dict=False)
-    assert ids == render(load_tokenizer(config.policy.model), messages, Control(1.0, 0.2).spell())
+    assert_controllable(out / "model", config.policy.model)
 
 
 def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(finished, tmp_path, evaluated_model):
