@@ -6,6 +6,7 @@ import torch
 
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.errors import ModelError
+from ctrlrl.models import forward
 from ctrlrl.models.forward import SEGMENTS, PolicyModule, ValueModule, attention_for, lay_out, micro_batch
 from ctrlrl.models.loading import load_policy, load_value_model
 
@@ -75,6 +76,28 @@ def test_later_tokens_and_neighbours_do_not_matter(models):
     cut = TokenBatch([BATCH.tokens[1][:20]], np.array([3]), {}, {})
     assert torch.allclose(alone, among, atol=2e-6)
     assert torch.allclose(module(lay_out(cut, "packed", CPU))[0][0], alone[:17], atol=2e-6)
+
+
+def test_the_flash_kernel_of_cuda_is_asked_for_the_same_attention(monkeypatch):
+    """Its place is taken by what its documentation says, since it runs on a GPU only."""
+
+    def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == cu_seq_q.diff().max()
+        assert window_size == (-1, 0) and enable_gqa
+        out = torch.empty_like(query)
+        for start, end in zip(cu_seq_q[:-1], cu_seq_q[1:], strict=True):
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
+            scores = (q @ k.transpose(1, 2) * scale).masked_fill(torch.ones(end - start, end - start).triu(1).bool(), -torch.inf)
+            out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1)
+        return out
+
+    monkeypatch.setattr(forward, "varlen_attn", documented)
+    laid_out = lay_out(BATCH, "packed", CPU).model
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 61, 8, generator=generator) for heads in (4, 2, 2))
+    wanted, _ = forward._segment_attention(None, q, k, v, None, scaling=0.3, segments=laid_out["segments"])
+    found = forward._flash_attention(q, k, v, 0.3, max(laid_out["segments"]), laid_out["starts"])
+    assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_packing_is_refused_for_windowed_attention(models):
