@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 
+# Every worker is a Python process: without cached byte code each would compile its imports again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test lint clean
 
 install: $(VENV)/installed

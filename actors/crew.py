@@ -1,6 +1,8 @@
 """The workers of jobs that answer and judge without training: a rollout pool and any number of reward models, started together."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
 from actors.reward import Reward, RewardConfig
@@ -19,6 +21,14 @@ class Crew:
         """Return when every worker has loaded its model."""
         for handle in self._handles():
             handle.wait_ready()
+
+    @contextmanager
+    def answered_by(self, cluster: ClusterConfig, rollout: RolloutConfig, policy: str) -> "Iterator[Crew]":
+        """The same reward workers beside a rollout pool of `policy`, which ends with the context: one set of judges for many models."""
+        place = reserve(demands_of({}, rollout), cluster)
+        with replace(self, rollout=Rollout(rollout, policy, place, cluster), rewards={}, placement=place) as answering:
+            answering.wait_ready()
+            yield replace(self, rollout=answering.rollout)
 
     def __enter__(self) -> "Crew":
         return self

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
+from actors.crew import start_crew
 from actors.placement import ClusterConfig, connect
 from ctrlrl.config import AnySection, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
@@ -32,7 +34,7 @@ from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
 from jobs.dpo import DPORecipe, dpo
-from jobs.evaluate import EvaluateRecipe, evaluate, judging_crew
+from jobs.evaluate import EvaluateRecipe, evaluate, reward_workers
 from jobs.finetune import FinetuneRecipe, finetune
 from jobs.generate import GenerateRecipe, generate
 from jobs.launch import mistakes_told
@@ -110,17 +112,17 @@ class Demo:
 
     def evaluate(self) -> int:
         """Every method that was trained, and the uncontrolled policy under both baselines."""
-        untrained = [self.evaluation(name) for name in UNTRAINED]
-        if not all(map(_measured, untrained)):
-            with judging_crew(untrained[0]) as crew:
-                crew.wait_ready()
-                for config in untrained:
-                    if code := evaluate(config, crew):
-                        return code
-        for name in TRAINED:
-            config = self.evaluation(name)
-            if Path(config.model).is_dir() and not _measured(config) and (code := evaluate(config)):
-                return code
+        configs = [self.evaluation(name) for name in (*UNTRAINED, *TRAINED)]
+        todo = [config for config in configs if Path(config.model).is_dir() and not (Path(config.out) / METRICS_FILE).exists()]
+        if not todo:
+            return 0
+        with start_crew(todo[0].cluster, reward_workers(todo[0])) as judges:
+            judges.wait_ready()
+            for model, group in groupby(todo, lambda config: config.model):
+                with judges.answered_by(todo[0].cluster, todo[0].rollout, model) as crew:
+                    for config in group:
+                        if code := evaluate(config, crew):
+                            return code
         return 0
 
     def evaluation(self, name: str) -> EvaluateRecipe:
@@ -188,10 +190,6 @@ def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_st
                 return code
     print(f"{time.monotonic() - began:.0f} s", flush=True)
     return 0
-
-
-def _measured(config: EvaluateRecipe) -> bool:
-    return (Path(config.out) / METRICS_FILE).exists()
 
 
 def summary(methods: dict[str, dict]) -> dict:

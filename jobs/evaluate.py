@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from actors.crew import Crew, start_crew
 from actors.placement import ClusterConfig
-from actors.reward import RewardModels
+from actors.reward import RewardConfig, RewardModels
 from actors.rollout import RolloutConfig
 from ctrlrl.config import Section, dump
 from ctrlrl.control import HIGH, LOW, grid
@@ -129,8 +129,12 @@ def ask(config: EvaluateRecipe, asking: Asking, store: ShardStore, identity: dic
 
 def judging_crew(config: EvaluateRecipe) -> Crew:
     """Start a rollout pool of config.model and the workers of config.judges; a context. Evaluations of the same model can share one."""
-    rewards = {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
-    return start_crew(config.cluster, rewards, config.rollout, config.model)
+    return start_crew(config.cluster, reward_workers(config), config.rollout, config.model)
+
+
+def reward_workers(config: EvaluateRecipe) -> dict[str, RewardConfig]:
+    """The reward models of config.judges, by the names of their workers."""
+    return {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
 
 
 def cells_of(config: EvaluateRecipe) -> list[Cell]:

@@ -49,11 +49,14 @@ def recipe(overrides, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crew(ray_cluster, recipe):
-    from jobs.evaluate import judging_crew
+    """Judges first and the answering pool beside them, as the demo has it; evaluations without a crew start both at once."""
+    from actors.crew import start_crew
+    from jobs.evaluate import reward_workers
 
-    with judging_crew(recipe("control")) as started:
-        started.wait_ready()
-        yield started
+    config = recipe("control")
+    with start_crew(config.cluster, reward_workers(config)) as judges:
+        with judges.answered_by(config.cluster, config.rollout, config.model) as crew:
+            yield crew
 
 
 @pytest.fixture(scope="module")
