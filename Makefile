@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/ctrlrl demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

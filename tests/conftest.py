@@ -1,4 +1,4 @@
-"""Shared by all tests: a private Ray cluster for the session, tiny models, and a check that nothing is left running.
+"""Shared by all tests: a private Ray cluster for each process that runs some, tiny models, and a check that nothing is left running.
 
 The environment is set before Ray is imported; logical CPUs are over-committed, since tiny workers mostly wait.
 """
@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+# One for the session, made by the process that hands out the tests, and one in it for each process that runs some (pytest -n 2).
 # Short, because Unix socket paths end at 107 bytes.
-_RAY_FOLDER = tempfile.mkdtemp(prefix="ctrlrl")
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+_FOLDER = os.environ["CTRLRL_TESTS"] if _WORKER else tempfile.mkdtemp(prefix="ctrlrl")
+_RAY_FOLDER = str(Path(_FOLDER, _WORKER or "r"))
+os.makedirs(_RAY_FOLDER, exist_ok=True)
 os.environ.update(
+    CTRLRL_TESTS=_FOLDER,
     RAY_TMPDIR=_RAY_FOLDER,
     RAY_AUTH_MODE="disabled",
     RAY_memory_monitor_refresh_ms="0",  # other processes on the machine are not our tests' fault
@@ -131,7 +136,7 @@ def ppo_overrides(models, prompt_file) -> list[str]:
 
 
 def _ours() -> list[int]:
-    """Processes that belong to our Ray folder, by command line or environment."""
+    """Processes that belong to our folder, by command line or environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -139,13 +144,16 @@ def _ours() -> list[int]:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if _RAY_FOLDER.encode() in known and int(entry.name) != os.getpid() and state != "Z":
+        if _FOLDER.encode() in known and int(entry.name) != os.getpid() and state != "Z":
             found.append(int(entry.name))
     return found
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     """Fail the run if it leaves processes behind, and end those."""
+    if _WORKER:
+        return  # the process that handed out the tests looks after all
     end = time.monotonic() + 10
     while _ours() and time.monotonic() < end:
         time.sleep(0.2)
@@ -155,4 +163,4 @@ def pytest_sessionfinish(session, exitstatus):
     if left and exitstatus == 0:
         print(f"\nprocesses were left running: {left}")
         session.exitstatus = 1
-    shutil.rmtree(_RAY_FOLDER, ignore_errors=True)
+    shutil.rmtree(_FOLDER, ignore_errors=True)

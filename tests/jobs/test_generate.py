@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from typer.testing import CliRunner
 
 import jobs.generate
@@ -177,25 +178,20 @@ def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overri
 
 
 def kill_driver(layout: Layout, arguments: list[str], after_shards: int, delay: float) -> None:
-    """Run the command line with a cluster of its own, kill it when enough shards are there, and end what is left of its cluster."""
-    folder = tempfile.mkdtemp(prefix="k", dir=os.environ["RAY_TMPDIR"])
+    """Run the command line on the tests' cluster, and kill it when enough shards are there; Ray ends its actors."""
     command = [sys.executable, "-c", "from ctrlrl.cli import main; main()", *arguments]
-    with open(Path(folder) / "log", "w+") as log:
-        environment = os.environ | {"RAY_TMPDIR": folder}
-        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 240
-        while not (layout.samples().directory / "shards").is_dir() or len(layout.samples().committed()) < after_shards:
-            assert driver.poll() is None and time.monotonic() < end, log.seek(0) or log.read()
-            time.sleep(0.01)
-        time.sleep(delay)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait(10)
-    for entry in Path("/proc").glob("[0-9]*"):
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with tempfile.TemporaryFile("w+") as log:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            if folder.encode() in (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), signal.SIGKILL)
-        except (OSError, ProcessLookupError):
-            continue
+            end = time.monotonic() + 240
+            while not (layout.samples().directory / "shards").is_dir() or len(layout.samples().committed()) < after_shards:
+                assert driver.poll() is None and time.monotonic() < end, log.seek(0) or log.read()
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            driver.kill()
+            driver.wait(10)
 
 
 def test_mistakes_are_told(generate_overrides, models, tmp_path):

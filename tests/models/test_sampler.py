@@ -75,13 +75,6 @@ def test_samples_depend_on_prompt_and_seed_alone(rollout):
         assert own == pytest.approx(expected, abs=2e-5)
 
 
-def test_a_replaced_worker_gives_the_same_samples(rollout):
-    wanted, _, _ = draw(rollout, REQUESTS)
-    os.kill(rollout.pids()[0], signal.SIGKILL)
-    again, _, _ = draw(rollout, REQUESTS)
-    assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
-
-
 def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluster, cluster_config):
     config = PolicyConfig(model=rollout.model_name, train=TrainerConfig(learning_rate=3e-2, dtype="float32", zero_stage=0))
     place = reserve({"policy": [config.resources.bundle]}, cluster_config)
@@ -93,14 +86,18 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluste
         policy.train(batch, likelihood, [np.arange(1)] * 3)
         published = publish(policy, rollout, rollout.version + 1)
         assert published.bytes == 4 * sum(p.numel() for p in load_policy(rollout.model_name, "float32").parameters())
+        after = []
         for _ in range(2):
             responses, logprobs, _ = draw(rollout, REQUESTS)
+            after.append(responses)
             tokens = [np.concatenate([r.prompt_ids, x]) for r, x in zip(REQUESTS, responses, strict=True)]
             exact = policy.logprobs(TokenBatch(tokens, np.array([len(r.prompt_ids) for r in REQUESTS]), {}, {}))
             stale = trainer_logprobs(rollout.model_name, REQUESTS, responses)
             assert np.concatenate(logprobs) == pytest.approx(np.concatenate(exact), abs=5e-5)
             assert np.abs(np.concatenate(logprobs) - np.concatenate(stale)).mean() > 0.1
-            os.kill(rollout.pids()[0], signal.SIGKILL)  # its replacement must have the published weights too
+            if len(after) == 1:
+                os.kill(rollout.pids()[0], signal.SIGKILL)  # its replacement must have the published weights too
+        assert all(np.array_equal(a, b) for a, b in zip(*after, strict=True))
         assert any(not np.array_equal(a, b) for a, b in zip(before, responses, strict=True))
         probe = rollout.expected
         assert published.version == 1 and rollout.version == 1 and published.shift == 0
