@@ -1,5 +1,6 @@
 """The demo's tokenizers, each trained on the world's own text: byte-level BPE for the policy and the optimisation reward models,
 lower-cased WordPiece for the held-out ones, so that the two judges do not even read alike."""
+from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -32,13 +33,19 @@ def byte_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def word_piece(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Lower-cased WordPiece of at most `size` tokens; its template writes a chat as `[CLS] prompt [SEP] answer [SEP]`."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
+    """Lower-cased WordPiece of at most `size` tokens; its template writes a chat as `[CLS] prompt [SEP] answer [SEP]`.
+
+    Its pieces are letters and the most frequent words: the library's trainer numbers them in the order of a hash table, which differs
+    from run to run, and with it would every model trained from the same seed.
+    """
+    normaliser, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normaliser.normalize_str(text)))
+    letters = sorted(set("".join(counts)))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, *words][:size])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normaliser, splitter, decoders.WordPiece()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
         chat_template=ENCODER_CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=512)

@@ -53,6 +53,12 @@ def test_the_encoder_template_marks_the_turns():
     assert tokenizer.unk_token_id not in ids
 
 
+@pytest.mark.parametrize("train", [byte_bpe, word_piece])
+def test_the_same_text_gives_the_same_tokenizer(train):
+    first, second = (train(TEXTS, 600) for _ in range(2))
+    assert len(first) <= 600 and first.get_vocab() == second.get_vocab()
+
+
 def test_a_world_is_ordinary_model_folders(micro):
     assert load(micro.folder) == micro
     rows = [json.loads(line)["prompt"] for line in micro.train_prompts.read_text().splitlines()]
