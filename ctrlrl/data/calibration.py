@@ -42,7 +42,9 @@ class Calibration:
         if self.kind == "sigmoid":
             return expit(raw)
         if self.kind == "quantile":
-            return np.interp(raw, self.knots, self.scores)
+            scores = np.interp(raw, self.knots, self.scores)
+            above = np.searchsorted(self.knots, raw).clip(max=len(self.knots) - 1)
+            return np.minimum(scores, np.take(self.scores, above))  # rounding may lift a score above that of the next knot
         if raw.size and not (raw.min() >= 0 and raw.max() <= 1):
             raise DataError(f"identity calibration needs outputs in [0, 1]; got {raw.min():g} to {raw.max():g}: use sigmoid or quantile")
         return raw

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ctrlrl.data.calibration import Calibration, fit_quantile, load_calibration
@@ -38,6 +38,7 @@ def test_quantile_makes_the_scores_uniform_with_few_points():
 
 
 @given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2), st.lists(st.floats(-1e7, 1e7), min_size=1))
+@example([0.0] * 5 + [1.0] * 3 + [-1.0], [0.0, -2.238468026110093e-140])
 def test_every_calibration_keeps_the_order_and_stays_in_range(raw, asked):
     calibrations = [Calibration("sigmoid")] + ([fit_quantile(raw, points=7)] if len(set(raw)) > 1 else [])
     for calibration in calibrations:

@@ -162,7 +162,9 @@ def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overri
             while len(layout.samples().committed()) < moment or not crews:
                 time.sleep(0.01)
             handle = crews[0].rollout if victim == "rollout" else crews[0].rewards[f"reward.{victim}"]
-            pid = handle.pids()[0]
+            while not (pids := handle.pids()):
+                time.sleep(0.01)
+            pid = pids[0]
             time.sleep(dice.random() / 10)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
