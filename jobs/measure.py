@@ -61,7 +61,7 @@ def write_results(found: tuple[dict, dict], out: Path, name: str, model: str | N
 
 
 def summary_lines(methods: dict[str, dict]) -> list[str]:
-    """The comparison table in the paper's layout, one line a method and set of reward models; a figure that does not exist is a dash."""
+    """The comparison table in the paper's layout, one line a method and set of reward models; dashes where nothing was asked to differ."""
     width = max(28, *(len(f"{method}, {judge}") + 1 for method, metrics in methods.items() for judge in metrics))
     lines = [" " * width + "".join(f"{'safety' if a == 'harmless' else 'helpfulness':^30}" for a in ("harmless", "helpful"))]
     lines.append(f"{'method, judged by':{width}}" + "".join(f"{n:>7}" for n in METRICS) + "  " + "".join(f"{n:>7}" for n in METRICS))
@@ -69,7 +69,7 @@ def summary_lines(methods: dict[str, dict]) -> list[str]:
         for method, metrics in methods.items():
             if judge in metrics:
                 values = [[metrics[judge][a][n]["value"] for n in METRICS] for a in ("harmless", "helpful")]
-                cells = "  ".join("".join(f"{'-':>7}" if v is None else f"{v:7.3f}" for v in row) for row in values)
+                cells = "  ".join("".join(f"{'-':>7}" if None in row else f"{v:7.3f}" for v in row) for row in values)
                 lines.append(f"{method + ', ' + judge:{width}}{cells}")
     return lines
 
