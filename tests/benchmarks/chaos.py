@@ -51,7 +51,7 @@ def recipe(world: Path, out: Path, seed: int, steps: int) -> jobs.ppo.PPORecipe:
         f'out="{out}"', f"seed={seed}", f"steps={steps}", "checkpoint_every=5", f'prompts="{world}/train.jsonl"',
         f'policy.model="{world}/policy"', f'reward.helpful.model="{world}/reward/helpful"',
         f'reward.harmless.model="{world}/reward/harmless"',
-        "algorithm.queries_per_step=64", "rollout.chunk=16", "rollout.workers={min=1, max=2, idle_s=30}",
+        "algorithm.queries_per_step=192", "rollout.chunk=48", "rollout.workers={min=1, max=2, idle_s=30}",
         "rollout.resources={cpus=0.5, custom={rollout=1}}", f"policy.resources={small}", f"value.resources={small}",
         f"reward.helpful.resources={small}", f"reward.harmless.resources={small}", f"reference.resources={small}",
         "cluster.replacements=20", "cluster.placement_deadline_s=60", "cluster.start_deadline_s=300", "cluster.call_deadline_s=120",
@@ -69,6 +69,7 @@ class Chaos(threading.Thread):
         self._dice.shuffle(victims)
         moments = sorted(self._dice.uniform(0.5, config.steps - 3) for _ in range(kills))
         self._plan = list(zip(moments, victims[:kills], strict=True))
+        self.nodes = 2 + sum(victim == "node" for _, victim in self._plan)  # one that is lost has its replacement waiting
         self.cast, self.restarts, self.report, self.over = None, None, [], False
 
     def run(self) -> None:
@@ -98,7 +99,6 @@ class Chaos(threading.Thread):
             hosts = {w.life.where.node_id for w in self.cast.rollout.pool._workers if w.placed and w.version is not None}
             node = next(n for n in self._cluster.worker_nodes if n.node_id in hosts)
             self._cluster.remove_node(node, allow_graceful=False)
-            self._cluster.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=80 << 20)
             return f"node {node.node_id[:8]}"
         handle = self.cast.pools[victim] if victim in POOLS else getattr(self.cast, victim)
         while not (pids := handle.pids()):
@@ -130,12 +130,12 @@ def main() -> None:
     config = recipe(options.world.absolute(), folder / "run", options.seed, options.steps)
     head = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 200 << 20, "_system_config": HEALTH}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(3):
+    chaos = Chaos(cluster, config, options.seed, options.kills)
+    for _ in range(chaos.nodes):
         cluster.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=80 << 20)
     ray.init(address=cluster.address, namespace="ctrlrl", log_to_driver=False, logging_level="ERROR")
     os.environ["RAY_ADDRESS"] = cluster.address  # a cluster that may grow: places are waited for
 
-    chaos = Chaos(cluster, config, options.seed, options.kills)
     start, restarts = jobs.ppo.start_cast, jobs.ppo.Restarts
 
     def keep_restarts(given):
@@ -154,6 +154,7 @@ def main() -> None:
         code = jobs.ppo.train(config)
         chaos.over = True
         assert code == 0, code
+        assert len(chaos.report) == options.kills, f"{len(chaos.report)} of {options.kills} kills were made before the run ended"
         check(config)
         seconds = {
             kind: [e["recovered_s"] for e in chaos.report if pick(e["victim"])]
