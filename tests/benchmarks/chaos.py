@@ -65,10 +65,10 @@ class Chaos(threading.Thread):
     def __init__(self, cluster: Cluster, config: jobs.ppo.PPORecipe, seed: int, kills: int):
         super().__init__(daemon=True)
         self._cluster, self._config, self._dice = cluster, config, random.Random(seed)
-        victims = [*VICTIMS] * math.ceil(kills / len(VICTIMS))
+        victims = [*VICTIMS * (kills // len(VICTIMS)), *self._dice.sample(VICTIMS, kills % len(VICTIMS))]
         self._dice.shuffle(victims)
         moments = sorted(self._dice.uniform(0.5, config.steps - 3) for _ in range(kills))
-        self._plan = list(zip(moments, victims[:kills], strict=True))
+        self._plan = list(zip(moments, victims, strict=True))
         self.nodes = 2 + sum(victim == "node" for _, victim in self._plan)  # one that is lost has its replacement waiting
         self.cast, self.restarts, self.report, self.over = None, None, [], False
 
