@@ -12,7 +12,7 @@ from ctrlrl.evaluation.costs import Cost, evaluation_cost, generation_cost, trai
 from ctrlrl.evaluation.exhibits import Evaluated, Exhibits, Study
 from ctrlrl.evaluation.grid import JUDGES
 from ctrlrl.evaluation.metrics import METRICS
-from ctrlrl.evaluation.tables import ABSENT, PAPER_ORDER, Method, Row, comparison, examples, gaps
+from ctrlrl.evaluation.tables import ABSENT, PAPER_ORDER, Figure, Method, Row, comparison, examples, gaps
 
 HTML, MARKDOWN = "report.html", "report.md"
 TITLE = "How far safety and helpfulness follow the control"
@@ -30,7 +30,10 @@ def write_report(found: Exhibits, out: Path, title: str = "") -> tuple[Path, Pat
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"duration": duration, "tint": tint, "count": lambda n: ABSENT if n is None else f"{n:,.0f}", "line": one_line}
+    pages.filters |= {
+        "duration": duration, "tint": tint, "decimals": lambda n: Figure(n).text,
+        "count": lambda n: ABSENT if n is None else f"{n:,.0f}", "line": one_line,
+    }
     content = contents(found, title or TITLE)
     for name in (HTML, MARKDOWN):
         write_text(out / name, pages.get_template(f"{name}.j2").render(content))
