@@ -4,6 +4,7 @@ numpy has no bfloat16, so such tensors travel as uint16 views; readers must copy
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,8 +33,10 @@ class WeightMessage:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) pairs over the shared memory: copy from them, never write to them."""
-        for name, shape, array in zip(self.names, self.shapes, self.arrays, strict=True):
-            flat = torch.from_numpy(array)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # on purpose: torch has no read-only tensors
+            flats = [torch.from_numpy(array) for array in self.arrays]
+        for name, shape, flat in zip(self.names, self.shapes, flats, strict=True):
             yield name, (flat.view(torch.bfloat16) if self.dtype == "bfloat16" else flat).view(shape)
 
 

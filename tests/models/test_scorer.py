@@ -1,5 +1,7 @@
 """Reward models: text in, score out, independent of batching; and the checks on what may be one."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,16 @@ def test_a_weight_message_carries_every_tensor(models, dtype):
     for name, tensor in message.tensors():
         assert torch.equal(tensor, named[name].to(tensor.dtype)) and str(tensor.dtype) == f"torch.{dtype}"
     assert "lm_head.weight" not in named  # a tied head travels once
+
+
+def test_a_weight_message_in_shared_memory_is_read_without_a_warning(models):
+    message = pack_weights(full_weights(load_policy(models["tied"], "float32")), "float32", 0)
+    for array in message.arrays:
+        array.flags.writeable = False  # as arrays from another process are
+    torch.set_warn_always(True)  # torch warns of it once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(list(message.tensors())) == len(message.names)
+    finally:
+        torch.set_warn_always(False)
