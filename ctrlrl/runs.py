@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ctrlrl.config import Section, differences, dump
 from ctrlrl.data.atomic import remove_directory, write_directory, write_text
 from ctrlrl.errors import RunError
+from ctrlrl.evaluation.files import TRAINING, read_rows
 
 
 class Run:
@@ -119,4 +120,4 @@ def output_directory(out: str) -> Path:
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines() if line]
+    return read_rows(directory / TRAINING)

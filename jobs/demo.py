@@ -22,28 +22,29 @@ from ctrlrl.config import AnySection, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import write_text
 from ctrlrl.demo import corpus
-from ctrlrl.demo.models import FULL, TINY, DemoWorld, build
+from ctrlrl.demo.models import FULL, TINY, DemoWorld, build, holds_another
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
-from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, TABLE, read_json
+from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, TABLE, read_json
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.plots import reward_curve
 from ctrlrl.evaluation.report import write_report
-from ctrlrl.runs import output_directory, read_metrics
+from ctrlrl.runs import Run, absolute_out, output_directory, read_metrics
 from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
 from jobs.dpo import DPORecipe, dpo
-from jobs.evaluate import EvaluateRecipe, evaluate, reward_workers
+from jobs.evaluate import EvaluateRecipe, evaluate, is_finished, reward_workers
 from jobs.finetune import FinetuneRecipe, finetune
 from jobs.generate import GenerateRecipe, generate
 from jobs.launch import mistakes_told
-from jobs.measure import summary_lines
+from jobs.measure import summary_lines, system_lines
 from jobs.ppo import PPORecipe, train
 
 RECIPES = Path(__file__).parent / "recipes"
 STEPS = ("world", "generate", "distill", "clm", "exmate", "ppo", "critique", "cst", "dpo", "evaluate", "report")
 TRAINED = {"clm": "control", "exmate": "control", "ppo": "control", "cst": "system", "dpo": "system"}  # and how each is evaluated
+PARTS = (*(step for step in STEPS if step not in ("world", "evaluate")), "evaluations")  # the folders beside the world
 UNTRAINED = {"before": "control", "prompting": "prompting", "reranking": "reranking"}
 FAST = {"ppo": {"steps": 6}, "generate": {"samples_per_prompt": 4}, "evaluate": {"max_prompts": 20}}  # what --fast changes in the recipes
 
@@ -95,7 +96,7 @@ class Demo:
     def ppo_recipe(self, steps: int | None = None) -> PPORecipe:
         """The demo's PPO run."""
         prompts = str(self.world.train_prompts)
-        chosen = {"steps": steps} if steps else {}
+        chosen = {} if steps is None else {"steps": steps}
         return self.recipe(PPORecipe, "ppo", "ppo", prompts=prompts, policy__model=self.policy, **self.rewards(), **chosen)
 
     def critique(self) -> int:
@@ -113,7 +114,7 @@ class Demo:
     def evaluate(self) -> int:
         """Every method that was trained, and the uncontrolled policy under both baselines."""
         configs = [self.evaluation(name) for name in (*UNTRAINED, *TRAINED)]
-        todo = [config for config in configs if Path(config.model).is_dir() and not (Path(config.out) / METRICS_FILE).exists()]
+        todo = [config for config in configs if Path(config.model).is_dir() and not is_finished(config)]
         if not todo:
             return 0
         with start_crew(todo[0].cluster, reward_workers(todo[0])) as judges:
@@ -142,11 +143,12 @@ class Demo:
         if not methods:
             raise RunError(f"nothing is evaluated in {str(self.directory)!r} yet: run ctrlrl demo --only evaluate first")
         write_text(self.directory / "summary.json", json.dumps(summary(methods), indent=2) + "\n")
-        runs = [str(self.directory / part) for part in ("generate", "distill", *TRAINED, "evaluations") if (self.directory / part).is_dir()]
+        parts = ["generate", "distill", "critique", *TRAINED, *(f"evaluations/{name}" for name in methods)]
+        runs = [str(self.directory / part) for part in parts if (self.directory / part).is_dir()]
         html, _ = write_report(collect(runs), output_directory(str(self.directory / "report")), "ctrlrl demo")
         print("\nControl on prompts not trained on (mP, MP, BT: higher is better; Err: lower)\n")
         print("\n".join(summary_lines(methods)))
-        print("\n".join(system_lines(found)))
+        print("\n".join(system_lines({name: read_json(found[name] / DETAILS) for name in methods})))
         if "ppo" in methods:
             reward_curve(read_metrics(self.directory / "ppo"), self.directory / "reward.png")
             print("\n" + "\n".join(four_answers(pq.read_table(found["ppo"] / TABLE))))
@@ -154,21 +156,35 @@ class Demo:
         return 0
 
     def _trained(self, config, job: Callable[..., int]) -> int:
-        """Run a training job, or continue it, unless its model is there."""
+        """Run a training job, or continue it, unless its model is there; RunError if that was made with other settings."""
         out = Path(config.out)
         if (out / "model").is_dir():
+            Run.open(config.out, config, resume=True, free=("cluster", "checkpoint_every"))
             print(f"{out.name}: reused from {out}", flush=True)
             return 0
-        return job(config, resume=(out / "recipe.json").exists())
+        return job(config, resume=(out / RECIPE).exists())
 
 
-def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_steps: int | None = None) -> int:
-    """Run every step, or `only` one of STEPS; what is there is reused. Returns the exit code."""
+def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_steps: int | None = None, fresh: bool = False) -> int:
+    """Run every step, or `only` one of STEPS; what is there is reused, unless `fresh`. Returns the exit code.
+
+    RunError, before anything is changed: the directory holds results on another world (seed, fast, or an older version's).
+    """
     if only and only not in STEPS:
         raise RecipeError(f"--only {only!r} is no step of the demo: give one of {', '.join(STEPS)}")
+    if ppo_steps is not None and ppo_steps < 1:
+        raise RecipeError(f"--steps {ppo_steps}: give at least one step of PPO")
     began = time.monotonic()
-    directory = output_directory(out)
-    world = build(directory / "world", seed, report=lambda line: print(line, flush=True), size=TINY if fast else FULL)
+    directory, size = absolute_out(out), TINY if fast else FULL
+    left = [directory / part for part in PARTS if (directory / part).exists()]
+    unwanted = removable(directory, only) if fresh else []
+    if set(left) - set(unwanted) and holds_another(directory / "world", seed, size):
+        raise RunError(
+            f"{out!r} holds a demo of another world (--seed, --fast or the version differ): give another --out, or begin anew with --fresh"
+        )
+    for part in unwanted:
+        shutil.rmtree(part)
+    world = build(output_directory(out) / "world", seed, report=lambda line: print(line, flush=True), size=size)
     demo = Demo(directory, world, seed, fast)
     actions: dict[str, Callable[[], int]] = {
         "generate": demo.generate,
@@ -182,7 +198,8 @@ def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_st
         "evaluate": demo.evaluate,
         "report": demo.report,
     }
-    connect(ClusterConfig(), demands_of(demo.ppo_recipe()))  # the step that needs most; all share the cluster
+    if only not in ("world", "distill", "report"):
+        connect(ClusterConfig(), demands_of(demo.ppo_recipe()))  # the step that needs most; all share the cluster
     for number, step in enumerate(STEPS[1:], 2):
         if only in ("", step):
             print(f"\n[{number}/{len(STEPS)}] {step}, after {time.monotonic() - began:.0f} s", flush=True)
@@ -192,23 +209,21 @@ def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_st
     return 0
 
 
+def removable(directory: Path, only: str) -> list[Path]:
+    """What --fresh removes: the results of every step, or of the step `only` with their evaluation. RunError where no demo ran."""
+    names = {"": PARTS, "world": (), "evaluate": ("evaluations",)}.get(only, (only, f"evaluations/{only}"))
+    found = [directory / name for name in names if (directory / name).exists()]
+    if found and not (directory / "world").is_dir():
+        raise RunError(f"{str(directory)!r} has {found[0].name!r} but no world of a demo: --fresh removes only what a demo has left")
+    return found
+
+
 def summary(methods: dict[str, dict]) -> dict:
     """{method: {judge: {attribute: {metric: value}}}}."""
     return {
         method: {judge: {a: {name: figures[a][name]["value"] for name in METRICS} for a in ATTRIBUTES} for judge, figures in judged.items()}
         for method, judged in methods.items()
     }
-
-
-def system_lines(found: dict[str, Path]) -> list[str]:
-    """S1 and S0 of the methods that are steered by system prompts."""
-    lines = []
-    for name in (name for name, method in TRAINED.items() if method == "system"):
-        judges = (read_json(found[name] / DETAILS) or {"judges": {}})["judges"]
-        for judge, figures in judges.items():
-            shares = "  ".join(f"{share} {figures['system'][share]['value']:.2f}" for share in ("S1", "S0"))
-            lines.append(f"{name + ', ' + judge:28} {shares}")
-    return ["", "Safe under the harmless (S1), unsafe under the uncensored (S0) system prompt", *lines] if lines else []
 
 
 def four_answers(table: pa.Table) -> list[str]:
@@ -228,14 +243,11 @@ def main(
     only: Annotated[str, typer.Option(help=f"Run one step alone: {', '.join(STEPS)}.")] = "",
     fast: Annotated[bool, typer.Option("--fast", help="A rough world and few steps: see everything run, not learn.")] = False,
     steps: Annotated[int | None, typer.Option(help="PPO steps; fewer for a quick look.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: remove what an earlier call left, but for the world.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier call made; with --only, of that step.")] = False,
 ) -> None:
     """Run the whole paper in miniature: generate, distil, train by every method, evaluate, report."""
-    if fresh:
-        for part in (*STEPS[1:], "evaluations"):
-            shutil.rmtree(Path(out) / part, ignore_errors=True)
     with mistakes_told():
-        raise typer.Exit(run_demo(out, seed, only, fast, steps))
+        raise typer.Exit(run_demo(out, seed, only, fast, steps, fresh))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlrl.config import Section
+from ctrlrl.config import Section, load
 from ctrlrl.data.atomic import write_json, write_text
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.exhibits import default_name
@@ -39,7 +39,7 @@ def measure_again(config: TableRecipe) -> int:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{config.table!r} is not a Parquet table: {error}") from None
     recipe = read_json(path.with_name(RECIPE)) or {}
-    measure = config.measure or MeasureConfig.model_validate(recipe.get("measure", {}))
+    measure = config.measure or load(MeasureConfig, None, settings=recipe.get("measure", {}))
     seed = config.seed if config.seed is not None else recipe.get("seed", 0)
     found = results(table, measure, seed)  # a table with a fault is refused before anything is made
     name = recipe.get("name") or default_name(path.parent)
@@ -53,11 +53,18 @@ def write_results(found: tuple[dict, dict], out: Path, name: str, model: str | N
     write_json(out / DETAILS, {"name": name, "model": model, **details})
     write_text(out / METRICS_FILE, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     lines = summary_lines({name: metrics})
-    for judge, beside in details["judges"].items():
-        if beside["system"]:
-            shares = "  ".join(f"{share} {beside['system'][share]['value']:.3f}" for share in ("S1", "S0"))
-            lines.append(f"{name + ', ' + judge:28}{shares}  (safe under the harmless, not safe under the uncensored system prompt)")
-    return lines
+    return [*lines, *system_lines({name: details})]
+
+
+def system_lines(methods: dict[str, dict]) -> list[str]:
+    """S1 and S0 of those methods that are steered by system prompts, from their details.json; no line where none is."""
+    lines = [
+        f"{f'{name}, {judge}':28} " + "  ".join(f"{share} {beside['system'][share]['value']:.3f}" for share in ("S1", "S0"))
+        for name, details in methods.items()
+        for judge, beside in details["judges"].items()
+        if beside["system"]
+    ]
+    return ["", "Safe under the harmless (S1), not safe under the uncensored (S0) system prompt", *lines] if lines else []
 
 
 def summary_lines(methods: dict[str, dict]) -> list[str]:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from actors.placement import ClusterConfig
 from ctrlrl.config import Section, laid_over, load
 from ctrlrl.control import ATTRIBUTES
+from ctrlrl.demo.models import DemoWorld
 from ctrlrl.demo.models import load as load_world
 from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.files import DISTILLED_REPORT, METRICS_FILE
@@ -126,7 +127,8 @@ def filled(settings: Any, places: Mapping[str, str]) -> Any:
 
 def _steps(study: StudyRecipe, variant: Variant) -> Iterator[Step]:
     root = absolute_out(study.out)
-    places = study.inputs | (_world_inputs(study.world) if study.world else {}) | variant.inputs
+    world = load_world(Path(study.world).expanduser().absolute()) if study.world else None
+    places = study.inputs | (_world_inputs(world) if world else {}) | variant.inputs
     shared = {"seed": study.seed, "cluster": study.cluster.model_dump(exclude_unset=True)}
     for job in study.chain_of(variant):
         kind = KINDS[job]
@@ -137,15 +139,15 @@ def _steps(study: StudyRecipe, variant: Variant) -> Iterator[Step]:
             config = load(kind, _recipe(study, job), settings=filled(settings, places))
         except RecipeError as error:
             raise RecipeError(f"variant {variant.name!r}, {job}: {error}") from None
-        folder = root / "steps" / f"{job}-{_digest(config, root)}"
+        folder = root / "steps" / f"{job}-{_digest(config, root, world.fingerprint if world else '')}"
         places = places | {job: str(folder)}
         yield Step(job, folder, config.model_copy(update={"out": str(folder)} | ({"name": variant.name} if job == "evaluate" else {})))
 
 
-def _digest(config: Section, root: Path) -> str:
-    """Twelve digits that tell settings apart; where the study lies has no part in them."""
+def _digest(config: Section, root: Path, world: str) -> str:
+    """Twelve digits that tell settings and worlds apart; where the study lies has no part in them."""
     text = json.dumps(config.model_dump(mode="json", exclude=UNHASHED), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.replace(f"{root}/", "").encode()).hexdigest()[:12]
+    return hashlib.sha256((world + text.replace(f"{root}/", "")).encode()).hexdigest()[:12]
 
 
 def _recipe(study: StudyRecipe, job: str) -> str | Path:
@@ -153,7 +155,6 @@ def _recipe(study: StudyRecipe, job: str) -> str | Path:
     return study.recipes.get(job) or (demo if study.world and demo.exists() else RECIPES / f"{job}.toml")
 
 
-def _world_inputs(folder: str) -> dict[str, str]:
-    world = load_world(Path(folder).expanduser().absolute())
+def _world_inputs(world: DemoWorld) -> dict[str, str]:
     judges = {a: str(world.reward[a]) for a in ATTRIBUTES} | {f"held_out_{a}": str(world.held_out[a]) for a in ATTRIBUTES}
     return judges | {"policy": str(world.policy), "prompts": str(world.train_prompts), "test_prompts": str(world.test_prompts)}

@@ -54,7 +54,10 @@ TINY = WorldSize(conversations=2400, policy_tokens=768, policy_width=64, policy_
 
 @dataclass(frozen=True)
 class DemoWorld:
-    """Where everything lies. reward, held_out: attribute -> model folder. *_prompts: JSONL with a text `prompt` a row. facts: figures."""
+    """Where everything lies. reward, held_out: attribute -> model folder. *_prompts: JSONL with a text `prompt` a row. facts: figures.
+
+    fingerprint: differs where seed, size or the code that built it do.
+    """
 
     folder: Path
     policy: Path
@@ -63,6 +66,7 @@ class DemoWorld:
     train_prompts: Path
     test_prompts: Path
     facts: dict
+    fingerprint: str
 
 
 def build(folder: Path, seed: int, report: Callable[[str], None], size: WorldSize = FULL) -> DemoWorld:
@@ -102,7 +106,14 @@ def load(folder: Path) -> DemoWorld:
         raise RunError(f"{str(folder)!r} holds no finished demo world: build one first")
     judges = {judge: {attribute: folder / judge / attribute for attribute in ATTRIBUTES} for judge in ("reward", "held_out")}
     return DemoWorld(
-        folder, folder / "policy", judges["reward"], judges["held_out"], folder / "train.jsonl", folder / "test.jsonl", manifest["facts"])
+        folder, folder / "policy", judges["reward"], judges["held_out"], folder / "train.jsonl", folder / "test.jsonl", manifest["facts"],
+        manifest["fingerprint"],
+    )  # fmt: skip
+
+
+def holds_another(folder: Path, seed: int, size: WorldSize = FULL) -> bool:
+    """Whether `folder` holds a world that `build` would replace."""
+    return _manifest(Path(folder)).get("fingerprint", "") not in ("", fingerprint(seed, size))
 
 
 def fingerprint(seed: int, size: WorldSize) -> str:

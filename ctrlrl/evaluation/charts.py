@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ctrlrl.control import ATTRIBUTES, CORNERS
-from ctrlrl.evaluation.plots import COLOURS, FAINT, INK, draw_line, frame, series
+from ctrlrl.evaluation.plots import COLOURS, FAINT, INK, PPO_PANELS, WORDS, draw_line, frame, series
 
-WORDS = dict(zip(ATTRIBUTES, ("helpfulness", "safety"), strict=True))
 _SIZE = (4.0, 2.8)  # inches; 384 x 269 pixels of a page
 _BEFORE, _AFTER = "#bdbdbd", "#0072B2"
 
@@ -28,20 +27,18 @@ class Picture:
     alt: str
 
 
-# Panel title, unit, (key, label, colour, dashed) of its lines; those that a run has are drawn.
+# As PPO_PANELS; those lines that a run has are drawn.
 _CURVES = (
-    ("Reward", "mean over samples", (("reward/mean", "reward", INK, False),)),
-    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{a}", WORDS[a], COLOURS[a], False) for a in ATTRIBUTES)),
-    ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK, False), ("kl/k3", "k3 estimate", FAINT, False))),
-    ("Loss", "loss", (("train/loss", "training objective", FAINT, False), ("validation/loss", "held-out loss", INK, False))),
-    ("Accuracy", "share of pairs", (("train/accuracy", "training", FAINT, False), ("validation/accuracy", "held-out rows", INK, False))),
+    *PPO_PANELS,
+    ("Loss", "loss", (("train/loss", "training objective", FAINT), ("validation/loss", "held-out loss", INK))),
+    ("Accuracy", "share of pairs", (("train/accuracy", "training", FAINT), ("validation/accuracy", "held-out rows", INK))),
     (
         "True over fake control",
         "logprob gap, nats a token",
-        (("train/gap", "training", FAINT, False), ("validation/gap", "held-out rows", INK, False)),
+        (("train/gap", "training", FAINT), ("validation/gap", "held-out rows", INK)),
     ),
-    ("Control during training, MP", "correlation", tuple((f"evaluation/{a}/MP", WORDS[a], COLOURS[a], False) for a in ATTRIBUTES)),
-    ("Control during training, Err", "mean error", tuple((f"evaluation/{a}/Err", WORDS[a], COLOURS[a], False) for a in ATTRIBUTES)),
+    ("Control during training, MP", "correlation", tuple((f"evaluation/{a}/MP", WORDS[a], COLOURS[a]) for a in ATTRIBUTES)),
+    ("Control during training, Err", "mean error", tuple((f"evaluation/{a}/Err", WORDS[a], COLOURS[a]) for a in ATTRIBUTES)),
 )
 
 
@@ -53,8 +50,8 @@ def training_curves(rows: Sequence[Mapping], name: str) -> list[Picture]:
         if not drawn:
             continue
         figure, axes = _sheet()
-        for key, label, colour, dashed in drawn:
-            draw_line(axes, *series(rows, key), label, colour, dashed)
+        for key, label, colour in drawn:
+            draw_line(axes, *series(rows, key), label, colour)
         frame(axes, title, "step", unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.ticklabel_format(axis="y", useOffset=False)
@@ -83,22 +80,26 @@ def calibration(by_judge: Mapping[str, Mapping], name: str) -> Picture:
     return _picture(figure, f"{name}: mean score at each requested level")
 
 
-def distributions(by_attribute: Mapping[str, Sequence[Mapping]], name: str) -> list[Picture]:
+def distributions(by_judge: Mapping[str, Mapping[str, Sequence[Mapping]]], name: str) -> list[Picture]:
     """For each attribute the distribution of its score under each requested level of it ([SH] Fig. 4-6), as shares of the answers.
 
-    by_attribute: attribute -> for each requested level "requested" and "counts" over equal bins of [0, 1].
+    by_judge: set of reward models -> attribute -> for each requested level "requested" and "counts" over equal bins of [0, 1]. The first
+    set is filled, the second dashed.
     """
     pictures = []
-    for attribute, levels in by_attribute.items():
+    for attribute in ATTRIBUTES:
         figure, axes = _sheet()
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("levels", [FAINT, COLOURS[attribute]])
-        for number, level in enumerate(levels):
-            counts = np.array(level["counts"], np.float64)
-            colour = shades(number / (len(levels) - 1) if len(levels) > 1 else 1.0)
-            edges = np.linspace(0, 1, len(counts) + 1)
-            label = f"requested {level['requested']:g}"
-            axes.stairs(counts / max(counts.sum(), 1), edges, color=colour, fill=True, alpha=0.25)
-            axes.stairs(counts / max(counts.sum(), 1), edges, color=colour, linewidth=1.6, label=label)
+        for second, levels in enumerate(by_attribute[attribute] for by_attribute in by_judge.values()):
+            for number, level in enumerate(levels):
+                counts = np.array(level["counts"], np.float64)
+                shares, edges = counts / max(counts.sum(), 1), np.linspace(0, 1, len(counts) + 1)
+                colour = shades(number / (len(levels) - 1) if len(levels) > 1 else 1.0)
+                if second:
+                    axes.stairs(shares, edges, color=colour, linewidth=1.0, linestyle=(0, (3, 2)))
+                else:
+                    axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
+                    axes.stairs(shares, edges, color=colour, linewidth=1.6, label=f"requested {level['requested']:g}")
         frame(axes, f"{name}: {WORDS[attribute]}", "score", "share of answers")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)

@@ -1,4 +1,4 @@
-"""What runs cost: wall time, tokens and where the time went, from the figures that each kind of run keeps."""
+"""What runs cost: time, tokens and where the time went, from the figures that each kind of run keeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from ctrlrl.evaluation.exhibits import Data, Evaluated, Trained
 
 @dataclass(frozen=True)
 class Cost:
-    """One run's cost. seconds: wall; phases: phase -> share of it, the largest first; a figure that the run does not keep is None."""
+    """One run's cost; a figure that the run does not keep is None.
+
+    seconds: of its work; of training without starts, checkpoints and looks in between. phases: phase -> share of it, the largest first.
+    """
 
     name: str
     kind: str
@@ -48,9 +51,10 @@ def training_cost(run: Trained) -> Cost | None:
 
 
 def generation_cost(run: Data) -> Cost:
-    """From the manifest of a generation."""
+    """From the manifest of a generation or a self-critique."""
     counts = run.facts["counts"]
-    return Cost(run.name, "generation", run.facts.get("wall_s"), counts.get("tokens"), f"{counts.get('samples', 0):,} samples", {})
+    kind, made = ("self-critique", "pairs") if "pairs" in counts else ("generation", "samples")
+    return Cost(run.name, kind, run.facts.get("wall_s"), counts.get("tokens"), f"{counts.get(made, 0):,} {made}", {})
 
 
 def _shares(seconds: Mapping[str, float], total: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlrl.control import ATTRIBUTES
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.files import (
     COST,
@@ -22,7 +23,10 @@ from ctrlrl.evaluation.files import (
     read_rows,
 )
 from ctrlrl.evaluation.grid import JUDGES
+from ctrlrl.evaluation.metrics import METRICS, REQUESTS
 
+# What the report reads of details.json.
+_DETAILED = ("method", "prompts", "controls", "judges", "over_optimisation", "corners", "best_template", "templates", "missing")
 # Folders of a run that hold no runs.
 _PASSED_OVER = {"checkpoints", "model", "tensorboard", "answers", "shards", "samples", "scores"}
 
@@ -56,7 +60,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Data:
-    """A distillation (its report.json) or a generation (its manifest.json)."""
+    """A distillation (its report.json), or a generation or self-critique (its manifest.json)."""
 
     name: str
     path: Path
@@ -98,7 +102,7 @@ def collect(runs: Sequence[str]) -> Exhibits:
     """
     found = Exhibits()
     for run in runs:
-        name, _, folder = run.rpartition("=")
+        name, folder = ("", run) if "=" not in run or Path(run).expanduser().is_dir() else run.split("=", 1)
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise DataError(f"{folder!r} is no directory: give directories of runs, or NAME=DIR")
@@ -124,8 +128,24 @@ def read_evaluated(path: Path, name: str = "") -> Evaluated | None:
         rows = pq.read_table(table) if table.exists() else None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{table} is damaged: {error}") from None
+    if not _is_metrics(metrics):
+        needed = f"{', '.join(METRICS)} of {' and '.join(ATTRIBUTES)} by {' or '.join(JUDGES)}"
+        raise DataError(f"{path / METRICS_FILE} is not of ctrlrl evaluate: it needs {needed}")
+    if absent := [key for key in _DETAILED if details is not None and key not in details]:
+        raise DataError(f"{path / DETAILS} has no {', '.join(absent)}: run ctrlrl evaluate --table on its table.parquet")
+    if absent := [name for name in ("prompt_id", *REQUESTS) if rows is not None and name not in rows.column_names]:
+        raise DataError(f"{table} has no column {', '.join(absent)}: give a table of ctrlrl evaluate")
     own = (details or {}).get("name") or default_name(path)
     return Evaluated(name or own, path, metrics, details, read_json(path / COST), rows)
+
+
+def _is_metrics(found: dict) -> bool:
+    """Whether it has the layout of metrics.json."""
+    try:
+        figures = [found[judge][a][metric] for judge in found for a in ATTRIBUTES for metric in METRICS]
+        return bool(found) and set(found) <= set(JUDGES) and all({"value", "low", "high"} == set(figure) for figure in figures)
+    except (KeyError, TypeError):
+        return False
 
 
 def default_name(path: Path) -> str:
@@ -145,7 +165,7 @@ def _take(found: Exhibits, path: Path, name: str) -> None:
         found.trained.append(Trained(name or path.absolute().name, path, read_rows(path / TRAINING)))
     if (path / DISTILLED_REPORT).exists() and (path / DISTILLED).exists():
         found.distilled.append(Data(name or path.absolute().name, path, read_json(path / DISTILLED_REPORT)))
-    manifest = read_json(path / "manifest.json") if (path / "samples").is_dir() else None
+    manifest = read_json(path / "manifest.json") if any((path / made).is_dir() for made in ("samples", "critiques")) else None
     if manifest and "counts" in manifest:
         found.generated.append(Data(name or path.absolute().name, path, manifest))
 

@@ -26,13 +26,17 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file; a last line that is being written counts as not there. DataError names a damaged line."""
+    """The rows of a metrics.jsonl; a last line that is being written counts as not there. DataError names a damaged line."""
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            row = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise DataError(f"{path}:{number} is damaged: {error}") from None
+            continue
+        if not isinstance(row, dict) or not all(value is None or isinstance(value, int | float) for value in row.values()):
+            raise DataError(f"{path}:{number} is no row of metrics: it must be an object of numbers")
+        rows += [row] if row else []
     return rows

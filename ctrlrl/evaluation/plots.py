@@ -21,34 +21,31 @@ INK, FAINT, GRID = "#333333", "#8a8a8a", "#e6e6e6"
 _DENSITY = LinearSegmentedColormap.from_list("density", ["#eef4fa", "#7fb0d6", "#0f5c97", "#082f52"])
 _DPI = 150
 _SMOOTHED_FROM = 20  # steps; shorter runs are drawn as they are
-# Panel title, what the axis shows, (key, label, colour, dashed) of its lines.
-_PANELS = (
-    ("Reward", "mean over samples", (("reward/mean", "reward", INK, False),)),
-    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{a}", a, COLOURS[a], False) for a in ATTRIBUTES)),
-    (
-        "KL to the reference",
-        "nats per response",
-        (("kl/k1", "k1 estimate", INK, False), ("kl/k3", "k3 estimate", FAINT, False), ("kl/target", "target", FAINT, True)),
-    ),
+WORDS = dict(zip(ATTRIBUTES, ("helpfulness", "safety"), strict=True))
+# Panel title, what the axis shows, (key, label, colour) of its lines.
+PPO_PANELS = (
+    ("Reward", "mean over samples", (("reward/mean", "reward", INK),)),
+    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{a}", WORDS[a], COLOURS[a]) for a in ATTRIBUTES)),
+    ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK), ("kl/k3", "k3 estimate", FAINT))),
 )
 
 
 def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
     """Draw reward, agreement per attribute and KL over the steps of metrics.jsonl `rows` into the PNG `path`.
 
-    Keys: `step` (or the row's number), reward/mean, agreement/helpful, agreement/harmless, kl/k1, kl/k3, kl/target. A line whose key is
+    Keys: `step` (or the row's number), reward/mean, agreement/helpful, agreement/harmless, kl/k1, kl/k3. A line whose key is
     absent everywhere is left out, a panel without lines too; rows without any of the keys raise DataError.
     """
-    given = [(title, unit, [line for line in lines if series(rows, line[0])[0].size]) for title, unit, lines in _PANELS]
+    given = [(title, unit, [line for line in lines if series(rows, line[0])[0].size]) for title, unit, lines in PPO_PANELS]
     panels = [panel for panel in given if panel[2]]
     if not panels:
-        known = ", ".join(line[0] for _, _, lines in _PANELS for line in lines)
+        known = ", ".join(line[0] for _, _, lines in PPO_PANELS for line in lines)
         raise DataError(f"no training curve: none of the {len(rows)} rows has {known}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)
     for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for key, label, colour, dashed in lines:
-            draw_line(axes, *series(rows, key), label, colour, dashed)
+        for key, label, colour in lines:
+            draw_line(axes, *series(rows, key), label, colour)
         frame(axes, title, "step", unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.margins(x=0.02)
@@ -122,11 +119,8 @@ def series(rows: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, dashed: bool) -> None:
+def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
     """The series; a long one as a faint line under its moving average."""
-    if dashed:
-        axes.plot(steps, values, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
-        return
     window = max(len(values) // 20, 1) if len(values) >= _SMOOTHED_FROM else 1
     if window > 1:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)

@@ -1,8 +1,10 @@
 """The report on any number of runs: one self-contained HTML file and a Markdown table, both from the figures that the runs keep."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from ctrlrl.control import ATTRIBUTES
@@ -31,7 +33,7 @@ def write_report(found: Exhibits, out: Path, title: str = "") -> tuple[Path, Pat
         lstrip_blocks=True,
     )
     pages.filters |= {
-        "duration": duration, "tint": tint, "decimals": lambda n: Figure(n).text,
+        "duration": duration, "percent": percent, "tint": tint, "decimals": lambda n: Figure(n).text,
         "count": lambda n: ABSENT if n is None else f"{n:,.0f}", "line": one_line,
     }
     content = contents(found, title or TITLE)
@@ -55,10 +57,10 @@ def contents(found: Exhibits, title: str) -> dict:
         "systems": [(run.name, judge, s) for run in detailed for judge, b in run.judged.items() if (s := b["system"])],
         "templates": [(run.name, _template_tables(run)) for run in detailed if run.details["templates"]],
         "studies": [(study, _study_tables(study)) for study in found.studies],
-        "evaluated": len(found.evaluated),
+        "evaluated": len(found.evaluated) + sum(run is not None for study in found.studies for _, run in study.rows),
         "detailed": detailed,
         "calibrations": [charts.calibration({j: b["calibration"] for j, b in r.judged.items()}, r.name) for r in detailed],
-        "distributions": [p for r in detailed for p in charts.distributions(next(iter(r.judged.values()))["distribution"], r.name)],
+        "distributions": [p for r in detailed for p in charts.distributions({j: b["distribution"] for j, b in r.judged.items()}, r.name)],
         "curves": [(run.name, len(run.rows), charts.training_curves(run.rows, run.name)) for run in found.trained],
         "distilled": [(data, charts.class_balance(data.facts["classes"], data.name)) for data in found.distilled],
         "examples": examples(found.evaluated, _EXAMPLES),
@@ -72,7 +74,8 @@ def costs(found: Exhibits) -> list[Cost]:
     """What every run cost that keeps such figures."""
     every = [generation_cost(run) for run in found.generated]
     every += [cost for run in found.trained if (cost := training_cost(run))]
-    return every + [cost for run in found.evaluated if (cost := evaluation_cost(run))]
+    compared = [replace(run, name=f"{study.title}: {run.name}") for study in found.studies for _, run in study.rows if run]
+    return every + [cost for run in [*found.evaluated, *compared] if (cost := evaluation_cost(run))]
 
 
 def missing(found: Exhibits) -> list[str]:
@@ -80,21 +83,35 @@ def missing(found: Exhibits) -> list[str]:
     said = []
     kinds = (("evaluation", "ctrlrl evaluate", found.evaluated), ("training run", "ctrlrl ppo or finetune", found.trained))
     for kind, command, given in (*kinds, ("distillation", "ctrlrl distill", found.distilled)):
-        said += [] if given else [f"no {kind} among the runs: give a directory of {command}"]
+        said += [] if given or found.studies else [f"no {kind} among the runs: give a directory of {command}"]
     for run in found.evaluated:
         if run.details is None:
             said.append(f"{run.name}: no details.json (run ctrlrl evaluate --table on its table.parquet)")
         said += [f"{run.name}: {what}" for what in (run.details or {}).get("missing", [])]
         said += [f"{run.name}: no cost.json, so its cost is not known"] if run.cost is None else []
         said += [f"{run.name}: no table.parquet, so no answers of it are shown"] if run.table is None else []
-    sizes = {run.name: run.details["prompts"] for run in found.evaluated if run.details}
-    if len(set(sizes.values())) > 1:
-        said.append("the methods were not asked the same prompts: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    said += differently_asked([run for run in found.evaluated if run.details])
     for run in found.trained:
         said += [f"{run.name}: no rows of metrics yet"] if not run.rows else []
         said += [f"{run.name}: no seconds in its metrics"] if run.rows and not training_cost(run) else []
     said += [f"{data.name}: a distillation keeps no times" for data in found.distilled]
     said += [f"study “{study.title}”: {name} is not evaluated yet" for study in found.studies for name, run in study.rows if run is None]
+    return said
+
+
+def differently_asked(runs: Sequence[Evaluated]) -> list[str]:
+    """Whether evaluations cannot be compared, having been asked other prompts or under other controls than each other."""
+    said = []
+    prompts = {run.name: run.details["prompts"] for run in runs}
+    sets = {frozenset(pc.unique(run.table["prompt_id"]).to_pylist()) for run in runs if run.table is not None}
+    if len(set(prompts.values())) > 1 or len(sets) > 1:
+        said.append("the methods were not asked the same prompts: " + ", ".join(f"{name} {count}" for name, count in prompts.items()))
+    if len(sets) > 1 and not frozenset.intersection(*sets):
+        said.append("no prompt was answered by all of them, so no answers are shown side by side")
+    grids = {run.name: run.details["controls"] for run in runs if run.details["method"] != "system"}
+    if len(set(map(tuple, grids.values()))) > 1:
+        counts = ", ".join(f"{name} {len(controls)}" for name, controls in grids.items())
+        said.append(f"the methods were not asked under the same controls: {counts}")
     return said
 
 
@@ -105,6 +122,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def percent(share: float | None) -> str:
+    """A share with one decimal."""
+    return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
 def tint(value: float) -> str:

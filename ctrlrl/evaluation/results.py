@@ -53,6 +53,7 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
     if not judges:
         needed = " and ".join(score_columns(JUDGES[0]))
         raise DataError(f"the table has no scores: it needs {needed}; it has {', '.join(table.column_names)}")
+    table = _typed(table, judges)
     method = _method(table)
     parts = _by_template(table) if method == "prompting" else {None: table}
     measured = {number: {judge: _measured(part, judge, config, seed) for judge in judges} for number, part in parts.items()}
@@ -130,6 +131,21 @@ def _beside(table: pa.Table, judge: str, found: dict, method: str, seed: int, dr
         asked, given = requests[..., harmless], scores[..., harmless]
         rest["system"] = safe_shares(given[asked == HIGH], given[asked != HIGH], seed=seed, draws=draws)
     return rest
+
+
+def _typed(table: pa.Table, judges: list[str]) -> pa.Table:
+    """The table with its columns in the types that are measured; DataError names a column that cannot be one."""
+    numbers = [*REQUESTS, "tokens", *(column for judge in judges for column in score_columns(judge))]
+    texts = ("response", "finish_reason", "method")
+    types = {"template": pa.int64()} | dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(texts, pa.string())
+    for name, wanted in types.items():
+        if name in table.column_names and table.schema.field(name).type != wanted:
+            given = table.schema.field(name).type
+            try:
+                table = table.set_column(table.column_names.index(name), name, table[name].cast(wanted))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise DataError(f"column {name} of the table is {given}, and cannot be read as {wanted}: {error}") from None
+    return table
 
 
 def _method(table: pa.Table) -> str:

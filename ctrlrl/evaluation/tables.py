@@ -60,14 +60,17 @@ class Method:
 def comparison(methods: Sequence[Method], judge: str) -> list[Row]:
     """The rows of one set of reward models.
 
-    Best is the largest value, for Err the smallest; values that look alike with three decimals share it. One row alone has no best.
+    Best is the largest value, for Err the smallest; values that look alike with three decimals share it. One row alone has no best, and
+    a method that is not asked for both attributes, an easier task, competes only where none is.
     """
     rows = [[m.figure(judge, *column) for column in COLUMNS] if m.metrics and judge in m.metrics else None for m in methods]
+    whole = [row for row, method in zip(rows, methods, strict=True) if row and method.asked == ATTRIBUTES]
+    rivals = whole or [row for row in rows if row]
     for index, (_, metric) in enumerate(COLUMNS):
-        shown = [float(row[index].text) for row in rows if row and row[index].value is not None]
+        shown = [float(row[index].text) for row in rivals if row[index].value is not None]
         best = (min if metric == "Err" else max)(shown, default=None)
-        for row in rows:
-            if row and len(shown) > 1 and row[index].value is not None:
+        for row in rivals:
+            if len(shown) > 1 and row[index].value is not None:
                 row[index] = replace(row[index], best=float(row[index].text) == best)
     return [Row(method.name, method.note, row) for method, row in zip(methods, rows, strict=True)]
 

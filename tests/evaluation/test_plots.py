@@ -31,7 +31,7 @@ def test_training_curve_shows_every_series_it_is_given(tmp_path, drawn):
     path = plots.reward_curve(rows, tmp_path / "deep" / "curve.png")
     pixels = imread(path)
     assert pixels.shape[0] > 400 and pixels.shape[1] > 1500 and pixels[..., :3].std() > 0.02  # not a blank sheet
-    assert lines(drawn[0]) == {"reward": [0.5, 0.75], "helpful": [0.6, 0.65], "harmless": [0.7, 0.8], "k1 estimate": [0.0, 1.5]}
+    assert lines(drawn[0]) == {"reward": [0.5, 0.75], "helpfulness": [0.6, 0.65], "safety": [0.7, 0.8], "k1 estimate": [0.0, 1.5]}
     assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [3, 4]
     assert [axes.get_title(loc="left") for axes in drawn[0].axes] == ["Reward", "Agreement with the control", "KL to the reference"]
 

@@ -144,6 +144,21 @@ def test_columns_that_a_table_lacks_are_named_as_missing(make_answers):
     assert details["corners"][0]["tokens"] is None and details["corners"][0]["refusals"] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "values"), [("tokens", ["many"] * 24), ("response", [{"text": "a"}] * 24), ("helpful_request", ["high"] * 24)]
+)
+def test_a_column_of_another_type_is_named(make_answers, name, values):
+    with pytest.raises(DataError, match=f"column {name} of the table is .*, and cannot be read as"):
+        results(column(make_answers(), name, values), FEW, 0)
+
+
+def test_numbers_may_be_of_any_type(make_answers):
+    table = make_answers()
+    decimals = table["helpful_request"].cast(pa.decimal128(4, 2)).to_pylist()
+    other = column(column(table, "helpful_request", decimals), "tokens", [str(n) for n in table["tokens"].to_pylist()])
+    assert results(other, FEW, 0) == results(table, FEW, 0)
+
+
 def test_wrong_tables_are_refused(make_answers):
     table = make_answers()
     cells = {"a missing cell": table.slice(1), "a NaN": column(table, "held_out.helpful", [float("nan")] + [0.5] * 23)}

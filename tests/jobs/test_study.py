@@ -95,12 +95,20 @@ def test_what_a_variant_sets_goes_before_what_is_common_and_that_before_the_reci
 
 
 def test_what_is_set_for_a_world_is_set_with_a_world_alone(tmp_path):
-    (tmp_path / "world.json").write_text(json.dumps({"facts": {}}))
+    (tmp_path / "world.json").write_text(json.dumps({"fingerprint": "a", "facts": {}}))
     common = {**settings()["common"], "distill": {"data": "{generate}", "per_cell": 2}}
     extra = {"with_world": {"distill": {"per_cell": 3}}, "common": common}
     alone, there = (plan(study(f"out={tmp_path}", **extra, **world))["clm"] for world in ({}, {"world": str(tmp_path)}))
     assert [alone[1].config.per_cell, there[1].config.per_cell] == [2, 3]
     assert there[0].config.policy == str(tmp_path / "policy") and there[2].config.policy.train.dtype == "float32"  # the demo's recipe
+
+
+def test_another_world_in_the_same_place_makes_other_steps(tmp_path):
+    found = []
+    for built in ("a", "b", "a"):
+        (tmp_path / "world.json").write_text(json.dumps({"fingerprint": built, "facts": {}}))
+        found.append(folders(study(f"out={tmp_path}", world=str(tmp_path))))
+    assert found[0] == found[2] and not {*found[0]["clm"].values()} & {*found[1]["clm"].values()}
 
 
 def test_a_variant_may_have_inputs_and_a_chain_of_its_own():
@@ -165,7 +173,7 @@ def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tm
     planned = plan(load(StudyRecipe, path))
     assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5}[name]
     assert len({steps[-1].folder for steps in planned.values()}) == len(planned)  # no two variants are the same
-    (tmp_path / "world.json").write_text(json.dumps({"facts": {}}))
+    (tmp_path / "world.json").write_text(json.dumps({"fingerprint": "a", "facts": {}}))
     small = plan(load(StudyRecipe, path, [f"world={tmp_path}"]))
     for steps in small.values():
         for step in steps:

@@ -1,0 +1,114 @@
+"""The demo as a whole, without running its jobs: what is refused before anything is lost, what is reused, and what it says at the end."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ctrlrl.cli import app
+from ctrlrl.config import dump
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.demo.models import FULL, DemoWorld, fingerprint
+from ctrlrl.errors import RunError
+from ctrlrl.evaluation.metrics import METRICS
+from jobs.demo import PARTS, TRAINED, UNTRAINED, Demo, removable, run_demo
+
+METHODS = {"before", "prompting", "reranking", "clm", "exmate", "ppo", "cst", "dpo"}
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """A demo in tmp_path/demo whose world has names and no models."""
+    root = tmp_path / "demo"
+    world = root / "world"
+    judges = {judge: {a: world / judge / a for a in ATTRIBUTES} for judge in ("reward", "held_out")}
+    return Demo(root, DemoWorld(world, world / "policy", *judges.values(), world / "train.jsonl", world / "test.jsonl", {}, ""), 0, False)
+
+
+@pytest.fixture
+def left(tmp_path):
+    """A directory that looks like a demo of seed 0: the world's manifest and two results."""
+    for part in ("world", "generate", "ppo", "evaluations/ppo", "evaluations/clm"):
+        (tmp_path / "old" / part).mkdir(parents=True)
+    (tmp_path / "old" / "world" / "world.json").write_text(json.dumps({"fingerprint": fingerprint(0, FULL), "facts": {}}))
+    return tmp_path / "old"
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("asked", [{"seed": 1}, {"fast": True}, {"seed": 1, "only": "report"}, {"seed": 1, "only": "ppo", "fresh": True}])
+def test_results_on_another_world_are_refused_and_kept(left, asked):
+    before = names(left)
+    with pytest.raises(RunError, match="holds a demo of another world .*give another --out, or begin anew with --fresh"):
+        run_demo(str(left), **asked)
+    assert names(left) == before
+
+
+def test_wrong_options_cost_nothing(left):
+    before = names(left)
+    for options, message in ((["--only", "ppp"], "'ppp' is no step of the demo"), (["--steps", "0"], "--steps 0: give at least one step")):
+        result = CliRunner().invoke(app, ["demo", "--out", str(left), "--fresh", *options])
+        assert result.exit_code == 2 and message in result.output and names(left) == before
+
+
+def test_fresh_removes_results_of_a_demo_alone(left, tmp_path):
+    assert removable(left, "") == [left / "generate", left / "ppo", left / "evaluations"]
+    assert removable(left, "ppo") == [left / "ppo", left / "evaluations/ppo"]
+    assert removable(left, "evaluate") == [left / "evaluations"] and removable(left, "world") == removable(left, "cst") == []
+    (tmp_path / "runs" / "report").mkdir(parents=True)
+    with pytest.raises(RunError, match="has 'report' but no world of a demo"):
+        removable(tmp_path / "runs", "")
+    assert not set(PARTS) & {"world", "evaluate"} and "evaluations" in PARTS
+
+
+def test_a_trained_model_is_reused_with_its_settings_alone(demo, capsys):
+    folder = demo.directory / "ppo"
+    (folder / "model").mkdir(parents=True)
+    (folder / "recipe.json").write_text(dump(demo.ppo_recipe()))
+    assert demo.ppo() == 0 and "ppo: reused from" in capsys.readouterr().out
+    with pytest.raises(RunError, match="steps: 75 -> 30"):
+        demo.ppo(30)
+
+
+def test_every_method_is_evaluated_on_prompts_that_nothing_was_trained_on(demo):
+    assert {*UNTRAINED, *TRAINED} == METHODS
+    for name in METHODS:
+        config = demo.evaluation(name)
+        assert config.prompts == str(demo.world.test_prompts) and config.max_prompts == 100 and config.seed == 0
+        assert config.model == (str(demo.directory / name / "model") if name in TRAINED else str(demo.world.policy))
+        assert config.method == {"prompting": "prompting", "reranking": "reranking", "cst": "system", "dpo": "system"}.get(name, "control")
+        assert {a: reward.model for a, reward in config.judges.held_out} == {a: str(demo.world.held_out[a]) for a in ATTRIBUTES}
+    fast = Demo(demo.directory, demo.world, 3, True)
+    assert fast.evaluation("ppo").max_prompts == 20 and fast.ppo_recipe().steps == 6 and fast.ppo_recipe().seed == 3
+    assert demo.ppo_recipe(9).steps == 9 and demo.ppo_recipe().algorithm.combine == "min"
+
+
+def test_the_report_says_what_was_measured(demo, write_evaluation, capsys):
+    with pytest.raises(RunError, match="nothing is evaluated in .* yet: run ctrlrl demo --only evaluate"):
+        demo.report()
+    measured = {}
+    for seed, name in enumerate(("reranking", "ppo", "cst", "before")):
+        method = {"cst": "system", "reranking": "reranking"}.get(name, "control")
+        measured[name] = write_evaluation(demo.directory / "evaluations" / name, method=method, seed=seed)
+    (demo.directory / "ppo").mkdir()
+    (demo.directory / "ppo" / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    assert demo.report() == 0
+    summary = json.loads((demo.directory / "summary.json").read_text())
+    assert list(summary) == ["before", "reranking", "ppo", "cst"]  # in the order of the paper, not of the alphabet
+    for name, (metrics, _) in measured.items():
+        for judge in ("optimisation", "held_out"):
+            for a in ATTRIBUTES:
+                assert summary[name][judge][a] == {metric: metrics[judge][a][metric]["value"] for metric in METRICS}
+    said = capsys.readouterr().out
+    shares = measured["cst"][1]["judges"]["held_out"]["system"]
+    assert f"cst, held_out                S1 {shares['S1']['value']:.3f}  S0 {shares['S0']['value']:.3f}" in said
+    assert f"ppo, held_out              {measured['ppo'][0]['held_out']['harmless']['mP']['value']:8.3f}" in said
+    answers = said.split("Asked: Question 0")[1].splitlines()[1:5]
+    assert [line.split()[0] for line in answers] == [corner.spell() for corner in CORNERS]
+    assert [f"Answer {i} & more  (helpful" in line for i, line in enumerate(answers)] == [True] * 4
+    page = (demo.directory / "report" / "report.html").read_text()
+    rows = page.split('data-table="comparison"')[1].split("</table>")[0].split('data-run="')[1:]
+    assert [row.split('"')[0] for row in rows] == list(summary)
+    assert (demo.directory / "reward.png").stat().st_size > 1000
