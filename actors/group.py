@@ -3,9 +3,11 @@
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import ray
+from pydantic import Field
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
@@ -24,7 +26,7 @@ _COMPLAINT_S = 5.0
 class GroupConfig(Section):
     """The ranks of one trained model, and how it is trained."""
 
-    ranks: int = 1
+    ranks: int = Field(1, gt=0)
     resources: Resources = Resources()
     train: TrainerConfig = TrainerConfig()
 
@@ -32,6 +34,12 @@ class GroupConfig(Section):
     def bundles(self) -> list[dict[str, float]]:
         """The Ray resource demand of every rank."""
         return [self.resources.bundle] * self.ranks
+
+    def scheduled(self, steps: int, warmup: int = 0) -> Self:
+        """The same with the run's optimiser steps and warm-up in the schedule, where the recipe leaves them open."""
+        train = self.train
+        filled = {"total_steps": train.total_steps or steps, "warmup_steps": train.warmup_steps or warmup}
+        return self.model_copy(update={"train": train.model_copy(update=filled)})
 
 
 @ray.remote(max_restarts=0)

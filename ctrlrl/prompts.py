@@ -4,7 +4,10 @@ A message is {"role": "system" | "user" | "assistant", "content": str}. The cont
 everything before it is a prefix shared by all controls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from jinja2 import TemplateError
 
 from ctrlrl.control import ATTRIBUTES, Control, neutralise, neutralise_jinja
 from ctrlrl.errors import DataError, ModelError
@@ -38,8 +41,21 @@ def controlled(messages: Messages, suffix: str = "") -> list[dict[str, str]]:
     return clean
 
 
-def render(tokenizer, messages: Messages, suffix: str = "") -> list[int]:
-    """Token ids of the prompt, ready for the response's first token. `suffix` is a spelled control or a template's sentence."""
+@contextmanager
+def refusals_told(tokenizer, messages: Messages, source: str = "") -> Iterator[None]:
+    """Context in which an exception that the tokenizer's chat template raises becomes a DataError; `source`: where the prompt stands."""
+    try:
+        yield
+    except TemplateError as error:
+        raise DataError(
+            f"{source and f'{source}: '}the chat template of {tokenizer.name_or_path!r} refuses a conversation of "
+            f"{', '.join(m['role'] for m in messages)}: {error}: give prompts that it takes, or a tokenizer with another chat_template"
+        ) from None
+
+
+def render(tokenizer, messages: Messages, suffix: str = "", *, source: str = "") -> list[int]:
+    """Token ids of the prompt, ready for the response's first token. `suffix` is a spelled control or a template's sentence; `source`:
+    where the prompt stands, for errors."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
@@ -47,10 +63,12 @@ def render(tokenizer, messages: Messages, suffix: str = "") -> list[int]:
         )
     # The template of an exported model would neutralise the operator's own suffix.
     template = plain_chat_template(tokenizer.get_chat_template())
-    ids = tokenizer.apply_chat_template(
-        controlled(messages, suffix), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return list(ids)
+    with refusals_told(tokenizer, messages, source):
+        return list(
+            tokenizer.apply_chat_template(
+                controlled(messages, suffix), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
 
 
 def prompting_templates(control: Control) -> tuple[str, str, str, str]:

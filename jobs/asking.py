@@ -36,7 +36,7 @@ def worker_name(judge: str, attribute: str) -> str:
 
 def render_cells(cells: Sequence[Cell], tokenizer, room: int) -> list[tuple[int, ...]]:
     """Token ids of every cell's prompt; DataError names the first that exceeds `room` tokens."""
-    rendered = [tuple(render(tokenizer, *cell.asked)) for cell in cells]
+    rendered = [tuple(render(tokenizer, *cell.asked, source=cell.prompt.source)) for cell in cells]
     long = [cell for cell, ids in zip(cells, rendered, strict=True) if len(ids) > room]
     if long:
         first = f"{len(long)} of {len(cells)} prompts with their controls, the first at {long[0].prompt.source}, exceed {room} tokens"

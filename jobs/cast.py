@@ -15,7 +15,7 @@ from actors.sync import publish
 from actors.value import Value, ValueConfig
 from ctrlrl.config import Section
 from ctrlrl.models.sampler import SamplingConfig
-from ctrlrl.ppo.experience import AlgorithmConfig
+from ctrlrl.ppo.experience import AlgorithmConfig, minibatch_rows
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.runs import Run
 from jobs.interim import InterimConfig
@@ -46,6 +46,17 @@ class PPORecipe(Section):
     sampling: FullSampling = FullSampling()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     evaluation: InterimConfig = InterimConfig()
+
+    @property
+    def optimiser_steps(self) -> int:
+        """Those of the whole run: of the policy, and of the value model."""
+        samples = self.algorithm.queries_per_step * self.algorithm.samples_per_query
+        return self.steps * len(minibatch_rows(samples, 0, self.algorithm, self.seed))
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a value model is trained."""
+        return self.algorithm.advantage == "gae"
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def demands_of(config: PPORecipe) -> Demands:
     """The places that the actors of a run need."""
     return {
         "policy": config.policy.bundles,
-        "value": config.value.bundles if config.algorithm.advantage == "gae" else [],
+        "value": config.value.bundles if config.has_value else [],
         "rollout": config.rollout.bundles,
         **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
         "reference": [config.reference.resources.bundle] * config.reference.workers,
@@ -92,14 +103,15 @@ def start_cast(config: PPORecipe) -> Cast:
     demands = demands_of(config)
     connect(config.cluster, {**demands, "spare": config.rollout.spare})
     place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
+    policy, value = (group.scheduled(config.optimiser_steps) for group in (config.policy, config.value))
     cast = Cast(
         rollout=Rollout(config.rollout, model, place, cluster),
         rewards={a: Reward(f"reward.{a}", reward, place, cluster) for a, reward in config.reward},
         reference=Reference(
             config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature
         ),
-        policy=Policy(config.policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
-        value=Value(config.value, place, cluster, model=config.value.model or model, seed=config.seed) if demands["value"] else None,
+        policy=Policy(policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
+        value=Value(value, place, cluster, model=value.model or model, seed=config.seed) if config.has_value else None,
         placement=place,
     )
     try:

@@ -39,7 +39,7 @@ from ctrlrl.data.preferences import PairExamples
 from ctrlrl.data.sources import read_pairs
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.loading import check_policy, final_token_id, load_config, load_tokenizer, within_positions
+from ctrlrl.models.loading import check_causal, check_policy, final_token_id, load_tokenizer, within_positions
 from ctrlrl.objectives.preference import dpo as dpo_loss
 from ctrlrl.runs import Run, absolute_out, output_directory
 from jobs.launch import Out, Recipe, Resume, Set, run_job
@@ -95,7 +95,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
     absolute_out(config.out)  # refused now rather than after reading
     check_policy(config.policy.model)
-    load_config(config.reference_model)
+    check_causal(config.reference_model, "reference")
     tokenizer = load_tokenizer(config.policy.model)
     mixture, batch = read_data(config, tokenizer)
     run = open_run(config, resume)

@@ -31,7 +31,7 @@ from ctrlrl.evaluation.grid import Cell, make_cells
 from ctrlrl.evaluation.results import MeasureConfig, results
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
-from ctrlrl.models.sampler import SamplingConfig
+from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import absolute_out, output_directory
 from jobs.asking import Asking, worker_name
 from jobs.launch import Out, Recipe, Set, run_job
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
     for models in config.judges.given.values():
         for _, reward in models:
             check_reward_model(reward.model)
-    cells = cells_of(config)
+    cells, room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
     with ShardStore(absolute_out(config.out) / "answers") as store:
         asking = Asking(
             store,
@@ -103,7 +103,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
             {judge: {a: reward.load_calibration() for a, reward in models} for judge, models in config.judges.given.items()},
             samples=config.samples if config.method == "reranking" else 1,
             chunk=config.rollout.chunk,
-            room=config.rollout.engine.max_model_tokens - config.sampling.max_new_tokens,
+            room=room,
             seed=config.seed,
         )
         identity = fingerprint(config, cells)

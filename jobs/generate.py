@@ -29,7 +29,7 @@ from ctrlrl.data.sources import Prompt, PromptSet, Reject, read_prompts
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
-from ctrlrl.models.sampler import Completions, Request, SamplingConfig
+from ctrlrl.models.sampler import Completions, Request, SamplingConfig, prompt_room
 from ctrlrl.prompts import render
 from ctrlrl.runs import absolute_out
 from jobs.flow import Flow
@@ -92,10 +92,10 @@ def generate(config: GenerateRecipe, skip_bad_rows: bool = False) -> int:
 
 def fitting(config: GenerateRecipe, read: PromptSet, skip: bool) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
     """The prompts that leave room for an answer, their token ids without a control, and those that do not; DataError unless `skip`."""
-    tokenizer, room = load_tokenizer(config.policy), config.rollout.engine.max_model_tokens - config.sampling.max_new_tokens
+    tokenizer, room = load_tokenizer(config.policy), prompt_room(config.policy, config.rollout.engine, config.sampling)
     prompts, rendered, long = [], [], []
     for prompt in read:
-        ids = np.array(render(tokenizer, prompt.messages), np.int32)
+        ids = np.array(render(tokenizer, prompt.messages, source=prompt.source), np.int32)
         if len(ids) <= room:
             prompts.append(prompt)
             rendered.append(ids)

@@ -24,7 +24,7 @@ from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.grid import JUDGES, make_cells, make_table, score_columns
 from ctrlrl.evaluation.metrics import METRICS, measure
 from ctrlrl.models.loading import check_reward_model, load_tokenizer
-from ctrlrl.models.sampler import Request, SamplingConfig
+from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
 from jobs.asking import draw_seed, render_cells, spoken
 
 
@@ -66,14 +66,15 @@ class InterimCrewConfig(InterimConfig):
 
 
 class Interim:
-    """The grid of a run's looks, checked at once. model: whose tokenizer renders it; rollout: whose engine must have room for it."""
+    """The grid of a run's looks, checked at once. model: whose tokenizer renders it; rollout: whose engine must have room for it
+    (`section` of the recipe)."""
 
-    def __init__(self, config: InterimConfig, model: str, rollout: RolloutConfig, seed: int):
+    def __init__(self, config: InterimConfig, model: str, rollout: RolloutConfig, seed: int, section: str = "rollout"):
         self._config, self._seed, self._cells = config, seed, []
         if config.every:
             self._tokenizer = load_tokenizer(model)
             self._cells = make_cells(list(read_prompts(config.prompts, limit=config.count)), grid(config.levels))
-            room = rollout.engine.max_model_tokens - config.sampling.max_new_tokens
+            room = prompt_room(model, rollout.engine, config.sampling, section)
             self._rendered = render_cells(self._cells, self._tokenizer, room)
 
     def due(self, step: int) -> bool:
@@ -109,7 +110,7 @@ class InterimCrew:
 
     def __init__(self, config: InterimCrewConfig, cluster: ClusterConfig, model: str, seed: int):
         self._config, self._cluster, self._model = config, cluster, model
-        self._interim = Interim(config, model, config.rollout, seed)
+        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout")
         if config.every:
             for _, reward in config.judges:
                 check_reward_model(reward.model)

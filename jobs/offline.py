@@ -78,13 +78,9 @@ def epochs_of(config: OfflineRecipe, examples: Examples) -> Epochs:
 
 def scheduled(trained: GroupConfig, config: OfflineRecipe, steps: int) -> GroupConfig:
     """`trained` with the run's number of steps and its warm-up in the schedule, where the recipe leaves them open."""
-    train = trained.train
-    if train.warmup_steps and config.warmup_share:
+    if trained.train.warmup_steps and config.warmup_share:
         raise RecipeError("train.warmup_steps and warmup_share both ask for a warm-up: give one of them")
-    warmup = train.warmup_steps or round(config.warmup_share * steps)
-    return trained.model_copy(
-        update={"train": train.model_copy(update={"total_steps": train.total_steps or steps, "warmup_steps": warmup})}
-    )
+    return trained.scheduled(steps, round(config.warmup_share * steps))
 
 
 def open_run(config: OfflineRecipe, resume: bool) -> Run:

@@ -20,8 +20,8 @@ from actors.sync import publish
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import DataError, GroupLost
-from ctrlrl.models.loading import check_policy, check_reward_model, load_config, load_tokenizer
-from ctrlrl.models.sampler import Completions, Request
+from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, load_config, load_tokenizer
+from ctrlrl.models.sampler import Completions, Request, prompt_room
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
@@ -33,7 +33,7 @@ from jobs.interim import Interim
 from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
 from jobs.progress import Clock, Steps
 
-# May change at resume: they have no part in the result.
+# May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
 FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "evaluation")
 
 
@@ -172,13 +172,13 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
     """Everything that can be wrong before an actor starts; returns the prompts and the policy's tokenizer."""
     check_policy(config.policy.model)
     load_config(config.value.model or config.policy.model)
-    load_config(config.reference.model or config.policy.model)
+    check_causal(config.reference.model or config.policy.model, "reference")
     for model in (config.reward.helpful.model, config.reward.harmless.model):
         check_reward_model(model)
+    room = prompt_room(config.policy.model, config.rollout.engine, config.sampling)
     prompts = list(read_prompts(config.prompts))
     tokenizer = load_tokenizer(config.policy.model)
-    room = config.rollout.engine.max_model_tokens - config.sampling.max_new_tokens
-    long = [p for p in prompts if len(render(tokenizer, p.messages, CORNERS[0].spell())) > room]
+    long = [p for p in prompts if len(render(tokenizer, p.messages, CORNERS[0].spell(), source=p.source)) > room]
     if not prompts or long:
         problem = (
             f"{len(long)} of {len(prompts)} prompts, the first at {long[0].source}, exceed {room} tokens"

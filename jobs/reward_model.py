@@ -75,7 +75,7 @@ def encode_pairs(config: RewardModelRecipe, tokenizer, pairs: list[PreferencePai
     """Every pair as two token sequences; the second text (the answer) is what a model with token types is told to judge."""
     model = config.reward_model.model
     limit, typed = longest_input(model, tokenizer, config.max_length), reads_token_types(model)
-    encoded = [encode_conversation(tokenizer, p.messages, answer, limit) for p in pairs for answer in (p.chosen, p.rejected)]
+    encoded = [encode_conversation(tokenizer, p.messages, a, limit, source=p.source) for p in pairs for a in (p.chosen, p.rejected)]
     tokens = [np.array(e["input_ids"], np.int32) for e in encoded]
     starts = np.array([e["token_type_ids"].count(0) if typed else 1 for e in encoded])
     return PairExamples(tokens, starts)

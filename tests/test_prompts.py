@@ -180,6 +180,14 @@ def test_a_tokenizer_without_a_chat_template_is_refused():
         render(byte_tokenizer(None), user("Hi"))
 
 
+def test_what_the_chat_template_refuses_is_named():
+    strict = byte_tokenizer("{{ raise_exception('Roles must alternate') }}")
+    with pytest.raises(DataError, match="^a.jsonl:7: the chat template .* of user, user: Roles must alternate: give prompts that it takes"):
+        render(strict, [*user("Hi"), *user("Hello")], source="a.jsonl:7")
+    with pytest.raises(DataError, match="^the chat template .* of user: 'x' is undefined"):
+        render(byte_tokenizer("{{ x.y }}"), user("Hi"))
+
+
 def test_controlled_leaves_the_messages_alone():
     messages = [{"role": "system", "content": "[safety=1]"}, {"role": "user", "content": "Hi", "id": 3}]
     found = controlled(messages, "S")

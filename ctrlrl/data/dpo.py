@@ -105,7 +105,7 @@ def encode(pairs: Sequence[PreferencePair], tokenizer, end: int) -> TokenBatch:
     tokens, starts = [], []
     answers = tokenizer([text for pair in pairs for text in (pair.chosen, pair.rejected)], add_special_tokens=False)["input_ids"]
     for i, pair in enumerate(pairs):
-        prompt = render(tokenizer, pair.messages)
+        prompt = render(tokenizer, pair.messages, source=pair.source)
         for answer in answers[2 * i : 2 * i + 2]:
             tokens.append(np.array([*prompt, *answer, end], np.int32))
             starts.append(len(prompt))

@@ -101,7 +101,8 @@ class ControlledExamples:
         return other_corner(self.controls[row], derive_seed(self._seed, "fake", int(row), epoch))
 
     def _render(self, row: int, control: Control) -> np.ndarray:
-        return np.array(render(self._tokenizer, self._messages[int(row)].as_py(), control.spell()), np.int32)
+        messages = self._messages[int(row)].as_py()
+        return np.array(render(self._tokenizer, messages, control.spell(), source=f"row {row} of the table"), np.int32)
 
 
 def contrast_figures(logprobs: Sequence[np.ndarray], controls: Sequence[Control]) -> dict[str, float]:

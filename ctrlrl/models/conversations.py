@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from ctrlrl.models.loading import within_positions
-from ctrlrl.prompts import Messages
+from ctrlrl.prompts import Messages, refusals_told
 
 
 def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -11,15 +11,19 @@ def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     return min(tokenizer.model_max_length, within_positions(model, max_length))
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, response: str, limit: int) -> dict[str, list[int]]:
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, response: str, limit: int, *, source: str = ""
+) -> dict[str, list[int]]:
     """input_ids, attention_mask, and token_type_ids where the tokenizer makes them, of at most `limit` tokens.
 
     With a chat template the answer is the assistant's last message; other classifiers take (conversation, answer) as two texts. What
     is too long loses its beginning, since the answer is what is judged; a special token that opens the input stays.
+    source: where the prompt stands, for errors.
     """
     if tokenizer.chat_template:
         chat = [*messages, {"role": "assistant", "content": response}]
-        ids = list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
+        with refusals_told(tokenizer, chat, source):
+            ids = list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
         encoded = {"input_ids": ids, "attention_mask": [1] * len(ids)}
     else:
         prompt = messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in messages)

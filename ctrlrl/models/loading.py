@@ -27,24 +27,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load_config(name: str) -> PretrainedConfig:
     """The configuration of a model; raises ModelError if there is no such directory or hub name."""
-    return _read(name, "model", lambda: AutoConfig.from_pretrained(_existing(name)))
+    return _read(name, "model", lambda: AutoConfig.from_pretrained(existing(name)))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises ModelError if it is missing."""
-    return _read(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(_existing(name)))
+    return _read(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(existing(name)))
 
 
 def load_policy(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal language model without dropout."""
+    """A causal language model without dropout; ModelError if its checkpoint lacks weights, which would start at random."""
     config = _without_dropout(load_config(name))
-    return _read(
+    model, info = _read(
         name,
         "causal language model",
         lambda: AutoModelForCausalLM.from_pretrained(
-            _existing(name), config=config, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
+            existing(name),
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
         ),
     )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{name!r} lacks {len(missing)} weights of a causal language model, such as {missing[0]!r}: give a whole one")
+    return model
 
 
 def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
@@ -55,7 +63,7 @@ def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrain
         name,
         "value model",
         lambda: AutoModelForTokenClassification.from_pretrained(
-            _existing(name),
+            existing(name),
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
@@ -83,7 +91,7 @@ def load_classifier(name: str, dtype: str, attention: str = "sdpa") -> PreTraine
         name,
         "sequence classifier",
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            _existing(name),
+            existing(name),
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
@@ -115,7 +123,7 @@ def load_reward_model(name: str, dtype: str) -> PreTrainedModel:
     model = _read(
         name,
         "sequence classifier",
-        lambda: AutoModelForSequenceClassification.from_pretrained(_existing(name), dtype=DTYPES[dtype], use_safetensors=True),
+        lambda: AutoModelForSequenceClassification.from_pretrained(existing(name), dtype=DTYPES[dtype], use_safetensors=True),
     )
     return model.eval().requires_grad_(False)
 
@@ -134,11 +142,16 @@ def check_reward_model(name: str) -> None:
         )
 
 
-def check_policy(name: str) -> None:
-    """Raise ModelError unless `name` is a causal language model whose tokenizer has a chat template."""
+def check_causal(name: str, role: str) -> None:
+    """Raise ModelError unless `name`, the run's `role`, is a causal language model; reads the configuration only."""
     config = load_config(name)
     if not any("CausalLM" in a or "LMHead" in a for a in config.architectures or []):
-        raise ModelError(f"policy {name!r} is a {', '.join(config.architectures or []) or config.model_type}: give a causal language model")
+        raise ModelError(f"{role} {name!r} is a {', '.join(config.architectures or []) or config.model_type}: give a causal language model")
+
+
+def check_policy(name: str) -> None:
+    """Raise ModelError unless `name` is a causal language model whose tokenizer has a chat template."""
+    check_causal(name, "policy")
     if not load_tokenizer(name).chat_template:
         raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
 
@@ -153,7 +166,7 @@ def end_token_ids(name: str) -> list[int]:
     tokenizer = load_tokenizer(name)
     ends = {tokenizer.eos_token_id}
     try:
-        listed = GenerationConfig.from_pretrained(_existing(name)).eos_token_id
+        listed = GenerationConfig.from_pretrained(existing(name)).eos_token_id
         ends |= set(listed if isinstance(listed, list) else [listed])
     except OSError:
         pass  # a model may come without a generation configuration
@@ -185,8 +198,8 @@ def _zero_new_head(model: PreTrainedModel, missing: list[str]) -> None:
             getattr(parameter, "ds_tensor", parameter).data.zero_()
 
 
-def _existing(name: str) -> str:
-    """`name` itself; a path that does not exist is refused before the hub is asked for it."""
+def existing(name: str) -> str:
+    """`name`, with `~` of a path expanded; a path that does not exist is refused before the hub is asked for it."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if looks_local and not path.is_dir():

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field, model_validator
 
 from ctrlrl.config import Section
-from ctrlrl.errors import VersionMismatch
-from ctrlrl.models.loading import end_token_ids
+from ctrlrl.errors import RecipeError, VersionMismatch
+from ctrlrl.models.loading import end_token_ids, existing, load_config, within_positions
 from ctrlrl.models.weights import WeightMessage
 
 
@@ -42,6 +42,17 @@ class EngineConfig(Section):
         if self.tensor_parallel > 1:
             raise ValueError("tensor_parallel above 1 is not supported by the in-process engine yet: use more rollout workers")
         return self
+
+
+def prompt_room(model: str, engine: EngineConfig, sampling: SamplingConfig, section: str = "rollout") -> int:
+    """Tokens that a prompt may have beside its answer; RecipeError if the engine, of this section of the recipe, has more tokens than
+    the model has positions."""
+    positions, key = within_positions(model, engine.max_model_tokens), f"{section}.engine.max_model_tokens"
+    rope = getattr(load_config(model), "rope_parameters", None) or {}
+    stretched = rope.get("rope_type") in ("linear", "dynamic")  # to more positions than the configuration names; vLLM knows how many
+    if positions < engine.max_model_tokens and not stretched:
+        raise RecipeError(f"{key} = {engine.max_model_tokens}, but {model!r} has {positions} positions: set {key} = {positions} or less")
+    return engine.max_model_tokens - sampling.max_new_tokens
 
 
 def environment(engine: EngineConfig) -> dict[str, str]:
@@ -92,7 +103,7 @@ class Sampler:
         self.version = 0
         self._ends = end_token_ids(model)
         self._llm = LLM(
-            model=model,
+            model=existing(model),
             skip_tokenizer_init=True,
             dtype=engine.dtype,
             max_model_len=engine.max_model_tokens,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
-from ctrlrl.errors import RunError
+from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, attention_for, lay_out, micro_batch
 from ctrlrl.models.loading import load_classifier, load_config, load_policy, load_value_model, reads_token_types
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
@@ -45,7 +45,7 @@ class TrainerConfig(Section):
     learning_rate: float = Field(2e-5, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    total_steps: int = Field(0, ge=0, description="optimiser steps of the whole run; needed by linear and cosine")
+    total_steps: int = Field(0, ge=0, description="optimiser steps of the whole run; 0: as many as the job has")
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -65,6 +65,8 @@ class ClassifierTrainerConfig(TrainerConfig):
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
     """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant, or down to 0 at total_steps."""
+    if config.schedule != "constant" and not config.total_steps:
+        raise RecipeError(f"schedule = {config.schedule!r} ends at total_steps, which is 0: set total_steps, or schedule = 'constant'")
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

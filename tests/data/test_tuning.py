@@ -1,5 +1,7 @@
 """Rows of a distilled table as token sequences, the fakes of ExMATE, and the held-out figures."""
 
+import copy
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,6 +63,13 @@ def test_a_row_is_the_prompt_with_its_control_and_the_response(tokenizer, object
         assert batch.tokens[place].tolist() == [*prompt, *rows["token_ids"][row].as_py()]
         assert batch.prompt_lengths[place] == (len(prompt) if objective == "clm" else 1)
         assert examples.lengths[row] == len(batch.tokens[place])
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(tokenizer):
+    rows, strict = table(tokenizer), copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if '1 loaves' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    with pytest.raises(DataError, match="^row 1 of the table: the chat template .* of user: no: "):
+        ControlledExamples(rows, response_ids(rows, tokenizer, END, False), strict, "clm", 1)
 
 
 def test_a_fake_is_another_corner_drawn_for_each_row_and_epoch(tokenizer):

@@ -1,12 +1,14 @@
 """Wrong input is answered with one clear message and exit code 2: no traceback, nothing half-written; and what doctor says."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
 from ctrlrl.doctor import examine
+from ctrlrl.models.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -40,6 +42,10 @@ def run(ppo_overrides, tmp_path):
         ("algorithm.advantage=rloo", "set samples_per_query to 2 or more"),
         ("sampling.max_new_tokens=120", "raise rollout.engine.max_model_tokens"),
         ("rollout.engine.tensor_parallel=2", "use more rollout workers"),
+        ("rollout.engine.max_model_tokens=513", "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
+        ("reference.model={helpful}", "reference '.*helpful' is a LlamaForSequenceClassification: give a causal language model"),
+        ("policy.ranks=0", "policy.ranks.*greater than 0"),
+        ("value.ranks=0", "value.ranks.*greater than 0"),
     ],
 )
 def test_a_mistake_in_the_recipe(run, models, override, message):
@@ -85,6 +91,34 @@ def test_an_evaluation_level_out_of_range(models, prompt_file, tmp_path):
     result = CliRunner().invoke(app, ["evaluate", "--out", str(tmp_path / "e"), *arguments])
     assert result.exit_code == 2 and "1.5 is not a level: give a number from 0 to 1" in result.output
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("command", ["ppo", "generate", "evaluate", "dpo", "reward-model"])
+def test_a_prompt_that_the_chat_template_refuses(models, tmp_path, command):
+    strict, data = tmp_path / "strict", tmp_path / "data.jsonl"
+    shutil.copytree(models["policy"], strict)
+    tokenizer = load_tokenizer(models["policy"])
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(strict)
+    rows = [{"prompt": "Hello", "chosen": "Hi", "rejected": "No"} | system for system in ({}, {"system": "Be brief."})]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [f"prompts={data}", "rollout.engine.max_model_tokens=512", "sampling.max_new_tokens=12"]
+    judged = [f"{a}.model={models[a]}" for a in ("helpful", "harmless")]
+    settings = {
+        "ppo": [*asked, f"policy.model={strict}", *(f"reward.{setting}" for setting in judged)],
+        "generate": [*asked, f"policy={strict}", *(f"reward.{setting}" for setting in judged)],
+        "evaluate": [*asked, f"model={strict}", *(f"judges.optimisation.{setting}" for setting in judged)],
+        "dpo": [f"policy.model={strict}", f'tasks=[{{name = "a", data = "{data}"}}]'],
+        "reward-model": [f"data={data}", f"reward_model.model={strict}", "validation.share=0"],
+    }[command]
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = CliRunner().invoke(app, [command, "--out", str(tmp_path / "run"), *options])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and "Traceback" not in output, output
+    assert f"{data}:2: the chat template of '{strict}' refuses a conversation of system, user" in output
+    assert "System role not supported: give prompts that it takes" in output and not (tmp_path / "run").exists()
 
 
 def test_doctor_finds_everything_here():

@@ -104,6 +104,7 @@ def test_mistakes_are_told(critique_overrides, models, tmp_path):
     for more, message in (
         (["templates.critique=Judge it"], "critique lacks {prompt}, {response}"),
         (["templates.marker=*"], "rewrite does not ask for the marker '*'"),
+        (["rollout.engine.max_model_tokens=513"], "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
         (["sampling.max_new_tokens=255"], "40 of 40 prompts exceed 1 tokens"),
         ([f"prompts={system}"], f"1 of 2 prompts have a system prompt of their own, the first at {system}:2"),
         ([f"policy={models['helpful']}"], "give a causal language model"),

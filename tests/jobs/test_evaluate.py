@@ -223,6 +223,7 @@ def test_interim_figures_are_those_of_the_evaluation(evaluated, recipe, crew, ov
         (["templates=[5]"], RecipeError, "templates"),
         (["measure.refusals=['(']"], RecipeError, "is not a pattern"),
         (["rollout.engine.max_model_tokens=20"], DataError, "20 of 20 prompts with their controls.*raise rollout.engine.max_model_tokens"),
+        (["rollout.engine.max_model_tokens=513"], RecipeError, "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(recipe, tmp_path, more, error, message):
@@ -231,6 +232,17 @@ def test_mistakes_are_named_before_anything_starts(recipe, tmp_path, more, error
     with pytest.raises(error, match=message):
         evaluate(recipe("control", f"out={tmp_path / 'e'}", *more))
     assert not (tmp_path / "e").exists()
+
+
+def test_an_interim_engine_beyond_the_models_positions_is_refused(models, prompt_file):
+    from actors.placement import ClusterConfig
+    from jobs.interim import InterimCrew, InterimCrewConfig
+
+    judges = {a: {"model": models[a]} for a in ATTRIBUTES}
+    config = InterimCrewConfig(every=1, prompts=prompt_file, judges=judges)
+    message = "evaluation.rollout.engine.max_model_tokens = 2048, .* has 512 positions: set evaluation.rollout.engine"
+    with pytest.raises(RecipeError, match=message):
+        InterimCrew(config, ClusterConfig(), models["policy"], 0)
 
 
 def test_a_prompt_with_its_own_system_message_has_no_room_for_another(recipe, tmp_path):

@@ -204,6 +204,7 @@ def test_mistakes_are_told(generate_overrides, models, tmp_path):
     for more, message in (
         (["--scale", "8"], "scale: is not a number of units: write 1x, 8x, … (given: '8')"),
         (["--set", f"prompts={bad}"], f"{bad}:2"),
+        (["--set", "rollout.engine.max_model_tokens=513"], "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
         (["--set", "sampling.max_new_tokens=127"], "40 of 40 prompts exceed 1 tokens"),
         (["--set", f"reward.harmless.model={models['two_labels']}"], "has 2 labels"),
         (["--set", f"policy={models['helpful']}"], "give a causal language model"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctrlrl.config import load
+from actors.group import GroupConfig
+from ctrlrl.config import dump, load
 from ctrlrl.control import CORNERS, Control
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.errors import RunError
@@ -211,6 +212,33 @@ def test_experience_by_hand():
     assert advantages.mean() == pytest.approx(0, abs=1e-6) and advantages.std() == pytest.approx(1, rel=0.2)
     assert [list(t) for t in experience.batch.tokens] == [[5, 6, 10, 11], [5, 6, 10, 11, 12]]
     assert list(experience.batch.prompt_lengths) == [2, 2]
+
+
+def test_a_schedule_ends_with_the_run(ppo_overrides, monkeypatch):
+    import jobs.cast
+
+    made = []
+
+    class Started:
+        def __init__(self, config, *_, **__):
+            made.append(config)
+
+        def wait_ready(self):
+            pass
+
+    for name in ("Rollout", "Reference", "Policy", "Value"):
+        monkeypatch.setattr(jobs.cast, name, Started)
+    monkeypatch.setattr(jobs.cast, "Reward", lambda name, *rest: Started(*rest))
+    monkeypatch.setattr(jobs.cast, "connect", lambda *_: None)
+    monkeypatch.setattr(jobs.cast, "reserve", lambda *_: None)
+    more = ["steps=5", "algorithm.epochs=3", "policy.train.schedule=linear", "value.train.schedule=cosine", "value.train.total_steps=7"]
+    config = load(PPORecipe, None, [*ppo_overrides, *more])
+    before = dump(config)
+    jobs.cast.start_cast(config)
+    trained = [group.train.total_steps for group in made if isinstance(group, GroupConfig)]
+    assert trained == [5 * 3 * 2, 7] and dump(config) == before
+    few = load(PPORecipe, None, [*ppo_overrides, "algorithm.queries_per_step=3", "algorithm.minibatches=16"])
+    assert few.optimiser_steps == 2 * 3  # a minibatch has one sample at least
 
 
 def test_a_weighted_sum_is_asked_without_a_control_and_rewards_the_scores_alone(prompt_file, tokenizer):

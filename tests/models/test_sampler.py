@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +17,10 @@ from actors.policy import Policy, PolicyConfig
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from ctrlrl.data.batches import TokenBatch
-from ctrlrl.errors import ModelError, VersionMismatch
+from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
 from ctrlrl.models.forward import PolicyModule, lay_out
-from ctrlrl.models.loading import load_policy
-from ctrlrl.models.sampler import EngineConfig, Request, SamplingConfig
+from ctrlrl.models.loading import load_config, load_policy
+from ctrlrl.models.sampler import EngineConfig, Request, Sampler, SamplingConfig, prompt_room
 from ctrlrl.models.trainer import TrainerConfig
 from ctrlrl.objectives.likelihood import likelihood
 
@@ -112,6 +115,32 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluste
     finally:
         policy.close()
         place.release()
+
+
+class Asked(Exception):
+    """Ends the start of a pretended engine, and holds what it was asked for."""
+
+
+def test_the_engine_gets_a_path_without_a_tilde(models, monkeypatch):
+    def engine(model, **_):
+        raise Asked(model)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine))
+    monkeypatch.setitem(sys.modules, "vllm.config", SimpleNamespace(WeightTransferConfig=dict))
+    monkeypatch.setattr("ctrlrl.models.sampler._register_backend", lambda: None)
+    monkeypatch.setenv("HOME", str(Path(models["policy"]).parent))
+    with pytest.raises(Asked, match=f"^{models['policy']}$"):
+        Sampler("~/policy", ENGINE)
+
+
+def test_the_room_for_a_prompt(models, tmp_path):
+    assert prompt_room(models["policy"], EngineConfig(max_model_tokens=512), SAMPLING) == 500
+    with pytest.raises(RecipeError, match="rollout.engine.max_model_tokens = 513, but .* has 512 positions"):
+        prompt_room(models["policy"], EngineConfig(max_model_tokens=513), SAMPLING)
+    config = load_config(models["policy"])
+    config.rope_parameters |= {"rope_type": "linear", "factor": 2.0}  # vLLM takes 1024
+    config.save_pretrained(tmp_path)
+    assert prompt_room(str(tmp_path), EngineConfig(max_model_tokens=1024), SAMPLING) == 1012
 
 
 def test_a_model_that_cannot_be_loaded_is_a_typed_error(ray_cluster, cluster_config, models):

@@ -77,6 +77,19 @@ def test_reward_models_need_one_label_and_a_classifier(models):
         check_policy("no-such-org/no-such-model")
 
 
+def test_a_conversation_that_a_reward_models_template_refuses_is_named(models):
+    scorer = Scorer(ScorerConfig(model=models["helpful"]))
+    scorer.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DataError, match="of system, user, assistant: System role not supported: "):
+        scorer.raw([([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], "A")])
+
+
+def test_a_policy_that_lacks_weights_is_refused(models):
+    load_policy(models["tied"], "float32")  # its head is its embedding
+    with pytest.raises(ModelError, match="helpful' lacks 1 weights of a causal language model, such as 'lm_head.weight'"):
+        load_policy(models["helpful"], "float32")
+
+
 def test_a_policy_without_chat_template_is_refused(models, tmp_path, tokenizer):
     load_policy(models["policy"], "float32").save_pretrained(tmp_path)
     bare = load_tokenizer(models["policy"])

@@ -11,7 +11,7 @@ from actors.placement import reserve
 from actors.policy import Policy, PolicyConfig
 from actors.value import Value, ValueConfig
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
-from ctrlrl.errors import RunError
+from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
 from ctrlrl.models.loading import load_policy
 from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
@@ -170,6 +170,9 @@ def test_learning_rate_schedules():
     cosine = TrainerConfig(learning_rate=2.0, schedule="cosine", total_steps=4)
     assert [learning_rate_at(s, cosine) for s in (0, 2, 4, 9)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
     assert learning_rate_at(99, TrainerConfig(learning_rate=3e-4)) == 3e-4
+    for schedule in ("linear", "cosine"):
+        with pytest.raises(RecipeError, match=f"schedule = '{schedule}' ends at total_steps, which is 0: set total_steps"):
+            learning_rate_at(0, TrainerConfig(schedule=schedule, warmup_steps=2))
 
 
 def test_shares_add_up_and_maxima_do_not():
