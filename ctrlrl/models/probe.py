@@ -8,13 +8,16 @@ import numpy as np
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import VersionMismatch
 
-# Mean difference of logprobs that the same weights may show in two engines. Measured: 1e-6 to 1e-5 where both are fp32, 0.03 to 0.04 in
-# bf16 (the noise of the dtype itself; other models and devices may have more).
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+# Mean difference of logprobs that the same weights may show in two engines, as a share of the mean |logprob|: rounding grows with the
+# logits, so that unlikely tokens differ more. Measured, vLLM against transformers on CPU: at most 1e-5 nats where both are fp32; with
+# SmolLM2-135M in bf16 0.014 on text (0.05 of 3.4) and on the probe (0.065 of 4.5), 0.023 where tokens that it was never trained on are
+# among them (0.22 of 9.6). With a tied head that stayed behind it was five times the noise (0.21 on text).
+TOLERANCE = {"float32": 3e-4, "bfloat16": 0.035}
 
 Probe = tuple[tuple[int, ...], ...]
-# Any tokens will do, since both engines are asked the same; these are in every vocabulary. A probe costs one small forward pass.
-PROBE: Probe = (tuple(range(3, 35)), tuple(range(50, 18, -1)), tuple(range(4, 50, 3)))
+# Any tokens will do, since both engines are asked the same. These are in every vocabulary, and above the special tokens with which many
+# begin (never trained on: noise). A probe costs one small forward pass.
+PROBE: Probe = (tuple(range(19, 51)), tuple(range(50, 18, -1)), tuple(range(20, 51, 2)))
 
 
 def probe_batch(probe: Probe) -> TokenBatch:
@@ -24,7 +27,10 @@ def probe_batch(probe: Probe) -> TokenBatch:
 
 @dataclass(frozen=True)
 class Expectation:
-    """Logprobs of the probe's tokens at temperature 1 by the trainer: with the published weights, and with those before (None: unknown)."""
+    """Logprobs of the probe's tokens at temperature 1 by the trainer: with the published weights, and with those before (None: unknown).
+
+    tolerance: share of the mean |logprob| by which a right sampler may differ.
+    """
 
     probe: Probe
     published: list[np.ndarray]
@@ -37,15 +43,19 @@ class Expectation:
         return mean_difference(self.published, self.before) if self.before is not None else 0.0
 
     def check(self, logprobs: list[np.ndarray], version: int) -> None:
-        """VersionMismatch if a sampler that was given `version` is further from it than engines differ."""
+        """VersionMismatch if a sampler given `version` is further from it than engines differ, or clearly nearer to the weights before."""
         error = mean_difference(logprobs, self.published)
-        if error <= self.tolerance:
+        allowed = self.tolerance * float(np.abs(np.concatenate(self.published)).mean())
+        # A right sampler is the engines' noise n from `published` and no less from `before`. One that ignored the publish is n from
+        # `before` and about the shift from `published`: refused, however small both are, once the shift exceeds about 2 n. Where the
+        # publish changed nothing both differences are equal.
+        stale = self.before is not None and mean_difference(logprobs, self.before) < error / 2
+        if error <= allowed and not stale:
             return
-        stale = self.before is not None and mean_difference(logprobs, self.before) < error
         what = "it still answers with the weights before" if stale else "its weights are wrong"
         raise VersionMismatch(
             f"a sampler that was given policy version {version} differs from the trainer by {error:.3g} in the mean logprob of the probe "
-            f"(up to {self.tolerance:g} is allowed): {what}; resume from the last checkpoint, and report this"
+            f"(engines may by {allowed:.3g}): {what}; resume from the last checkpoint, and report this"
         )
 
 

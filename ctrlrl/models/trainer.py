@@ -112,6 +112,8 @@ class Trainer:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if self._norm_is_ours:
+            self.engine.enable_backward_allreduce = False  # step() would reduce what _gradient_norm has reduced already
         self.module = module
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.steps = 0
@@ -138,12 +140,16 @@ class Trainer:
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return {**combine_shares(shares), "grad_norm_max": float(norm), "learning_rate_max": rate}
 
+    @property
+    def _norm_is_ours(self) -> bool:
+        """Whether the engine does not tell the gradient's norm: at stage 0 in fp32."""
+        return self.config.zero_stage == 0 and self.config.dtype == "float32"
+
     def _gradient_norm(self) -> float | None:
-        """Global norm before clipping where the engine does not tell it (stage 0)."""
-        if self.config.zero_stage > 0 or self.config.dtype == "bfloat16":
+        """Global norm before clipping where the engine does not tell it; reduces the gradients over the ranks."""
+        if not self._norm_is_ours:
             return None
-        if self.world > 1:
-            self.engine.allreduce_gradients()
+        self.engine.buffered_allreduce_fallback()  # allreduce_gradients() does nothing outside step()
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
 
     def _mine(self, batch: TokenBatch) -> list[TokenBatch]:

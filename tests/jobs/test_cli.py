@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from typer.testing import CliRunner
@@ -124,13 +125,28 @@ def test_a_prompt_that_the_chat_template_refuses(models, tmp_path, command):
 def test_doctor_finds_everything_here():
     lines, healthy = examine()
     assert healthy, lines
-    assert any(line.startswith("vllm ") for line in lines) and lines[-1] == "all there"
+    named = {line.split()[0] for line in lines}
+    assert {"vllm", "torch", "jinja2", "scipy", "safetensors", "rich", "pydantic"} <= named and lines[-1] == "all there"
+    assert not {"pytest", "ruff", "nvidia_ml_py"} & named  # of the extras
 
 
 def test_doctor_names_what_is_missing(monkeypatch):
     import ctrlrl.doctor
 
-    monkeypatch.setitem(ctrlrl.doctor.NEEDED, "no_such_engine", ("no-such-engine",))
+    asked = ["no-such-engine[fast]<2,>=1", 'no-such-tool; extra == "dev"']
+    monkeypatch.setattr(ctrlrl.doctor, "requires", lambda name: asked)
     lines, healthy = examine()
-    assert not healthy and "MISSING      no_such_engine is missing: pip install no-such-engine, or run make install" in lines
+    assert not healthy and "MISSING         no_such_engine is missing: pip install no-such-engine, or run make install" in lines
+    assert "no_such_tool" not in " ".join(lines)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+def test_doctor_says_when_nothing_is_installed(monkeypatch):
+    import ctrlrl.doctor
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(ctrlrl.doctor, "requires", absent)
+    lines, healthy = examine()
+    assert not healthy and any("ctrlrl is not installed" in line and "make install" in line for line in lines)

@@ -38,10 +38,11 @@ def test_every_step_logs_what_the_readme_promises(finished):
     for row in rows:
         assert all(np.isfinite(value) for value in row.values())
         for key in (
-            *(f"{kind}/{a}" for kind in ("score", "agreement", "binding") for a in ("helpful", "harmless")), "reward/mean", "kl/k1",
-            "kl/k3", "beta", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean", "policy/ratio_max", "value/explained_variance",
-            "value/value_loss", "mismatch/mean", "response/length", "response/truncated", "tokens_per_s/generate", "tokens_per_s/train",
-            "seconds/sync", "sync/bytes",
+            *(f"{kind}/{a}" for kind in ("score", "agreement", "binding") for a in ("helpful", "harmless")), "reward/mean",
+            *(f"reward/{corner.name}" for corner in CORNERS), "kl/k1", "kl/k3", "beta", "policy/entropy", "policy/clip_fraction",
+            "policy/ratio_mean", "policy/ratio_max", "value/explained_variance", "value/value_loss", "mismatch/mean", "response/length",
+            "response/truncated", *(f"tokens_per_s/{phase}" for phase in ("generate", "train", "step")),
+            *(f"seconds/{phase}" for phase in ("generate", "score", "train", "sync", "step")), "sync/bytes",
         ):  # fmt: skip
             assert key in row, key
         assert row["binding/helpful"] + row["binding/harmless"] == pytest.approx(1)
@@ -189,8 +190,11 @@ def test_every_sample_of_an_epoch_is_used_exactly_once():
     assert not np.array_equal(np.concatenate(steps[:4]), np.concatenate(steps[4:8]))
 
 
-def scored(levels, scores, finished, lengths=(2, 3), kl=0.0):
-    queries = tuple(Query(({"role": "user", "content": "x"},), level and Control(*level), (5, 6), i, i) for i, level in enumerate(levels))
+def scored(levels, scores, finished, lengths=(2, 3), kl=0.0, samples_per_query=1):
+    queries = tuple(
+        Query(({"role": "user", "content": "x"},), level and Control(*level), (5, 6), i // samples_per_query, i)
+        for i, level in enumerate(levels)
+    )
     responses = tuple(np.arange(n) + 10 for n in lengths)
     old = tuple(np.full(n, -1.0, np.float32) for n in lengths)
     samples = Samples(queries, responses, old, np.array(finished), 0)
@@ -239,6 +243,29 @@ def test_a_schedule_ends_with_the_run(ppo_overrides, monkeypatch):
     assert trained == [5 * 3 * 2, 7] and dump(config) == before
     few = load(PPORecipe, None, [*ppo_overrides, "algorithm.queries_per_step=3", "algorithm.minibatches=16"])
     assert few.optimiser_steps == 2 * 3  # a minibatch has one sample at least
+
+
+def test_rloo_compares_rewards_with_their_kl_within_a_query_by_hand():
+    # rewards 0.6 and 0.5, then 0.8 and 0.2; less β·k1 = 0.05 a token: 0.5 and 0.35, 0.6 and 0.15
+    scores = [(0.9, 0.6), (0.5, 0.2), (0.4, 1.0), (0.2, 0.2)]
+    given = scored([(1, 0.2)] * 2 + [(0.2, 1)] * 2, scores, [True] * 4, (2, 3, 4, 1), kl=0.1, samples_per_query=2)
+    experience = make_experience(given, AlgorithmConfig(advantage="rloo", samples_per_query=2), beta=0.5)
+    assert experience.stats["reward/mean"] == pytest.approx(0.525)
+    assert experience.batch.per_token.keys() == {"old_logprobs", "advantages"}
+    wanted = [[0.15] * 2, [-0.15] * 3, [0.45] * 4, [-0.45]]
+    assert [list(row) for row in experience.batch.per_token["advantages"]] == [pytest.approx(row, abs=1e-6) for row in wanted]
+
+
+@pytest.mark.parametrize(("combine", "rewards"), [("min", (0.6, 0.5)), ("mean", (0.75, 0.7)), ("product", (0.54, 0.45))])
+def test_agreements_are_combined_as_the_recipe_says(combine, rewards):
+    # agreements (0.9, 0.6) and (0.5, 0.9); the least one binds, whatever is made of them
+    given = scored([(1, 0.2), (0.2, 1)], [(0.9, 0.6), (0.7, 0.9)], [True, True])
+    experience = make_experience(given, AlgorithmConfig(combine=combine, lam=1.0), beta=0.0)
+    assert [list(row) for row in experience.batch.per_token["returns"]] == [
+        pytest.approx([reward] * n, abs=1e-6) for reward, n in zip(rewards, (2, 3), strict=True)
+    ]
+    assert experience.stats["reward/mean"] == pytest.approx(sum(rewards) / 2)
+    assert experience.stats["binding/helpful"] == 0.5
 
 
 def test_a_weighted_sum_is_asked_without_a_control_and_rewards_the_scores_alone(prompt_file, tokenizer):

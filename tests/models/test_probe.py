@@ -4,27 +4,59 @@ import numpy as np
 import pytest
 
 from ctrlrl.errors import VersionMismatch
-from ctrlrl.models.probe import PROBE, Expectation, mean_difference, probe_batch
+from ctrlrl.models.probe import PROBE, TOLERANCE, Expectation, mean_difference, probe_batch
 
 NEW = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
 OLD = [a - 0.3 for a in NEW]
+NOISE = np.random.default_rng(0).normal(size=(4, 80))  # of two engines, and where a step moved the policy
 
 
 def test_the_probe_scores_all_tokens_but_the_first():
     batch = probe_batch(PROBE)
     assert len(batch) == 3 and list(batch.scored_lengths) == [len(ids) - 1 for ids in PROBE]
-    assert max(max(ids) for ids in PROBE) < 64 and len(set(PROBE)) == 3
+    assert min(min(ids) for ids in PROBE) > 16 and max(max(ids) for ids in PROBE) < 64 and len(set(PROBE)) == 3
 
 
 def test_a_sampler_must_agree_with_the_trainer():
-    expected = Expectation(PROBE, NEW, OLD, 0.1)
+    expected = Expectation(PROBE, NEW, OLD, 0.05)  # of a mean |logprob| of 2: 0.1
     assert expected.shift == pytest.approx(0.3, abs=1e-6)
     expected.check([a + 0.09 for a in NEW], 5)
-    with pytest.raises(VersionMismatch, match="policy version 5 differs from the trainer by 0.3 .*still answers with the weights before"):
+    with pytest.raises(VersionMismatch, match=r"policy version 5 differs .* by 0.3 .*may by 0.1\): it still answers with the weights"):
         expected.check(OLD, 5)
     with pytest.raises(VersionMismatch, match="its weights are wrong"):
         expected.check([a + 0.2 for a in NEW], 5)
     with pytest.raises(VersionMismatch, match="its weights are wrong"):
         expected.check([NEW[0], np.array([np.nan])], 5)
-    assert Expectation(PROBE, NEW, None, 0.1).shift == 0
+    assert Expectation(PROBE, NEW, None, 0.05).shift == 0
     assert mean_difference(NEW, [NEW[0] + 3, NEW[1]]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(("dtype", "noise", "shift"), [("float32", 1e-5, 5e-5), ("bfloat16", 0.05, 0.12)])
+def test_a_sampler_that_ignored_a_small_publish_is_refused(dtype, noise, shift):
+    """The shift lies within the tolerance, so only the weights before give the sampler away."""
+    old = -5 - NOISE[3] / 2
+    new, rounding = old + shift * 1.25 * NOISE[0], noise * 1.25 * NOISE[1]  # the mean of |NOISE| is about 0.8
+    expected = Expectation(PROBE, [new], [old], TOLERANCE[dtype])
+    assert expected.shift < TOLERANCE[dtype] * 4.9
+    expected.check([new + rounding], 2)
+    with pytest.raises(VersionMismatch, match="still answers with the weights before"):
+        expected.check([old + rounding], 2)
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-5), ("bfloat16", 0.07)])
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])  # of the noise
+def test_a_publish_within_the_noise_is_accepted(dtype, noise, shift):
+    old, rounding = -5 - NOISE[3] / 2, noise * 1.25 * NOISE[1]
+    expected = Expectation(PROBE, [old + shift * noise * 1.25 * NOISE[0]], [old], TOLERANCE[dtype])
+    expected.check([expected.published[0] + rounding], 2)
+    expected.check(expected.published, 2)
+    Expectation(PROBE, [old], [old + 0.3 * rounding], TOLERANCE[dtype]).check([old + rounding], 2)  # nearer to before, but by chance
+
+
+def test_unlikely_tokens_may_differ_more_and_a_half_stale_sampler_is_refused():
+    text, untrained = np.full(80, -3.4), np.full(80, -21.0)
+    Expectation(PROBE, [untrained], None, TOLERANCE["bfloat16"]).check([untrained + 0.35], 2)
+    expected = Expectation(PROBE, [text], None, TOLERANCE["bfloat16"])
+    expected.check([text + 0.05], 2)
+    with pytest.raises(VersionMismatch, match="its weights are wrong"):
+        expected.check([text + 0.21], 2)  # measured: a tied head that stayed behind

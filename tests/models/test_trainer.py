@@ -38,17 +38,17 @@ def plain_loop(model_name, batch):
     """The same steps with nothing but PyTorch: one micro-batch a step, padded."""
     module = PolicyModule(load_policy(model_name, "float32"), 1.0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = []
+    losses, norms = [], []
     for rows in STEPS:
         part = batch.select(rows)
         inputs = lay_out(part, "padded", torch.device("cpu"))
         loss, _ = LOSS(TokenOutputs(*module(inputs)), micro_batch(part, inputs, int(part.scored_lengths.sum()), len(part)))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0).item())
         optimizer.step()
         losses.append(loss.item())
-    return losses, {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    return losses, norms, {name: p.detach().clone() for name, p in module.model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +70,21 @@ def weights_of(policy, ray):
 
 CASES = [
     (1, {"zero_stage": 0, "micro_batch_tokens": 10_000}),
+    (2, {"zero_stage": 0, "micro_batch_tokens": 60}),
     (1, {"zero_stage": 1, "layout": "padded", "micro_batch_tokens": 60}),
     (2, {"zero_stage": 2, "micro_batch_tokens": 45}),
     (2, {"zero_stage": 3, "micro_batch_tokens": 70, "gradient_checkpointing": True}),
 ]
 
 
-@pytest.mark.parametrize(("ranks", "train"), CASES, ids=["z0", "z1-padded", "z2-two-ranks", "z3-two-ranks"])
+@pytest.mark.parametrize(("ranks", "train"), CASES, ids=["z0", "z0-two-ranks", "z1-padded", "z2-two-ranks", "z3-two-ranks"])
 def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, reference, ranks, train, tmp_path):
-    losses, weights = reference
+    losses, norms, weights = reference
     policy, place = start_policy(models["policy"], cluster_config, ranks, **train)
     try:
         stats = policy.train(ppo_batch(), LOSS, STEPS)
         assert [s["loss"] for s in stats] == pytest.approx(losses, abs=1e-5)
+        assert [s["grad_norm_max"] for s in stats] == pytest.approx(norms, rel=1e-3)
         trained = weights_of(policy, ray_cluster)
         assert trained.keys() == weights.keys()
         assert max((trained[name] - weights[name]).abs().max().item() for name in weights) < 1e-4
@@ -138,11 +140,12 @@ def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray
 
 
 def test_bf16_follows_fp32_and_value_model_learns(ray_cluster, cluster_config, models, reference, tmp_path):
-    losses, _ = reference
+    losses, norms, _ = reference
     policy, place = start_policy(models["policy"], cluster_config, zero_stage=1, dtype="bfloat16")
     try:
         stats = policy.train(ppo_batch(), LOSS, STEPS)
         assert [s["loss"] for s in stats] == pytest.approx(losses, abs=3e-2)
+        assert [s["grad_norm_max"] for s in stats] == pytest.approx(norms, rel=0.1)
         policy.save(tmp_path)
         (tmp_path / "trainer.json").write_text('{"steps": 20, "world": 2}')
         with pytest.raises(RunError, match="made by 2 ranks, this run has 1: set ranks = 2"):
