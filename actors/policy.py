@@ -26,7 +26,7 @@ class Policy:
         self._group = TrainerGroup("policy", "policy", config.model, config, placement, cluster, temperature=temperature, seed=seed)
         self.train, self.export, self.save, self.load = self._group.train, self._group.export, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
-        self.restart, self.dtype = self._group.restart, config.train.dtype
+        self.restart, self.dtype, self.model = self._group.restart, config.train.dtype, config.model
 
     def export_controllable(self, tokenizer, directory: Path) -> None:
         """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from actors.policy import Policy
 from actors.rollout import Rollout
-from ctrlrl.models.probe import PROBE, TOLERANCE, Expectation
+from ctrlrl.models.probe import TOLERANCE, Expectation, probe_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def publish(policy: Policy, rollout: Rollout, version: int) -> Published:
     message = policy.weights(rollout.dtype, version)
     before = rollout.expected.published if rollout.expected else None
     coarser = "bfloat16" if "bfloat16" in (rollout.dtype, policy.dtype) else "float32"
-    expected = Expectation(PROBE, policy.probe(PROBE), before, TOLERANCE[coarser])
+    probe = probe_of(policy.model)
+    expected = Expectation(probe, policy.probe(probe), before, TOLERANCE[coarser])
     size = rollout.load(message, version, expected)
     return Published(version, time.perf_counter() - began, size, expected.shift)

@@ -2,22 +2,35 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import VersionMismatch
+from ctrlrl.models.loading import load_tokenizer
 
 # Mean difference of logprobs that the same weights may show in two engines, as a share of the mean |logprob|: rounding grows with the
 # logits, so that unlikely tokens differ more. Measured, vLLM against transformers on CPU: at most 1e-5 nats where both are fp32; with
-# SmolLM2-135M in bf16 0.014 on text (0.05 of 3.4) and on the probe (0.065 of 4.5), 0.023 where tokens that it was never trained on are
-# among them (0.22 of 9.6). With a tied head that stayed behind it was five times the noise (0.21 on text).
+# SmolLM2-135M in bf16 0.014 on text (0.05 of 3.4), 0.023 with tokens among it that it was never trained on (0.22 of 9.6). With a tied head
+# that stayed behind it was 0.21 nats on text.
 TOLERANCE = {"float32": 3e-4, "bfloat16": 0.035}
 
 Probe = tuple[tuple[int, ...], ...]
-# Any tokens will do, since both engines are asked the same. These are in every vocabulary, and above the special tokens with which many
-# begin (never trained on: noise). A probe costs one small forward pass.
-PROBE: Probe = (tuple(range(19, 51)), tuple(range(50, 18, -1)), tuple(range(20, 51, 2)))
+# Any tokens will do, since both engines are asked the same, but those of ordinary text have the least noise: on others, which the model
+# was never trained on, engines differ most. A probe costs one small forward pass.
+_TEXTS = (
+    "Bread needs flour, water, salt and yeast. Knead the dough, let it rest for an hour, and bake it until the crust is brown.",
+    "I am sorry, but I cannot help with that. If you are in danger, please call someone you trust, or the emergency services.",
+    "First open the window, then 2 + 3 = 5; she said: \"Why not?\"",
+)
+
+
+@lru_cache
+def probe_of(model: str) -> Probe:
+    """Fixed sentences in the tokens of a model."""
+    tokenizer = load_tokenizer(model)
+    return tuple(tuple(ids) for ids in tokenizer(list(_TEXTS), add_special_tokens=False)["input_ids"])
 
 
 def probe_batch(probe: Probe) -> TokenBatch:

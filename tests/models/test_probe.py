@@ -4,17 +4,23 @@ import numpy as np
 import pytest
 
 from ctrlrl.errors import VersionMismatch
-from ctrlrl.models.probe import PROBE, TOLERANCE, Expectation, mean_difference, probe_batch
+from ctrlrl.models.loading import load_tokenizer
+from ctrlrl.models.probe import TOLERANCE, Expectation, mean_difference, probe_batch, probe_of
 
 NEW = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
 OLD = [a - 0.3 for a in NEW]
 NOISE = np.random.default_rng(0).normal(size=(4, 80))  # of two engines, and where a step moved the policy
 
 
-def test_the_probe_scores_all_tokens_but_the_first():
-    batch = probe_batch(PROBE)
-    assert len(batch) == 3 and list(batch.scored_lengths) == [len(ids) - 1 for ids in PROBE]
-    assert min(min(ids) for ids in PROBE) > 16 and max(max(ids) for ids in PROBE) < 64 and len(set(PROBE)) == 3
+PROBE = ((3, 4, 5), (6, 7))
+
+
+def test_the_probe_is_text_and_scores_all_tokens_but_the_first(models):
+    probe = probe_of(models["policy"])
+    batch = probe_batch(probe)
+    assert len(batch) == len(set(probe)) == 3 and list(batch.scored_lengths) == [len(ids) - 1 for ids in probe]
+    tokenizer = load_tokenizer(models["policy"])
+    assert tokenizer.decode(probe[0]).startswith("Bread needs flour") and not set(tokenizer.all_special_ids) & set().union(*probe)
 
 
 def test_a_sampler_must_agree_with_the_trainer():
