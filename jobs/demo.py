@@ -18,18 +18,18 @@ import typer
 
 from actors.crew import start_crew
 from actors.placement import ClusterConfig, connect
-from ctrlrl.config import AnySection, load
+from ctrlrl.config import AnySection, Section, differences, dump, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import write_text
 from ctrlrl.demo import corpus
-from ctrlrl.demo.models import FULL, TINY, DemoWorld, build, holds_another
+from ctrlrl.demo.models import FULL, TINY, DemoWorld, build, holds_another, is_world
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
 from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, TABLE, read_json
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.plots import reward_curve
 from ctrlrl.evaluation.report import write_report
-from ctrlrl.runs import Run, absolute_out, output_directory, read_metrics
+from ctrlrl.runs import absolute_out, output_directory, read_metrics
 from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
@@ -148,7 +148,7 @@ class Demo:
         html, _ = write_report(collect(runs), output_directory(str(self.directory / "report")), "ctrlrl demo")
         print("\nControl on prompts not trained on (mP, MP, BT: higher is better; Err: lower)\n")
         print("\n".join(summary_lines(methods)))
-        print("\n".join(system_lines({name: read_json(found[name] / DETAILS) for name in methods})))
+        print("\n".join(system_lines({name: told for name in methods if (told := read_json(found[name] / DETAILS))})))
         if "ppo" in methods:
             reward_curve(read_metrics(self.directory / "ppo"), self.directory / "reward.png")
             print("\n" + "\n".join(four_answers(pq.read_table(found["ppo"] / TABLE))))
@@ -159,7 +159,9 @@ class Demo:
         """Run a training job, or continue it, unless its model is there; RunError if that was made with other settings."""
         out = Path(config.out)
         if (out / "model").is_dir():
-            Run.open(config.out, config, resume=True, free=("cluster", "checkpoint_every"))
+            if changed := [change for change in changes(out, config) if not change.startswith(("cluster", "checkpoint_every"))]:
+                remedy = f"give the old values, another --out, or --fresh --only {out.name}"
+                raise RunError(f"{str(out)!r} was made with other settings ({'; '.join(changed)}): {remedy}")
             print(f"{out.name}: reused from {out}", flush=True)
             return 0
         return job(config, resume=(out / RECIPE).exists())
@@ -180,7 +182,8 @@ def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_st
     unwanted = removable(directory, only) if fresh else []
     if set(left) - set(unwanted) and holds_another(directory / "world", seed, size):
         raise RunError(
-            f"{out!r} holds a demo of another world (--seed, --fast or the version differ): give another --out, or begin anew with --fresh"
+            f"{out!r} holds a demo of another world (--seed, --fast or the version differ): give another --out, or begin anew with --fresh "
+            "and without --only"
         )
     for part in unwanted:
         shutil.rmtree(part)
@@ -213,9 +216,16 @@ def removable(directory: Path, only: str) -> list[Path]:
     """What --fresh removes: the results of every step, or of the step `only` with their evaluation. RunError where no demo ran."""
     names = {"": PARTS, "world": (), "evaluate": ("evaluations",)}.get(only, (only, f"evaluations/{only}"))
     found = [directory / name for name in names if (directory / name).exists()]
-    if found and not (directory / "world").is_dir():
+    if found and not is_world(directory / "world"):
         raise RunError(f"{str(directory)!r} has {found[0].name!r} but no world of a demo: --fresh removes only what a demo has left")
     return found
+
+
+def changes(out: Path, config: Section) -> list[str]:
+    """What differs between the recipe that a step in `out` was made with and `config`, wherever the demo's directory lay then."""
+    old, new = (out / RECIPE).read_text(), dump(config)
+    roots = [Path(json.loads(text)["out"]).parent for text in (old, new)]
+    return differences(*(json.loads(text.replace(f"{root}/", "")) for text, root in zip((old, new), roots, strict=True)))
 
 
 def summary(methods: dict[str, dict]) -> dict:
@@ -243,7 +253,7 @@ def main(
     only: Annotated[str, typer.Option(help=f"Run one step alone: {', '.join(STEPS)}.")] = "",
     fast: Annotated[bool, typer.Option("--fast", help="A rough world and few steps: see everything run, not learn.")] = False,
     steps: Annotated[int | None, typer.Option(help="PPO steps; fewer for a quick look.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier call made; with --only, of that step.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew with all but the world; with --only, with one step.")] = False,
 ) -> None:
     """Run the whole paper in miniature: generate, distil, train by every method, evaluate, report."""
     with mistakes_told():

@@ -26,7 +26,7 @@ from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS, TEMPLATES
 from ctrlrl.evaluation.exhibits import default_name
-from ctrlrl.evaluation.files import COST, METRICS_FILE, RECIPE, TABLE
+from ctrlrl.evaluation.files import COST, METRICS_FILE, RECIPE, TABLE, read_json
 from ctrlrl.evaluation.grid import Cell, make_cells
 from ctrlrl.evaluation.results import MeasureConfig, results
 from ctrlrl.models.fingerprint import model_fingerprint
@@ -118,9 +118,11 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
 
 
 def is_finished(config: EvaluateRecipe) -> bool:
-    """Whether this evaluation is there; RunError if the one that is there is of other models, prompts or settings."""
+    """Whether this evaluation is there, measured in this way; RunError if the answers there are of other models, prompts or settings."""
     out = absolute_out(config.out)
     if not (out / METRICS_FILE).exists() or not (out / "answers" / "store.json").exists():
+        return False
+    if (read_json(out / RECIPE) or {}).get("measure") != config.measure.model_dump(mode="json"):
         return False
     with ShardStore(out / "answers") as store:
         store.open_or_create(fingerprint(config, cells_of(config)), shards=store.planned)

@@ -111,6 +111,11 @@ def load(folder: Path) -> DemoWorld:
     )  # fmt: skip
 
 
+def is_world(folder: Path) -> bool:
+    """Whether `folder` holds what `build` leaves."""
+    return bool(_manifest(Path(folder)))
+
+
 def holds_another(folder: Path, seed: int, size: WorldSize = FULL) -> bool:
     """Whether `folder` holds a world that `build` would replace."""
     return _manifest(Path(folder)).get("fingerprint", "") not in ("", fingerprint(seed, size))

@@ -83,23 +83,24 @@ def calibration(by_judge: Mapping[str, Mapping], name: str) -> Picture:
 def distributions(by_judge: Mapping[str, Mapping[str, Sequence[Mapping]]], name: str) -> list[Picture]:
     """For each attribute the distribution of its score under each requested level of it ([SH] Fig. 4-6), as shares of the answers.
 
-    by_judge: set of reward models -> attribute -> for each requested level "requested" and "counts" over equal bins of [0, 1]. The first
-    set is filled, the second dashed.
+    by_judge: set of reward models -> attribute -> for each requested level "requested" and "counts" over equal bins of [0, 1]. The
+    held-out set is dashed, the other filled.
     """
     pictures = []
     for attribute in ATTRIBUTES:
         figure, axes = _sheet()
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("levels", [FAINT, COLOURS[attribute]])
-        for second, levels in enumerate(by_attribute[attribute] for by_attribute in by_judge.values()):
-            for number, level in enumerate(levels):
+        for judge, by_attribute in by_judge.items():
+            for number, level in enumerate(levels := by_attribute[attribute]):
                 counts = np.array(level["counts"], np.float64)
                 shares, edges = counts / max(counts.sum(), 1), np.linspace(0, 1, len(counts) + 1)
                 colour = shades(number / (len(levels) - 1) if len(levels) > 1 else 1.0)
-                if second:
-                    axes.stairs(shares, edges, color=colour, linewidth=1.0, linestyle=(0, (3, 2)))
+                label = f"requested {level['requested']:g}" if judge == next(iter(by_judge)) else None
+                if judge == "held_out":
+                    axes.stairs(shares, edges, color=colour, linewidth=1.0, linestyle=(0, (3, 2)), label=label)
                 else:
                     axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
-                    axes.stairs(shares, edges, color=colour, linewidth=1.6, label=f"requested {level['requested']:g}")
+                    axes.stairs(shares, edges, color=colour, linewidth=1.6, label=label)
         frame(axes, f"{name}: {WORDS[attribute]}", "score", "share of answers")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)

@@ -57,7 +57,7 @@ def contents(found: Exhibits, title: str) -> dict:
         "systems": [(run.name, judge, s) for run in detailed for judge, b in run.judged.items() if (s := b["system"])],
         "templates": [(run.name, _template_tables(run)) for run in detailed if run.details["templates"]],
         "studies": [(study, _study_tables(study)) for study in found.studies],
-        "evaluated": len(found.evaluated) + sum(run is not None for study in found.studies for _, run in study.rows),
+        "evaluated": len(all_evaluated(found)),
         "detailed": detailed,
         "calibrations": [charts.calibration({j: b["calibration"] for j, b in r.judged.items()}, r.name) for r in detailed],
         "distributions": [p for r in detailed for p in charts.distributions({j: b["distribution"] for j, b in r.judged.items()}, r.name)],
@@ -74,8 +74,17 @@ def costs(found: Exhibits) -> list[Cost]:
     """What every run cost that keeps such figures."""
     every = [generation_cost(run) for run in found.generated]
     every += [cost for run in found.trained if (cost := training_cost(run))]
-    compared = [replace(run, name=f"{study.title}: {run.name}") for study in found.studies for _, run in study.rows if run]
-    return every + [cost for run in [*found.evaluated, *compared] if (cost := evaluation_cost(run))]
+    return every + [cost for run in all_evaluated(found) if (cost := evaluation_cost(run))]
+
+
+def all_evaluated(found: Exhibits) -> list[Evaluated]:
+    """Every evaluation once; one that stands in studies alone under the study's name."""
+    named = [*found.evaluated]
+    named += [replace(run, name=f"{study.title}: {run.name}") for study in found.studies for _, run in study.rows if run]
+    once: dict[Path, Evaluated] = {}
+    for run in named:
+        once.setdefault(run.path.resolve(), run)
+    return list(once.values())
 
 
 def missing(found: Exhibits) -> list[str]:

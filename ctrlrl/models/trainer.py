@@ -113,7 +113,7 @@ class Trainer:
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         if self._norm_is_ours:
-            self.engine.enable_backward_allreduce = False  # step() would reduce what _gradient_norm has reduced already
+            self.engine.enable_backward_allreduce = False  # else backward() or step() reduces as well as _gradient_norm
         self.module = module
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.steps = 0

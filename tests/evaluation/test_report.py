@@ -177,6 +177,8 @@ def test_costs_are_summed_and_split_by_phase(written):
     assert rows["ppo", "training"] == ["4 steps", "8 s", "400", "50", "generate 75 %, train 25 %"]
     assert rows["exmate", "training"] == ["1 steps", "1 s", "300", "300", "train 100 %"]
     assert rows["Reward combination: R_min", "evaluation"][0] == "24 answers"
+    assert not [name for name, _ in rows if "R_ppo" in name]  # it is the evaluation ppo
+    assert "4 evaluated methods" in written[1]
     assert rows["critiques", "self-critique"] == ["7 pairs", "5 s", "90", "18", "–"]
     assert rows["ppo", "evaluation"] == ["24 answers", "40 s", "1,000", "25", "answering and scoring 75 %, starting workers 25 %"]
 

@@ -41,8 +41,16 @@ def names(folder):
 @pytest.mark.parametrize("asked", [{"seed": 1}, {"fast": True}, {"seed": 1, "only": "report"}, {"seed": 1, "only": "ppo", "fresh": True}])
 def test_results_on_another_world_are_refused_and_kept(left, asked):
     before = names(left)
-    with pytest.raises(RunError, match="holds a demo of another world .*give another --out, or begin anew with --fresh"):
+    with pytest.raises(RunError, match="holds a demo of another world .*give another --out, or begin anew with --fresh and without --only"):
         run_demo(str(left), **asked)
+    assert names(left) == before
+
+
+def test_a_world_that_is_none_protects_what_lies_beside_it(left):
+    (left / "world" / "world.json").rename(left / "world" / "mine.txt")
+    before = names(left)
+    with pytest.raises(RunError, match="no world of a demo: --fresh removes only"):
+        run_demo(str(left), fresh=True)
     assert names(left) == before
 
 
@@ -68,8 +76,10 @@ def test_a_trained_model_is_reused_with_its_settings_alone(demo, capsys):
     (folder / "model").mkdir(parents=True)
     (folder / "recipe.json").write_text(dump(demo.ppo_recipe()))
     assert demo.ppo() == 0 and "ppo: reused from" in capsys.readouterr().out
-    with pytest.raises(RunError, match="steps: 75 -> 30"):
+    with pytest.raises(RunError, match="other settings .steps: 75 -> 30.: give the old values, another --out, or --fresh --only ppo"):
         demo.ppo(30)
+    (demo.directory / "ppo" / "recipe.json").write_text(dump(demo.ppo_recipe()).replace(str(demo.directory), "/elsewhere/before/it/moved"))
+    assert demo.ppo() == 0
 
 
 def test_every_method_is_evaluated_on_prompts_that_nothing_was_trained_on(demo):
@@ -94,6 +104,7 @@ def test_the_report_says_what_was_measured(demo, write_evaluation, capsys):
         measured[name] = write_evaluation(demo.directory / "evaluations" / name, method=method, seed=seed)
     (demo.directory / "ppo").mkdir()
     (demo.directory / "ppo" / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    (demo.directory / "evaluations" / "before" / "details.json").unlink()
     assert demo.report() == 0
     summary = json.loads((demo.directory / "summary.json").read_text())
     assert list(summary) == ["before", "reranking", "ppo", "cst"]  # in the order of the paper, not of the alphabet

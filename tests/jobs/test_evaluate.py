@@ -177,6 +177,7 @@ def test_a_second_call_reuses_and_a_lost_shard_is_made_again(evaluated, recipe, 
     store.path(1).with_suffix(".json").unlink()
     assert job.evaluate(config, crew) == 0
     assert pq.read_table(f"{config.out}/table.parquet").equals(evaluated("control")[0])
+    assert not job.is_finished(recipe("control", "measure.draws=7"))  # to be measured again, from the same answers
     assert job.is_finished(config) and not job.is_finished(recipe("control", f"out={config.out}/elsewhere"))
     for act in (job.is_finished, lambda changed: job.evaluate(changed, crew)):
         with pytest.raises(RunError, match="seed: 3 -> 4"):
