@@ -69,18 +69,9 @@ def sample_corners(count: int, seed: int) -> list[Control]:
     return [CORNERS[i] for i in np.random.default_rng(seed).integers(len(CORNERS), size=count)]
 
 
-def nearest_corner(control: Control) -> Control:
-    """The corner of a control, levels cut at 0.5 as oversampling does."""
-    return Control(*(LOW if level < 0.5 else HIGH for level in control.levels))
-
-
 def other_corner(control: Control, seed: int) -> Control:
-    """A fake control: uniform over the corners other than the control's own ([SH] eq. 3).
-
-    *Chosen* for raw scores as controls (vanilla distillation): were a row's own corner among its fakes, ExMATE would make every answer
-    unlikely under every corner, and the model fall silent at those that are asked for.
-    """
-    others = [corner for corner in CORNERS if corner != nearest_corner(control)]
+    """A fake control: uniform over the corners other than `control` ([SH] eq. 3)."""
+    others = [corner for corner in CORNERS if corner != control]
     return others[int(np.random.default_rng(seed).integers(len(others)))]
 
 

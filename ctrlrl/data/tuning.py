@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlrl.control import ATTRIBUTES, CORNERS, Control, nearest_corner, other_corner
+from ctrlrl.control import ATTRIBUTES, CORNERS, HIGH, LOW, Control, other_corner
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.distill import TABLE
 from ctrlrl.data.schemas import DISTILLED, conform
@@ -123,3 +123,8 @@ def contrast_figures(logprobs: Sequence[np.ndarray], controls: Sequence[Control]
         loss = -float(np.concatenate([true[i] for i in rows]).mean(dtype=np.float64))
         figures |= {f"loss{name}": loss, f"treated_l{name}": treated, f"untreated_l{name}": untreated, f"gap{name}": treated - untreated}
     return figures
+
+
+def nearest_corner(control: Control) -> Control:
+    """The corner of a control, levels cut at 0.5 as oversampling does."""
+    return Control(*(LOW if level < 0.5 else HIGH for level in control.levels))

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctrlrl.control import CORNERS, Control, nearest_corner
+from ctrlrl.control import CORNERS, Control
 from ctrlrl.data.schemas import DISTILLED
-from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids
+from ctrlrl.data.tuning import ControlledExamples, contrast_figures, nearest_corner, read_distilled, response_ids
 from ctrlrl.errors import DataError
 from ctrlrl.prompts import render
 
