@@ -38,19 +38,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_policy(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
     """A causal language model without dropout; ModelError if its checkpoint lacks weights, which would start at random."""
     config = _without_dropout(load_config(name))
-    model, info = _read(
-        name,
-        "causal language model",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            existing(name),
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        ),
-    )
-    if missing := sorted(info["missing_keys"]):
+    model, missing = _read_trained(AutoModelForCausalLM, name, "causal language model", config, dtype, attention)
+    if missing:
         raise ModelError(f"{name!r} lacks {len(missing)} weights of a causal language model, such as {missing[0]!r}: give a whole one")
     return model
 
@@ -59,19 +48,8 @@ def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrain
     """A causal backbone with one value per token. A head that the checkpoint lacks starts at zero, so the first values are 0."""
     config = _without_dropout(load_config(name))
     config.num_labels = 1
-    model, info = _read(
-        name,
-        "value model",
-        lambda: AutoModelForTokenClassification.from_pretrained(
-            existing(name),
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        ),
-    )
-    _zero_new_head(model, info["missing_keys"])
+    model, missing = _read_trained(AutoModelForTokenClassification, name, "value model", config, dtype, attention)
+    _zero_new_head(model, missing)
     return model
 
 
@@ -87,17 +65,7 @@ def load_classifier(name: str, dtype: str, attention: str = "sdpa") -> PreTraine
     if config.pad_token_id is None:
         tokenizer = load_tokenizer(name)
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return _read(
-        name,
-        "sequence classifier",
-        lambda: AutoModelForSequenceClassification.from_pretrained(
-            existing(name),
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            use_safetensors=True,
-        ),
-    )
+    return _read_trained(AutoModelForSequenceClassification, name, "sequence classifier", config, dtype, attention)[0]
 
 
 def reads_token_types(name: str) -> bool:
@@ -196,6 +164,25 @@ def _zero_new_head(model: PreTrainedModel, missing: list[str]) -> None:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if not key.startswith(f"{model.base_model_prefix}.") and shape[0] == 1:
             getattr(parameter, "ds_tensor", parameter).data.zero_()
+
+
+def _read_trained(
+    kind: type, name: str, what: str, config: PretrainedConfig, dtype: str, attention: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model to be trained, and the names of the weights that its checkpoint lacks."""
+    model, info = _read(
+        name,
+        what,
+        lambda: kind.from_pretrained(
+            existing(name),
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        ),
+    )
+    return model, sorted(info["missing_keys"])
 
 
 def existing(name: str) -> str:
