@@ -202,13 +202,14 @@ def submit(
     arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments, as here.")] = None,
     address: Annotated[str, typer.Option(help="Of the cluster's job server, such as http://127.0.0.1:8265.")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job is submitted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded and what not; submit nothing.")] = False,
 ) -> None:
     """Run a job on a Ray cluster: upload the working tree, follow the log, return the job's exit code."""
     from jobs.submit import submit as send
 
     known = [command.name or command.callback.__name__ for command in app.registered_commands]
     with mistakes_told():
-        raise typer.Exit(send(job, arguments or [], [name for name in known if name not in ("submit", "doctor")], address, detach))
+        raise typer.Exit(send(job, arguments or [], [name for name in known if name not in ("submit", "doctor")], address, detach, dry_run))
 
 
 def main() -> None:

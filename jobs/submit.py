@@ -2,7 +2,7 @@
 
     ctrlrl submit --address http://127.0.0.1:8265 ppo --recipe my.toml --out /shared/runs/mine
 
-The job goes on when this process ends. What it uploads is the code and the recipes: no data, runs, caches, .git or .venv.
+The job goes on when this process ends. What it uploads is the code and the recipes: no data, runs, caches or secrets (ctrlrl/upload.py).
 """
 
 import asyncio
@@ -12,36 +12,40 @@ import shlex
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctrlrl.errors import PlacementError, RecipeError, RunError
+from ctrlrl.errors import PlacementError, RecipeError
+from ctrlrl.upload import Tree, pack, scan
 
-UPLOAD_LIMIT = 100 * 2**20  # bytes of the zipped working directory, of Ray's job server
-# Left out wherever they are, and left out at the top alone (ctrlrl/data is code).
-_NEVER = {".git", ".venv", "venv", "node_modules", "__pycache__", ".cache", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}
-_NOT_AT_TOP = {"runs", "data", "build", "dist", "wandb", "checkpoints"}
 _STOP_PATIENCE_S = 600  # between SIGTERM and SIGKILL when the job is stopped: time to end the step and write a checkpoint
 _END_S = 120
 
 
-def submit(job: str, arguments: Sequence[str], known: Sequence[str], address: str = "", detach: bool = False) -> int:
-    """Submit `ctrlrl JOB arguments`; returns the job's exit code, or 0 at once with `detach`."""
+def submit(
+    job: str, arguments: Sequence[str], known: Sequence[str], address: str = "", detach: bool = False, dry_run: bool = False
+) -> int:
+    """Submit `ctrlrl JOB arguments`; returns the job's exit code, or 0 at once with `detach`. dry_run: only say what would go."""
     if job not in known:
         near = difflib.get_close_matches(job, known, n=1)
         raise RecipeError(f"no job {job!r}: {f'did you mean {near[0]!r}?' if near else 'jobs are ' + ', '.join(known)}")
+    tree = scan(Path.cwd())
+    tree.check_arguments(arguments)
+    if dry_run:
+        return show(tree)
     client, address = connect(address)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "tree.zip"
-        files, size = pack(Path.cwd(), archive)
+        size = pack(tree, archive)
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_PATIENCE_S), "PYTHONUNBUFFERED": "1"}
         entry = shlex.join(["python", "-m", "ctrlrl.cli", job, *arguments])
         try:
             number = client.submit_job(entrypoint=entry, runtime_env={"working_dir": str(archive), "env_vars": environment})
         except RuntimeError as error:
             raise PlacementError(f"the cluster at {address} did not take the job: {error}") from error
-    print(f"{number}: {entry}  ({files} files, {size / 2**20:.1f} MiB, to {address})", flush=True)
+    print(f"{number}: {entry}  ({len(tree.files)} files, {size / 2**20:.1f} MiB, to {address})", flush=True)
+    for name, reason in tree.surprises().items():
+        print(f"left out: {name} ({reason})")
     how = f"follow it with: ray job logs --address {address} --follow {number}; end it with: ray job stop --address {address} {number}"
     if detach:
         print(how)
@@ -50,6 +54,18 @@ def submit(job: str, arguments: Sequence[str], known: Sequence[str], address: st
         return follow(client, number)
     except KeyboardInterrupt:
         return interrupted(client, number, how)
+
+
+def show(tree: Tree) -> int:
+    """Print what would be uploaded, and what would not, with the reason; returns 0, or raises RunError as an upload would."""
+    for name, path in tree.files:
+        print(f"{path.stat().st_size:>12,}  {name}")
+    for name, reason in sorted(tree.left_out.items()):
+        print(f"{'left out':>12}  {name}  ({reason})")
+    with tempfile.TemporaryDirectory() as folder:
+        size = pack(tree, Path(folder) / "tree.zip")
+    print(f"{len(tree.files)} files, {tree.bytes:,} bytes, {size / 2**20:.1f} MiB packed; data/, runs/ and caches never go")
+    return 0
 
 
 def connect(address: str):
@@ -71,43 +87,6 @@ def connect(address: str):
             f"no job server at {where!r}: {str(error).splitlines()[0]} Give --address of a head's dashboard, "
             "through a tunnel if it is remote (see cluster/README.md)"
         ) from error
-
-
-def pack(tree: Path, archive: Path) -> tuple[int, int]:
-    """Zip the working tree; returns (files, bytes). RunError if Ray would not take it. The same tree gives the same bytes."""
-    files = sorted(path for path in _wanted(tree) if path.is_file())
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for path in files:
-            info = zipfile.ZipInfo(str(path.relative_to(tree)))
-            info.external_attr = (path.stat().st_mode & 0xFFFF) << 16
-            packed.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
-            if archive.stat().st_size > UPLOAD_LIMIT:
-                raise RunError(_too_large(tree, files))
-    size = archive.stat().st_size
-    if size > UPLOAD_LIMIT:
-        raise RunError(_too_large(tree, files))
-    if not files:
-        raise RunError(f"{str(tree)!r} has nothing to upload: run this in the directory of your recipe")
-    return len(files), size
-
-
-def _wanted(folder: Path, top: bool = True):
-    for path in folder.iterdir():
-        if path.name in _NEVER or path.name.endswith(".egg-info") or (top and path.name in _NOT_AT_TOP):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _wanted(path, top=False)
-        else:
-            yield path
-
-
-def _too_large(tree: Path, files: list[Path]) -> str:
-    largest = sorted(files, key=lambda path: -path.stat().st_size)[:3]
-    named = ", ".join(f"{path.relative_to(tree)} ({path.stat().st_size / 2**20:.0f} MiB)" for path in largest)
-    return (
-        f"{str(tree)!r} packs to more than the {UPLOAD_LIMIT // 2**20} MiB that Ray takes; the largest files are {named}: "
-        "move them to a path that the nodes see, or to data/ or runs/, which are not uploaded"
-    )
 
 
 def follow(client, number: str) -> int:

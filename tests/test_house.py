@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "jinja2": {"ctrlrl/evaluation/report.py", "ctrlrl/prompts.py"},
     "datasets": {"ctrlrl/data/files.py"},  # read where it is installed
     "huggingface_hub": {"ctrlrl/models/fingerprint.py"},
+    "pathspec": {"ctrlrl/upload.py"},
     "safetensors": {"ctrlrl/demo/training.py"},
     "tokenizers": {"ctrlrl/demo/vocabulary.py"},
 }

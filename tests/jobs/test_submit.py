@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ import pytest
 from autoscaling import end_with_parent, free_port
 
 import jobs.submit as submitting
-from ctrlrl.errors import RunError
 from ctrlrl.runs import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -104,37 +102,14 @@ def test_jobs_run_side_by_side_and_give_their_own_exit_codes(head, ppo_overrides
 # --- without a cluster ---
 
 
-def tree(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    return folder
-
-
-def test_the_code_is_uploaded_and_nothing_else(tmp_path):
-    left_out = (".git/config", ".venv/bin/python", "runs/a/metrics.jsonl", "data/prompts.jsonl", "a/__pycache__/x.pyc", "a.egg-info/PKG")
-    folder = tree(tmp_path / "tree", "ctrlrl/data/shards.py", "my.toml", "jobs/runs/x.py", *left_out)
-    files, size = submitting.pack(folder, tmp_path / "a.zip")
-    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
-        assert packed.namelist() == ["ctrlrl/data/shards.py", "jobs/runs/x.py", "my.toml"]
-        assert packed.read("my.toml") == b"my.toml"
-    assert files == 3 and size == (tmp_path / "a.zip").stat().st_size
-    os.utime(folder / "my.toml", (1, 1))
-    submitting.pack(folder, tmp_path / "b.zip")
-    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()  # Ray uploads it once
-
-
-def test_a_tree_that_ray_would_refuse_is_refused_here(tmp_path, monkeypatch):
-    folder = tree(tmp_path / "tree", "a.py")
-    (folder / "weights.bin").write_bytes(os.urandom(3 << 20))
-    monkeypatch.setattr(submitting, "UPLOAD_LIMIT", 2 << 20)
-    with pytest.raises(
-        RunError, match=r"more than the 2 MiB that Ray takes; the largest files are weights.bin \(3 MiB\), a.py .*move them"
-    ):
-        submitting.pack(folder, tmp_path / "a.zip")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match="nothing to upload"):
-        submitting.pack(tmp_path / "empty", tmp_path / "b.zip")
+def test_a_dry_run_says_what_would_go_without_a_cluster(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my.toml").write_text("seed = 3\n")
+    (tmp_path / ".env").write_text("TOKEN=x\n")
+    monkeypatch.chdir(tmp_path)
+    assert submitting.submit("ppo", ["--recipe", "my.toml"], ["ppo"], address="http://127.0.0.1:1", dry_run=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=2) for line in lines[:2]] == [["9", "my.toml"], ["left", "out", ".env  (it looks like a secret)"]]
+    assert lines[2].startswith("1 files, 9 bytes")
 
 
 def test_what_cannot_be_submitted_is_said_at_once():
