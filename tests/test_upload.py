@@ -37,8 +37,8 @@ def test_the_code_goes_and_caches_and_data_do_not(tmp_path):
 
 SECRETS = (
     ".env", ".env.local", "prod.env", "a/.ENV", ".aws/credentials", ".ssh/config", "id_ed25519", "deploy/id_rsa.old", "server.pem",
-    "tls.KEY", ".netrc", ".kube/config", "kubeconfig", ".config/gcloud/x.json", "service-account-prod.json", "terraform.tfstate", "secrets.yaml",
-    "secrets/db.txt", ".pypirc", ".git-credentials", "x.kdbx", "hf_token", ".bash_history",
+    "tls.KEY", ".netrc", ".kube/config", "kubeconfig", ".config/gcloud/x.json", "service-account-prod.json", "terraform.tfstate",
+    "secrets.yaml", "secrets/db.txt", ".pypirc", ".git-credentials", "x.kdbx", "hf_token", ".bash_history",
 )  # fmt: skip
 
 
