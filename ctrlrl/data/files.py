@@ -1,97 +1,104 @@
-"""Rows of the data files users bring: JSONL, JSONL.gz, CSV, Parquet, a directory of them, or a Hugging Face dataset.
+"""The files that a path names, and their rows: one file, all data files of a directory, or a Hugging Face dataset.
 
 Every row comes with the place it stood at, so that whoever refuses it can name file and line.
 """
-import csv
-import gzip
-import json
+
+import os
 import re
-import sys
-import zlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from ctrlrl.data.formats import SUFFIXES, file_rows
 from ctrlrl.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>\w+))?")
+# Data that is not read, which nobody should miss in silence: a directory with such a file is refused.
+_UNREAD = (".json.gz", ".csv.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".ndjson", ".tsv", ".arrow", ".feather", ".xlsx", ".orc")
+_TEMPORARY = ("~", ".part", ".partial", ".tmp", ".incomplete")  # folders that another program is still filling
 
 
 def read_rows(path_or_name: str | Path) -> Iterator[tuple[str, object]]:
     """(`file:line`, row) of every row; a row that cannot be decoded is given as the DataError that says why."""
-    path, name = Path(path_or_name), str(path_or_name)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-        if not files:
-            raise DataError(f"directory {name!r} holds no {', '.join(SUFFIXES)} file")
-        for file in files:
-            yield from _file_rows(file)
-    elif path.exists():
-        yield from _file_rows(path)
-    elif _HUB_NAME.fullmatch(name) and not name.endswith(SUFFIXES):
-        yield from _hub_rows(name)
-    else:
-        raise DataError(f"{name!r} does not exist: give a {', '.join(SUFFIXES)} file, a directory of them, or a Hugging Face dataset")
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    readers = {".jsonl": _json_rows, ".gz": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: unknown kind of file: give one of {', '.join(SUFFIXES)}")
+    name = str(path_or_name)
+    if not name.strip():
+        raise DataError(f"{name!r} names no data: give a {', '.join(SUFFIXES)} file, a directory of them, or a Hugging Face dataset")
     try:
-        for line, row in readers[path.suffix](path):
-            yield f"{path}:{line}", row
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:  # gzip reports a cut file as EOFError
-        raise DataError(f"{path}: cannot be read, damaged or not what its name says: {error}") from None
+        path = Path(name).expanduser()
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        yield from _absent(name, path)
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a loop of links, a name too long; NUL; ~ of nobody
+        raise DataError(f"{name!r} cannot be read: {error}") from None
+    else:
+        for file in data_files(path) if stat.S_ISDIR(mode) else [path]:
+            if not file.is_file():
+                raise DataError(f"{_shown(file)} is no regular file, and rows are read more than once: write them to a file")
+            shown = _shown(file)
+            for line, row in file_rows(file):
+                yield f"{shown}:{line}", row
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
+def data_files(directory: Path) -> list[Path]:
+    """The data files below a directory, in order, each real file once. Hidden and temporary ones and what lies in such folders are none."""
+    found: dict[tuple[int, int], Path] = {}
+    entered = set()
+    for folder, folders, names in os.walk(directory, onerror=_refuse, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in entered:  # a link to a folder above or beside it
+            folders.clear()
+            continue
+        entered.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(_TEMPORARY))
+        for name in sorted(names):
+            file = Path(folder, name)
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(_UNREAD):
+                raise DataError(f"{_shown(file)} would not be read: write it as one of {', '.join(SUFFIXES)}, or move it elsewhere")
+            if name.lower().endswith(SUFFIXES):
                 try:
-                    yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    yield number, DataError(f"not a JSON object in UTF-8: {error}")
+                    same = os.stat(file)
+                except OSError as error:
+                    raise DataError(f"{_shown(file)} cannot be read: {error.strerror}") from None
+                found.setdefault((same.st_dev, same.st_ino), file)
+    if not found:
+        raise DataError(f"directory {_shown(directory)!r} holds no {', '.join(SUFFIXES)} file")
+    return sorted(found.values())
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(sys.maxsize)  # a conversation is longer than the 128 KiB that csv allows by default
-    with open(path, newline="", encoding="utf-8-sig") as lines:
-        reader, line = csv.reader(lines), 1
-        try:
-            header = next(reader, [])
-            line = reader.line_num + 1
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    yield line, DataError(f"{len(cells)} cells under a header of {len(header)}: quote cells that hold commas or line ends")
-                elif cells:
-                    yield line, dict(zip(header, cells, strict=True))
-                line = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{line}: not CSV in UTF-8: {error}") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    file, number = pq.ParquetFile(path), 0
-    for batch in file.iter_batches(batch_size=4096):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+def _absent(name: str, path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a hub data set, if the name of a path that does not exist can be one."""
+    if os.path.islink(path):
+        raise DataError(f"{name!r} is a link to {os.readlink(path)!r}, which does not exist")
+    # The hub is never asked for what is a local path by its looks: a folder that is there, or that jobs write to.
+    local = name.startswith("runs/") or ("/" in name and Path(name).parts[0] not in ("", "/") and Path(Path(name).parts[0]).is_dir())
+    if not _HUB_NAME.fullmatch(name) or name.lower().endswith((*SUFFIXES, *_UNREAD, ".json", ".txt")) or local:
+        hint = "; patterns are not expanded" if set("*?[") & set(name) else ""
+        raise DataError(f"{name!r} does not exist: give a {', '.join(SUFFIXES)} file, a directory of them, or a Hugging Face dataset{hint}")
+    return _hub_rows(name)
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, object]]:
+    os.environ.setdefault("HF_DATASETS_TRUST_REMOTE_CODE", "0")  # no code of a data set is run, and nobody is asked whether it may
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise DataError(f"{name!r} is no file or directory here; to read it as a Hugging Face dataset, pip install datasets") from None
     match = _HUB_NAME.fullmatch(name)
     try:
         rows = datasets.load_dataset(match["name"], split=match["split"] or "train")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"{name!r} is no file or directory here, and no Hugging Face dataset that can be loaded: {error}") from None
     for number, row in enumerate(rows, 1):
         yield f"{match['name']}:{number}", row
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename!r} cannot be read: {error.strerror}") from None
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be stored; names need not be UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

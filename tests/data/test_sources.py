@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctrlrl.data.sources import parse_transcript, prompt_id, read_pairs, read_prompts
+from ctrlrl.data.rows import parse_transcript
+from ctrlrl.data.sources import prompt_id, read_pairs, read_prompts
 from ctrlrl.errors import DataError
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -156,6 +157,7 @@ def test_hugging_face_name(monkeypatch):
         return [{"prompt": f"Hello from {split}"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets.exceptions", types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {})))
     assert read_prompts("owner/name").prompts[0].messages[0]["content"] == "Hello from train"
     (prompt,) = read_prompts("owner/name:test")
     assert (prompt.messages[0]["content"], prompt.source) == ("Hello from test", "owner/name:1")
