@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.launch import Data, Out, Recipe, Resume, Set, mistakes_told
+from jobs.launch import Data, Out, Recipe, Resume, Set, SkipBadRows, mistakes_told
 
 app = typer.Typer(
     help="Train language models whose safety and helpfulness an operator can dial.",
@@ -31,11 +31,13 @@ def demo(
 
 
 @app.command()
-def ppo(recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+def ppo(
+    recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False, skip_bad_rows: SkipBadRows = False
+) -> None:
     """Train a controllable policy with PPO and the min control reward."""
     from jobs.ppo import main as job
 
-    job(recipe, overrides, out, resume)
+    job(recipe, overrides, out, resume, skip_bad_rows)
 
 
 @app.command()
@@ -45,6 +47,7 @@ def evaluate(
     out: Out = "",
     table: Annotated[str, typer.Option(help="Measure this table.parquet again, without models and without Ray.")] = "",
     levels: Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")] = "",
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Measure how far a model's answers follow the requested control."""
     if table:
@@ -53,7 +56,7 @@ def evaluate(
         raise typer.Exit(measure(table, recipe, [*(overrides or []), *([f"levels=[{levels}]"] if levels else [])], out))
     from jobs.evaluate import main as job
 
-    job(recipe, overrides, out, levels)
+    job(recipe, overrides, out, levels, skip_bad_rows)
 
 
 @app.command()
@@ -76,11 +79,12 @@ def study(
     overrides: Set = None,
     out: Out = "",
     world: Annotated[str, typer.Option(help="Run on this demo world instead, with the demo's recipes.")] = "",
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Run one chain of jobs in several variants, and compare them in one table."""
     from jobs.study import main as job
 
-    job(recipe, overrides, out, world)
+    job(recipe, overrides, out, world, skip_bad_rows)
 
 
 @app.command()
@@ -89,9 +93,7 @@ def generate(
     overrides: Set = None,
     out: Out = "",
     scale: Annotated[str, typer.Option(help="Units to have in the end, such as 8x: passes over the prompts, each with other seeds.")] = "",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Set unreadable and overlong prompts aside in rejects.jsonl.")
-    ] = False,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Have the policy answer its prompts, and score the answers: the data of self-generation."""
     from jobs.generate import main as job
@@ -104,9 +106,7 @@ def critique(
     recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Set unreadable and overlong prompts aside in rejects.jsonl.")
-    ] = False,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Have the policy criticise and rewrite its own answers: the pairs of configurable safety tuning."""
     from jobs.critique import main as job
@@ -115,11 +115,13 @@ def critique(
 
 
 @app.command()
-def dpo(recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+def dpo(
+    recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False, skip_bad_rows: SkipBadRows = False
+) -> None:
     """Tune a policy on preferences under opposite system prompts (configurable safety tuning), or plainly."""
     from jobs.dpo import main as job
 
-    job(recipe, overrides, out, resume)
+    job(recipe, overrides, out, resume, skip_bad_rows)
 
 
 @app.command()
@@ -163,19 +165,22 @@ def finetune(
     overrides: Set = None,
     out: Out = "",
     resume: Resume = False,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Fine-tune a policy on the table of ctrlrl distill, so that its answers follow a control."""
     from jobs.finetune import main as job
 
-    job(recipe, objective, overrides, out, resume)
+    job(recipe, objective, overrides, out, resume, skip_bad_rows)
 
 
 @app.command("reward-model")
-def reward_model(recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+def reward_model(
+    recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False, skip_bad_rows: SkipBadRows = False
+) -> None:
     """Train a reward model on preference pairs."""
     from jobs.reward_model import main as job
 
-    job(recipe, overrides, out, resume)
+    job(recipe, overrides, out, resume, skip_bad_rows)
 
 
 @app.command()

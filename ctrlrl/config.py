@@ -3,9 +3,10 @@
 import difflib
 import json
 import tomllib
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,23 +23,30 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load(
-    kind: type[AnySection], recipe: str | Path | None, overrides: list[str] = (), settings: Mapping[str, Any] | None = None
+    kind: type[AnySection],
+    recipe: str | Path | None,
+    overrides: list[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> AnySection:
-    """Read `recipe` (TOML; None = defaults only) under `settings` under `key.sub=value` overrides, validate; raises RecipeError."""
+    """Read `recipe` (TOML; None = defaults only) under `settings` under `key.sub=value` overrides under `options`; raises RecipeError.
+
+    settings, options: values as they are. An override is TOML, but for a field that is a text: there it is that text, quoted or not.
+    """
     values = {}
     if recipe is not None:
         path = Path(recipe)
         if not path.is_file():
             raise RecipeError(f"recipe {str(recipe)!r} does not exist: give the path of a TOML file")
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:  # syntax, bytes that are not UTF-8, depth
             raise RecipeError(f"recipe {str(recipe)!r} is not TOML: {error}") from None
     values = laid_over(values, settings or {})
     for override in overrides:
-        _override(values, override)
+        _override(kind, values, override)
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(laid_over(values, options or {}))
     except ValidationError as error:
         raise RecipeError(_explain(kind, error, recipe)) from None
 
@@ -69,20 +77,44 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _override(values: dict, override: str) -> None:
+def _override(kind: type[Section], values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {override!r} is not of the form section.key=value")
+    *sections, leaf = path = key.strip().split(".")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # an unquoted string, as people type it
-    *sections, leaf = key.strip().split(".")
+    if not isinstance(value, str) and _is_text(kind, path):
+        value = text  # 2026-11-25, 1e3 and true are names of folders, too
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise RecipeError(f"--set {override!r}: {section!r} is not a section")
     values[leaf] = value
+
+
+def _is_text(kind: type[Section], path: list[str]) -> bool:
+    """Whether the field at `path` takes a text and nothing else (but None)."""
+    found = [kind]
+    for part in path:
+        inner = []
+        for annotation in _members(found):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+                inner.append(annotation.model_fields[part].annotation)
+            elif get_origin(annotation) is dict:
+                inner.append(get_args(annotation)[1])
+        found = inner
+    return bool(found) and {*_members(found)} - {types.NoneType} == {str}
+
+
+def _members(annotations: list[Any]) -> list[Any]:
+    """`annotations` with the members of unions in their place."""
+    for annotation in annotations:
+        if get_origin(annotation) in (Union, types.UnionType):
+            return _members([member for a in annotations for member in (get_args(a) if a is annotation else [a])])
+    return list(annotations)
 
 
 def _explain(kind: type[Section], error: ValidationError, recipe) -> str:

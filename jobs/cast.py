@@ -35,6 +35,7 @@ class PPORecipe(Section):
     seed: int = 0
     steps: int = Field(200, gt=0)
     prompts: str
+    skip_bad_rows: bool = False
     checkpoint_every: int = Field(20, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
     cluster: ClusterConfig = ClusterConfig()

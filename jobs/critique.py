@@ -19,10 +19,11 @@ from actors.gauges import show
 from actors.placement import ClusterConfig
 from actors.rollout import Rollout, RolloutConfig
 from ctrlrl.config import Section
-from ctrlrl.data.atomic import write_json, write_text
+from ctrlrl.data.atomic import write_json
 from ctrlrl.data.critique import CritiqueLayout, Dialogues, Reply, Templates
-from ctrlrl.data.generation import Draw, Plan, rejects_lines
-from ctrlrl.data.sources import Prompt, Reject, read_prompts
+from ctrlrl.data.generation import Draw, Plan
+from ctrlrl.data.rejects import Reject, write_rejects
+from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
@@ -31,8 +32,8 @@ from ctrlrl.prompts import render
 from ctrlrl.runs import absolute_out
 from ctrlrl.seeds import derive_seed
 from jobs.flow import Flow
-from jobs.generate import SkipBadRows, drawn_from, effort, fitting, report, tokens_of, versions
-from jobs.launch import Out, Recipe, Set, StopRequest, run_job
+from jobs.generate import drawn_from, effort, fitting, report, tokens_of, versions
+from jobs.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
 from jobs.progress import Pace, Steps
 
 
@@ -44,6 +45,7 @@ class CritiqueRecipe(Section):
     policy: str
     prompts: str
     max_prompts: int | None = Field(None, gt=0)
+    skip_bad_rows: bool = False
     samples_per_prompt: int = Field(1, gt=0)
     shard: int = Field(256, gt=0)
     templates: Templates = Templates()
@@ -52,13 +54,13 @@ class CritiqueRecipe(Section):
     sampling: SamplingConfig = SamplingConfig()
 
 
-def critique(config: CritiqueRecipe, skip_bad_rows: bool = False) -> int:
+def critique(config: CritiqueRecipe) -> int:
     """Make the pairs that are missing; returns the exit code. DataError, after all is written, if none is usable."""
     layout = CritiqueLayout(absolute_out(config.out))
     check_policy(config.policy)
-    read = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.max_prompts)
-    prompts, _, long = fitting(config, read, skip_bad_rows)
-    prompts, spoken_for = without_system(prompts, skip_bad_rows)
+    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
+    prompts, _, long = fitting(config, read, config.skip_bad_rows)
+    prompts, spoken_for = without_system(prompts, config.skip_bad_rows)
     print(report(read, len(prompts), len(long)), flush=True)
     work = Critiquing(config, layout, prompts)
     try:
@@ -124,8 +126,7 @@ class Critiquing:
             self.open()
             if not files.prompts.exists() or not self._store.committed():
                 files.write_prompts(self._prompts)
-            if rejects:
-                write_text(files.rejects, rejects_lines(rejects))
+            write_rejects(files.directory, rejects)
             with StopRequest("the running shards") as stop:
                 todo, total = self._store.missing(), self._plan.shards_per_unit
                 with Steps("critique", total, total - len(todo)) as self._progress:
@@ -224,7 +225,7 @@ def summary_lines(manifest: dict, layout: CritiqueLayout) -> list[str]:
 
 def main(recipe: Recipe = "jobs/recipes/critique.toml", overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False) -> None:
     """Have the policy criticise and rewrite its own answers."""
-    raise typer.Exit(run_job(CritiqueRecipe, critique, recipe, overrides, out, skip_bad_rows=skip_bad_rows))
+    raise typer.Exit(run_job(CritiqueRecipe, critique, recipe, overrides, out, {"skip_bad_rows": skip_bad_rows}))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ class Demo:
         """Run a training job, or continue it, unless its model is there; RunError if that was made with other settings."""
         out = Path(config.out)
         if (out / "model").is_dir():
-            if changed := [change for change in changes(out, config) if not change.startswith(("cluster", "checkpoint_every"))]:
+            free = ("cluster", "checkpoint_every", "skip_bad_rows")
+            if changed := [change for change in changes(out, config) if not change.startswith(free)]:
                 remedy = f"give the old values, another --out, or --fresh --only {out.name}"
                 raise RunError(f"{str(out)!r} was made with other settings ({'; '.join(changed)}): {remedy}")
             print(f"{out.name}: reused from {out}", flush=True)

@@ -69,8 +69,7 @@ def report_lines(report: dict, out: Path) -> list[str]:
 
 def main(data: Data, method: Method = "", recipe: Recipe = "jobs/recipes/distill.toml", overrides: Set = None, out: Out = "") -> None:
     """Distil a self-generation directory into a training table."""
-    overrides = [*(overrides or []), f"data={data}", *([f"method={method}"] if method else [])]
-    raise typer.Exit(run_job(DistillRecipe, distill, recipe, overrides, out))
+    raise typer.Exit(run_job(DistillRecipe, distill, recipe, overrides, out, {"data": data, "method": method}))
 
 
 if __name__ == "__main__":

@@ -36,15 +36,18 @@ from ctrlrl.data.dpo import (
 )
 from ctrlrl.data.epochs import Subset
 from ctrlrl.data.preferences import PairExamples
+from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import read_pairs
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_causal, check_policy, final_token_id, load_tokenizer, within_positions
 from ctrlrl.objectives.preference import dpo as dpo_loss
+from ctrlrl.prompts import render
 from ctrlrl.runs import Run, absolute_out, output_directory
-from jobs.launch import Out, Recipe, Resume, Set, run_job
+from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
 from jobs.progress import Steps
+from jobs.reading import renderable
 
 _CHUNK = 512  # pairs that the reference scores between two lines of progress
 
@@ -73,6 +76,7 @@ class DPORecipe(OfflineRecipe):
     nll_weight: float = Field(0.0, ge=0)
     max_length: int = Field(2048, gt=1)
     skip_long: bool = False
+    skip_bad_rows: bool = False
     policy: PolicyConfig
     reference: ReferenceConfig = ReferenceConfig()
 
@@ -97,7 +101,8 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     check_policy(config.policy.model)
     check_causal(config.reference_model, "reference")
     tokenizer = load_tokenizer(config.policy.model)
-    mixture, batch = read_data(config, tokenizer)
+    rejects: list[Reject] = []
+    mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
     run = open_run(config, resume)
     connect(config.cluster, demands_of(config))
     reference = reference_logprobs(config, run, batch)
@@ -112,6 +117,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
         loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
         task = Task("dpo", train, loss, held_out, partial(policy.export_controllable, tokenizer))
         run.begin()
+        write_rejects(run.directory, rejects)
         return train_offline(config, run, policy, task, epochs)
     finally:
         policy.close()
@@ -119,15 +125,19 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
         run.close()
 
 
-def read_data(config: DPORecipe, tokenizer) -> tuple[Mixture, TokenBatch]:
-    """All pairs, split by prompt and mixed by weight; and their sequences."""
+def read_data(config: DPORecipe, tokenizer, rejects: list[Reject] | None = None) -> tuple[Mixture, TokenBatch]:
+    """All pairs, split by prompt and mixed by weight; and their sequences. Bad rows are refused, or go to the list `rejects`."""
     tasks, model = [], config.policy.model
     if config.critiques:
         table = CritiqueLayout(Path(config.critiques).expanduser().absolute()).read_pairs()
         tasks.append(opposite_pairs(table) if config.method == "cst" else plain_pairs(table))
     for task in config.tasks:
-        pairs = read_pairs(task.data)
+        pairs = read_pairs(task.data, rejects=rejects)
+        if rejects is not None:
+            pairs = renderable(pairs, lambda p: render(tokenizer, p.messages, source=p.source), rejects)
         tasks.append(PreferenceTask(tuple(pairs), (task.name,) * len(pairs), task.weight))
+    if rejects:
+        print(aside_line(rejects), flush=True)
     end = final_token_id(model, tokenizer)
     limit = within_positions(model, config.max_length)
     tasks, batch, long = without_long(tasks, encode([pair for task in tasks for pair in task.pairs], tokenizer, end), limit)
@@ -187,9 +197,15 @@ def validate(policy: Policy, examples: PairExamples, reference: np.ndarray, mixt
     return preference_figures(logprobs, reference[rows], [mixture.labels[i] for i in rows], beta)
 
 
-def main(recipe: Recipe = "jobs/recipes/dpo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+def main(
+    recipe: Recipe = "jobs/recipes/dpo.toml",
+    overrides: Set = None,
+    out: Out = "",
+    resume: Resume = False,
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
     """Tune a policy on preferences under opposite system prompts."""
-    raise typer.Exit(run_job(DPORecipe, dpo, recipe, overrides, out, resume=resume))
+    raise typer.Exit(run_job(DPORecipe, dpo, recipe, overrides, out, {"skip_bad_rows": skip_bad_rows}, resume=resume))
 
 
 if __name__ == "__main__":

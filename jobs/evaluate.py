@@ -22,6 +22,7 @@ from ctrlrl.config import Section, dump
 from ctrlrl.control import HIGH, LOW, grid
 from ctrlrl.data.atomic import write_atomically, write_json, write_text
 from ctrlrl.data.generation import prompts_fingerprint
+from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS, TEMPLATES
@@ -34,8 +35,9 @@ from ctrlrl.models.loading import check_policy, check_reward_model, load_tokeniz
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import absolute_out, output_directory
 from jobs.asking import Asking, worker_name
-from jobs.launch import Out, Recipe, Set, run_job
+from jobs.launch import Out, Recipe, Set, SkipBadRows, run_job
 from jobs.measure import write_results
+from jobs.reading import askable
 
 Levels = Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")]
 
@@ -68,6 +70,7 @@ class EvaluateRecipe(Section):
     samples: int = Field(3, gt=1)
     prompts: str
     max_prompts: int | None = Field(None, gt=0)
+    skip_bad_rows: bool = False
     levels: tuple[float, ...] = Field((LOW, HIGH), min_length=1)
     measure: MeasureConfig = MeasureConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -94,7 +97,9 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
     for models in config.judges.given.values():
         for _, reward in models:
             check_reward_model(reward.model)
-    cells, room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
+    (cells, rejects), room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
+    if rejects:
+        print(aside_line(rejects), flush=True)
     with ShardStore(absolute_out(config.out) / "answers") as store:
         asking = Asking(
             store,
@@ -114,6 +119,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
             if code:
                 return code
         table, cost = asking.finish()
+    write_rejects(absolute_out(config.out), rejects)
     return finish(config, table, cost)
 
 
@@ -125,7 +131,7 @@ def is_finished(config: EvaluateRecipe) -> bool:
     if (read_json(out / RECIPE) or {}).get("measure") != config.measure.model_dump(mode="json"):
         return False
     with ShardStore(out / "answers") as store:
-        store.open_or_create(fingerprint(config, cells_of(config)), shards=store.planned)
+        store.open_or_create(fingerprint(config, cells_of(config)[0]), shards=store.planned)
         return not store.missing()
 
 
@@ -149,12 +155,18 @@ def reward_workers(config: EvaluateRecipe) -> dict[str, RewardConfig]:
     return {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
 
 
-def cells_of(config: EvaluateRecipe) -> list[Cell]:
-    """The grid of an evaluation."""
-    prompts = list(read_prompts(config.prompts, limit=config.max_prompts))
+def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
+    """The grid of an evaluation, and the rows that were set aside."""
+    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
     templates = {"prompting": sorted(config.templates), "reranking": config.templates[:1]}.get(config.method, (None,))
     controls = SYSTEM_CONTROLS if config.method == "system" else grid(config.levels)
-    return make_cells(prompts, controls, config.method, templates)
+    prompts, rejects = list(read), list(read.report.rejects)
+    if config.skip_bad_rows:  # else the first prompt that cannot be asked is refused where the cells are rendered
+        tokenizer, room = load_tokenizer(config.model), prompt_room(config.model, config.rollout.engine, config.sampling)
+        forms = lambda prompt: [cell.asked for cell in make_cells([prompt], controls, config.method, templates)]  # noqa: E731
+        prompts, _, aside = askable(tokenizer, read, room, True, forms)
+        rejects += aside
+    return make_cells(prompts, controls, config.method, templates), rejects
 
 
 def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
@@ -196,10 +208,16 @@ def _ask_crew(config: EvaluateRecipe, asking: Asking, store: ShardStore, identit
     return asking.run(crew, config.sampling, 2 * (config.rollout.workers.max + sum(r.workers for r in rewards)), start_s)
 
 
-def main(recipe: Recipe = "jobs/recipes/evaluate.toml", overrides: Set = None, out: Out = "", levels: Levels = "") -> None:
+def main(
+    recipe: Recipe = "jobs/recipes/evaluate.toml",
+    overrides: Set = None,
+    out: Out = "",
+    levels: Levels = "",
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
     """Measure how far answers follow the requested control."""
     overrides = [*(overrides or []), *([f"levels=[{levels}]"] if levels else [])]
-    raise typer.Exit(run_job(EvaluateRecipe, evaluate, recipe, overrides, out))
+    raise typer.Exit(run_job(EvaluateRecipe, evaluate, recipe, overrides, out, {"skip_bad_rows": skip_bad_rows}))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from actors.placement import connect, reserve
 from actors.policy import Policy, PolicyConfig
 from ctrlrl.data.batches import Loss
 from ctrlrl.data.epochs import Subset, hold_out
-from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids
+from ctrlrl.data.rejects import Reject, aside_line, write_rejects
+from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids, without_bad_rows
 from ctrlrl.errors import DataError
 from ctrlrl.models.loading import check_policy, final_token_id, load_tokenizer, within_positions
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
 from jobs.interim import InterimCrew, InterimCrewConfig
-from jobs.launch import Out, Recipe, Resume, Set, run_job
+from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
 
 Objective = Annotated[str, typer.Option(help="plm, clm or exmate.")]
@@ -41,6 +42,7 @@ class FinetuneRecipe(OfflineRecipe):
     fake_weight: float = Field(1.0, ge=0)
     max_length: int = Field(2048, gt=1)
     skip_long: bool = False
+    skip_bad_rows: bool = False
     retokenise: bool = False
     policy: PolicyConfig
     evaluation: InterimCrewConfig = InterimCrewConfig()
@@ -50,9 +52,10 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
     check_policy(config.policy.model)
     tokenizer = load_tokenizer(config.policy.model)
-    examples, kept, held_out = read_examples(config, tokenizer)
+    rejects: list[Reject] = []
+    examples, kept, held_out = read_examples(config, tokenizer, rejects if config.skip_bad_rows else None)
     train = Subset(examples, kept)
-    interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed)
+    interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows)
     run, epochs = open_run(config, resume), epochs_of(config, train)
     policy_config = scheduled(config.policy, config, epochs.total)
     demands = {"policy": config.policy.bundles}
@@ -71,6 +74,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                 partial(interim.metrics, policy=policy),
             )
             run.begin()
+            write_rejects(run.directory, [*rejects, *interim.rejects])
             return train_offline(config, run, policy, task, epochs)
     finally:
         policy.close()
@@ -83,9 +87,15 @@ def objective(config: FinetuneRecipe) -> Loss:
     return partial(exmate, weight=config.fake_weight) if config.objective == "exmate" else likelihood
 
 
-def read_examples(config: FinetuneRecipe, tokenizer) -> tuple[ControlledExamples, np.ndarray, np.ndarray]:
-    """All rows of the table, which of them to train on, and which belong to held-out prompts."""
+def read_examples(
+    config: FinetuneRecipe, tokenizer, rejects: list[Reject] | None = None
+) -> tuple[ControlledExamples, np.ndarray, np.ndarray]:
+    """All rows of the table, which of them to train on, and which belong to held-out prompts. Bad rows are refused, or go to `rejects`."""
     table, model = read_distilled(config.data), config.policy.model
+    if rejects is not None:
+        table = without_bad_rows(table, tokenizer, rejects)
+    if rejects:
+        print(aside_line(rejects), flush=True)
     end = final_token_id(model, tokenizer)
     responses = response_ids(table, tokenizer, end, config.retokenise)
     examples = ControlledExamples(table, responses, tokenizer, config.objective, config.seed)
@@ -111,11 +121,16 @@ def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray) -> 
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/finetune.toml", objective: Objective = "", overrides: Set = None, out: Out = "", resume: Resume = False
+    recipe: Recipe = "jobs/recipes/finetune.toml",
+    objective: Objective = "",
+    overrides: Set = None,
+    out: Out = "",
+    resume: Resume = False,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Fine-tune a policy on a distilled table."""
-    overrides = [*(overrides or []), *([f"objective={objective}"] if objective else [])]
-    raise typer.Exit(run_job(FinetuneRecipe, finetune, recipe, overrides, out, resume=resume))
+    options = {"objective": objective, "skip_bad_rows": skip_bad_rows}
+    raise typer.Exit(run_job(FinetuneRecipe, finetune, recipe, overrides, out, options, resume=resume))
 
 
 if __name__ == "__main__":

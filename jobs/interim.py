@@ -20,12 +20,14 @@ from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
+from ctrlrl.data.rejects import Reject
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.grid import JUDGES, make_cells, make_table, score_columns
 from ctrlrl.evaluation.metrics import METRICS, measure
 from ctrlrl.models.loading import check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
-from jobs.asking import draw_seed, render_cells, spoken
+from jobs.asking import draw_seed, spoken
+from jobs.reading import askable
 
 
 class InterimConfig(Section):
@@ -67,15 +69,27 @@ class InterimCrewConfig(InterimConfig):
 
 class Interim:
     """The grid of a run's looks, checked at once. model: whose tokenizer renders it; rollout: whose engine must have room for it
-    (`section` of the recipe)."""
+    (`section` of the recipe). rejects: the rows set aside, if `skip_bad_rows`."""
 
-    def __init__(self, config: InterimConfig, model: str, rollout: RolloutConfig, seed: int, section: str = "rollout"):
+    def __init__(
+        self,
+        config: InterimConfig,
+        model: str,
+        rollout: RolloutConfig,
+        seed: int,
+        section: str = "rollout",
+        skip_bad_rows: bool = False,
+    ):
         self._config, self._seed, self._cells = config, seed, []
+        self.rejects: list[Reject] = []
         if config.every:
             self._tokenizer = load_tokenizer(model)
-            self._cells = make_cells(list(read_prompts(config.prompts, limit=config.count)), grid(config.levels))
+            read, controls = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count), grid(config.levels)
             room = prompt_room(model, rollout.engine, config.sampling, section)
-            self._rendered = render_cells(self._cells, self._tokenizer, room)
+            asked = lambda prompt: [cell.asked for cell in make_cells([prompt], controls)]  # noqa: E731
+            prompts, rendered, aside = askable(self._tokenizer, read, room, skip_bad_rows, asked)
+            self._cells, self._rendered = make_cells(prompts, controls), [tuple(ids) for forms in rendered for ids in forms]
+            self.rejects = [*read.report.rejects, *aside]
 
     def due(self, step: int) -> bool:
         """Whether there is a look after `step` steps."""
@@ -108,9 +122,10 @@ class Interim:
 class InterimCrew:
     """Looks of a job that has no rollout pool: a context that starts one, and two reward models, if `config.every` is above 0."""
 
-    def __init__(self, config: InterimCrewConfig, cluster: ClusterConfig, model: str, seed: int):
+    def __init__(self, config: InterimCrewConfig, cluster: ClusterConfig, model: str, seed: int, skip_bad_rows: bool = False):
         self._config, self._cluster, self._model = config, cluster, model
-        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout")
+        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows)
+        self.rejects = self._interim.rejects
         if config.every:
             for _, reward in config.judges:
                 check_reward_model(reward.model)

@@ -2,8 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -15,18 +15,32 @@ Set = Annotated[
 ]
 Out = Annotated[str, typer.Option(help="Run directory (the recipe's `out`).")]
 Data = Annotated[str, typer.Argument(help="Directory of ctrlrl generate.")]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Set bad rows and overlong prompts aside in rejects.jsonl (the recipe's `skip_bad_rows`).")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
 
 EXIT_MISTAKE = 2
 
 
-def run_job(kind: type, job: Callable, recipe: str, overrides: list[str] | None, out: str = "", **arguments) -> int:
-    """Read the recipe and run `job(config, **arguments)`; a user's mistake becomes one message and exit code 2."""
+def run_job(
+    kind: type,
+    job: Callable,
+    recipe: str,
+    overrides: list[str] | None,
+    out: str = "",
+    options: Mapping[str, Any] | None = None,
+    **arguments,
+) -> int:
+    """Read the recipe and run `job(config, **arguments)`; a user's mistake becomes one message and exit code 2.
+
+    out, options: recipe keys that have options of their own on the command line; an empty one was not given.
+    """
     from ctrlrl.config import load  # here, because pydantic would double the command line's start
 
     with mistakes_told():
-        overrides = [*(overrides or []), *([f"out={out}"] if out else [])]
-        return job(load(kind, recipe or None, overrides), **arguments) or 0
+        given = {key: value for key, value in {"out": out, **(options or {})}.items() if value}
+        return job(load(kind, recipe or None, overrides or [], options=given), **arguments) or 0
 
 
 class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():`)

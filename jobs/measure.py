@@ -83,4 +83,4 @@ def summary_lines(methods: dict[str, dict]) -> list[str]:
 
 def main(table: str, recipe: str = "", overrides: list[str] | None = None, out: str = "") -> int:
     """Measure a table; the exit code."""
-    return run_job(TableRecipe, measure_again, recipe, [*(overrides or []), f"table={table}"], out)
+    return run_job(TableRecipe, measure_again, recipe, overrides, out, {"table": table})

@@ -85,7 +85,7 @@ def scheduled(trained: GroupConfig, config: OfflineRecipe, steps: int) -> GroupC
 
 def open_run(config: OfflineRecipe, resume: bool) -> Run:
     """The run directory of an offline job."""
-    free = ("cluster", "checkpoint_every", "keep_checkpoints", "evaluation")
+    free = ("cluster", "checkpoint_every", "keep_checkpoints", "evaluation", "skip_bad_rows")
     return Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free)
 
 

@@ -18,33 +18,35 @@ from actors.gauges import show
 from actors.recovery import Restarts
 from actors.sync import publish
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import Prompt, read_prompts
-from ctrlrl.errors import DataError, GroupLost
+from ctrlrl.errors import GroupLost
 from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, load_config, load_tokenizer
 from ctrlrl.models.sampler import Completions, Request, prompt_room
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
-from ctrlrl.prompts import render
 from ctrlrl.runs import Run
 from jobs.cast import Cast, PPORecipe, restore, start_cast, write_checkpoint
 from jobs.interim import Interim
-from jobs.launch import Out, Recipe, Resume, Set, StopRequest, run_job
+from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, run_job
 from jobs.progress import Clock, Steps
+from jobs.reading import askable
 
 # May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
-FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "evaluation")
+FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "evaluation", "skip_bad_rows")
 
 
 def train(config: PPORecipe, resume: bool = False) -> int:
     """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
-    prompts, tokenizer = check_inputs(config)
-    interim = Interim(config.evaluation, config.policy.model, config.rollout, config.seed)
+    prompts, tokenizer, rejects = check_inputs(config)
+    interim = Interim(config.evaluation, config.policy.model, config.rollout, config.seed, skip_bad_rows=config.skip_bad_rows)
     run = Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE)
     cast = start_cast(config)
     try:
         run.begin()
+        write_rejects(run.directory, [*rejects, *interim.rejects])
         restarts = Restarts(config.cluster)
         with StopRequest() as stop, Steps("ppo", config.steps) as progress:
             while True:
@@ -168,25 +170,20 @@ def digest(queries: Sequence[Query]) -> int:
     return zlib.crc32(np.sort(np.array([query.seed for query in queries], np.uint64)).tobytes())
 
 
-def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object]:
-    """Everything that can be wrong before an actor starts; returns the prompts and the policy's tokenizer."""
+def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]:
+    """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
     check_policy(config.policy.model)
     load_config(config.value.model or config.policy.model)
     check_causal(config.reference.model or config.policy.model, "reference")
     for model in (config.reward.helpful.model, config.reward.harmless.model):
         check_reward_model(model)
     room = prompt_room(config.policy.model, config.rollout.engine, config.sampling)
-    prompts = list(read_prompts(config.prompts))
-    tokenizer = load_tokenizer(config.policy.model)
-    long = [p for p in prompts if len(render(tokenizer, p.messages, CORNERS[0].spell(), source=p.source)) > room]
-    if not prompts or long:
-        problem = (
-            f"{len(long)} of {len(prompts)} prompts, the first at {long[0].source}, exceed {room} tokens"
-            if long
-            else f"{config.prompts!r} has no prompts"
-        )
-        raise DataError(f"{problem}: raise rollout.engine.max_model_tokens, lower sampling.max_new_tokens, or change the prompts")
-    return prompts, tokenizer
+    tokenizer, read = load_tokenizer(config.policy.model), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
+    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, lambda prompt: [(prompt.messages, CORNERS[0].spell())])
+    rejects = [*read.report.rejects, *aside]
+    if rejects:
+        print(aside_line(rejects), flush=True)
+    return prompts, tokenizer, rejects
 
 
 def headline(stats: dict[str, float]) -> str:
@@ -196,9 +193,15 @@ def headline(stats: dict[str, float]) -> str:
     return f"reward {stats['reward/mean']:.3f}  {figures}  kl {stats['kl/k1']:.2f}  {stats['seconds/step']:.1f} s"
 
 
-def main(recipe: Recipe = "jobs/recipes/ppo.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+def main(
+    recipe: Recipe = "jobs/recipes/ppo.toml",
+    overrides: Set = None,
+    out: Out = "",
+    resume: Resume = False,
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
     """Train a controllable policy with PPO and the min control reward."""
-    raise typer.Exit(run_job(PPORecipe, train, recipe, overrides, out, resume=resume))
+    raise typer.Exit(run_job(PPORecipe, train, recipe, overrides, out, {"skip_bad_rows": skip_bad_rows}, resume=resume))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from pydantic import Field
 
 from actors.placement import connect, reserve
 from actors.reward_trainer import RewardTrainer, RewardTrainerConfig
-from ctrlrl.data.atomic import write_text
 from ctrlrl.data.epochs import Subset
-from ctrlrl.data.generation import rejects_lines
 from ctrlrl.data.preferences import PairExamples, longer_wins, share_interval, split_pairs
-from ctrlrl.data.sources import PreferencePair, Reject, read_pairs
+from ctrlrl.data.rejects import Reject, aside_line, write_rejects
+from ctrlrl.data.sources import PreferencePair, read_pairs
 from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.loading import check_backbone, load_tokenizer, reads_token_types
 from ctrlrl.objectives.preference import bradley_terry
-from jobs.launch import Out, Recipe, Resume, Set, run_job
+from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+from jobs.reading import renderable
 
 
 class RewardModelRecipe(OfflineRecipe):
@@ -47,6 +47,11 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     tokenizer = load_tokenizer(config.reward_model.model)
     rejects: list[Reject] = []
     pairs = read_pairs(config.data, rejects=rejects if config.skip_bad_rows else None)
+    if config.skip_bad_rows:
+        limit = longest_input(config.reward_model.model, tokenizer, config.max_length)
+        pairs = renderable(pairs, lambda p: encode_conversation(tokenizer, p.messages, p.chosen, limit, source=p.source), rejects)
+    if rejects:
+        print(aside_line(rejects), flush=True)
     kept, held = split_pairs(pairs, config.validation.share, config.validation.rows, config.seed, repr(config.data))
     examples = encode_pairs(config, tokenizer, pairs)
     train = Subset(examples, kept)
@@ -62,8 +67,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
         held_out = [pairs[i] for i in held]
         task = Task("reward-model", train, loss, partial(validate, trainer, examples, held, held_out), partial(export, trainer, tokenizer))
         run.begin()
-        if rejects:
-            write_text(run.directory / "rejects.jsonl", rejects_lines(rejects))
+        write_rejects(run.directory, rejects)
         return train_offline(config, run, trainer, task, epochs)
     finally:
         trainer.close()
@@ -98,9 +102,16 @@ def export(trainer: RewardTrainer, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def main(recipe: Recipe = "jobs/recipes/reward_model.toml", overrides: Set = None, out: Out = "", resume: Resume = False) -> None:
+def main(
+    recipe: Recipe = "jobs/recipes/reward_model.toml",
+    overrides: Set = None,
+    out: Out = "",
+    resume: Resume = False,
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
     """Train a reward model on preference pairs."""
-    raise typer.Exit(run_job(RewardModelRecipe, train_reward_model, recipe, overrides, out, resume=resume))
+    options = {"skip_bad_rows": skip_bad_rows}
+    raise typer.Exit(run_job(RewardModelRecipe, train_reward_model, recipe, overrides, out, options, resume=resume))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def score_missing(config: ScoreRecipe, judges: dict[str, Judge], samples: ShardS
 
 def main(data: Data, recipe: Recipe = "", overrides: Set = None) -> None:
     """Score a self-generation directory with other reward models."""
-    raise typer.Exit(run_job(ScoreRecipe, score, recipe, [*(overrides or []), f"data={data}"]))
+    raise typer.Exit(run_job(ScoreRecipe, score, recipe, overrides, options={"data": data}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The steps are the ordinary jobs, called here one after the other on one Ray clus
 second call reuses what is finished and continues what is not (jobs/variants.py).
 """
 
-import json
 from collections import Counter
 from typing import Annotated
 
@@ -25,7 +24,7 @@ from jobs.distill import DistillRecipe, distill
 from jobs.evaluate import EvaluateRecipe, evaluate
 from jobs.finetune import FinetuneRecipe, finetune
 from jobs.generate import GenerateRecipe, generate
-from jobs.launch import Out, Set, run_job
+from jobs.launch import Out, Set, SkipBadRows, run_job
 from jobs.measure import summary_lines
 from jobs.ppo import PPORecipe, train
 from jobs.variants import RECIPES, Step, StudyRecipe, plan
@@ -82,19 +81,22 @@ def check(steps: list[Step]) -> None:
             case FinetuneRecipe(policy=policy) | PPORecipe(policy=policy):
                 policies.add(policy.model)
         match step.config:
-            case GenerateRecipe(reward=reward, prompts=asked) | PPORecipe(reward=reward, prompts=asked):
+            case GenerateRecipe(reward=reward, prompts=asked, max_prompts=limit, skip_bad_rows=skip):
                 judges.append(reward)
-                prompts.add(asked)
-            case EvaluateRecipe(judges=given, prompts=asked):
+                prompts.add((asked, limit, skip))
+            case PPORecipe(reward=reward, prompts=asked, skip_bad_rows=skip):
+                judges.append(reward)
+                prompts.add((asked, None, skip))
+            case EvaluateRecipe(judges=given, prompts=asked, max_prompts=limit, skip_bad_rows=skip):
                 judges += given.given.values()
-                prompts.add(asked)
+                prompts.add((asked, limit, skip))
     made = tuple(str(step.folder) for step in steps)
     for policy in sorted(name for name in policies if not name.startswith(made)):
         check_policy(policy)
     for model in sorted({reward.model for models in judges for _, reward in models}):
         check_reward_model(model)
-    for name in sorted(prompts):
-        read_prompts(name, limit=1)
+    for name, limit, skip in sorted(prompts, key=str):
+        read_prompts(name, limit=limit, skip_bad_rows=skip)
 
 
 def most_demanded(steps: list[Step]) -> dict[str, float]:
@@ -123,11 +125,13 @@ def demands(step: Step) -> Demands:
     return {}
 
 
-def main(recipe: StudyName, overrides: Set = None, out: Out = "", world: WorldFolder = "") -> None:
+def main(
+    recipe: StudyName, overrides: Set = None, out: Out = "", world: WorldFolder = "", skip_bad_rows: SkipBadRows = False
+) -> None:
     """Run every variant of a study, and print its table."""
     shipped = RECIPES / "studies" / f"{recipe}.toml"
-    overrides = [*(overrides or []), *([f"world={json.dumps(world)}"] if world else [])]
-    raise typer.Exit(run_job(StudyRecipe, run_study, str(shipped) if shipped.is_file() else recipe, overrides, out))
+    options = {"world": world, "skip_bad_rows": skip_bad_rows}
+    raise typer.Exit(run_job(StudyRecipe, run_study, str(shipped) if shipped.is_file() else recipe, overrides, out, options))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ RECIPES = Path(__file__).parent / "recipes"
 KINDS = {"generate": GenerateRecipe, "distill": DistillRecipe, "finetune": FinetuneRecipe, "ppo": PPORecipe, "evaluate": EvaluateRecipe}
 # What a step has when it is finished.
 FINISHED = {"generate": "manifest.json", "distill": DISTILLED_REPORT, "finetune": "model", "ppo": "model", "evaluate": METRICS_FILE}
-# No part of what a step makes: where, on how much, how often it is saved and looked at.
-UNHASHED = {key: True for key in ("out", "cluster", "name", "evaluation", "checkpoint_every", "keep_checkpoints")} | {
+# No part of what a step makes: where, on how much, whether bad rows end it, how often it is saved and looked at.
+UNHASHED = {key: True for key in ("out", "cluster", "name", "skip_bad_rows", "evaluation", "checkpoint_every", "keep_checkpoints")} | {
     "rollout": {"workers"}
 }
 JobName = Literal["generate", "distill", "finetune", "ppo", "evaluate"]
@@ -54,14 +54,15 @@ class StudyRecipe(Section):
 
     A text in `common` or in a variant's `set` may name `{input}`, or `{job}`, the output folder of an earlier step. recipes: the file
     that a job's settings are laid over, by default the one that comes along. seed, cluster: of every job, unless its own settings say
-    otherwise. world: folder of a demo world, whose models and prompts take the place of the inputs, and the demo's recipes that of the
-    others; `with_world` is laid over `common` then.
+    otherwise. skip_bad_rows: if true, of every job that reads data. world: folder of a demo world, whose models and prompts take the
+    place of the inputs, and the demo's recipes that of the others; `with_world` is laid over `common` then.
     """
 
     out: str = "runs/study"
     title: str
     note: str = ""
     seed: int = 0
+    skip_bad_rows: bool = False
     world: str = ""
     inputs: dict[str, str] = {}
     chain: tuple[JobName, ...]
@@ -130,6 +131,7 @@ def _steps(study: StudyRecipe, variant: Variant) -> Iterator[Step]:
     world = load_world(Path(study.world).expanduser().absolute()) if study.world else None
     places = study.inputs | (_world_inputs(world) if world else {}) | variant.inputs
     shared = {"seed": study.seed, "cluster": study.cluster.model_dump(exclude_unset=True)}
+    shared |= {"skip_bad_rows": True} if study.skip_bad_rows else {}  # where it is not asked for, a job's own recipe decides
     for job in study.chain_of(variant):
         kind = KINDS[job]
         settings = {key: value for key, value in shared.items() if key in kind.model_fields}

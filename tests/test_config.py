@@ -160,3 +160,37 @@ def test_differences():
         "seed: 0 -> 1",
     ]
     assert differences({"a": {"b": 1}}, {"a": 2}) == ['a: {"b": 1} -> 2'] and differences({"a": 1}, {}) == ["a: 1 -> null"]
+
+
+class Places(Section):
+    out: str = ""
+    model: str | None = None
+    inputs: dict[str, str] = {}
+    scorers: dict[str, Scorer] = {}
+    held_out: Scorer | None = None
+    many: list[str] = []
+    count: int | str = 0
+
+
+FOLDERS = ["2026-11-25", "20261125", "true", "1e3", "null", "[a]", "[1]", "{ a = 1 }", "1979-05-27T07:32:00Z", "inf", "0x10", "[" * 5000]
+
+
+@pytest.mark.parametrize("text", FOLDERS, ids=lambda text: text[:20])
+def test_where_a_text_is_asked_for_every_text_is_itself(text):
+    keys = ("out", "model", "inputs.policy", "scorers.safe.model", "held_out.model")
+    config = load(Places, None, [f"{key}={text}" for key in keys])
+    assert [config.out, config.model, config.inputs["policy"], config.scorers["safe"].model, config.held_out.model] == [text] * 5
+    assert load(Places, None, [f'out="{text}"']).out == text
+    assert load(Places, None, ["out=other"], options={"out": text}).out == text
+
+
+def test_other_fields_take_toml():
+    config = load(Places, None, ['many=["a", "b"]', "count=3"])
+    assert config.many == ["a", "b"] and config.count == 3
+    with pytest.raises(RecipeError, match="many.*valid list"):
+        load(Places, None, ["many=[a]"])
+
+
+def test_a_recipe_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert load(Recipe, tmp_path / "recipe.toml").seed == 3

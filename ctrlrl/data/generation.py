@@ -7,9 +7,8 @@
     manifest.json                     what all of it was made from, and how fast; written last
 """
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.atomic import write_atomically
 from ctrlrl.data.calibration import Calibration
+from ctrlrl.data.rejects import REJECTS
 from ctrlrl.data.schemas import SAMPLES, SCORES, conform, prompts_table
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt
@@ -43,7 +43,7 @@ class Layout:
     @property
     def rejects(self) -> Path:
         """Rows that were set aside."""
-        return self.directory / "rejects.jsonl"
+        return self.directory / REJECTS
 
     @property
     def manifest(self) -> Path:
@@ -155,8 +155,3 @@ def scores_table(samples: pa.Table, raw: np.ndarray, calibration: Calibration) -
     """Scores of `samples`, in their order, as a table of the SCORES schema."""
     columns = {name: samples[name] for name in _KEY} | {"score": pa.array(calibration(raw)), "raw": pa.array(raw.astype(np.float32))}
     return conform(pa.table(columns), SCORES, "scores")
-
-
-def rejects_lines(rejects: Sequence) -> str:
-    """Rejected rows as JSON lines."""
-    return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)

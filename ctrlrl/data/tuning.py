@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ctrlrl.control import ATTRIBUTES, CORNERS, HIGH, LOW, Control, other_corner
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.distill import TABLE
+from ctrlrl.data.rejects import BadRows, Reject
 from ctrlrl.data.schemas import DISTILLED, conform
 from ctrlrl.errors import DataError
 from ctrlrl.objectives.exmate import exmate_columns
@@ -37,6 +38,22 @@ def read_distilled(path: str | Path) -> pa.Table:
     return table
 
 
+def without_bad_rows(table: pa.Table, tokenizer, rejects: list[Reject]) -> pa.Table:
+    """The rows that teach something: with an answer, to a prompt that the chat template takes. The others go to `rejects`."""
+    bad, kept, columns = BadRows(rejects), [], [table[name].to_pylist() for name in ("messages", "response", "token_ids")]
+    for row, (messages, response, ids) in enumerate(zip(*columns, strict=True)):
+        try:
+            if not (ids or response.strip()):
+                raise DataError("its response is empty")
+            render(tokenizer, messages)
+            kept.append(row)
+        except DataError as error:
+            bad.add(f"row {row} of the table", error, response)
+    if not kept:
+        raise DataError(f"no row of the table is left, the first set aside was {rejects[0].source}: {rejects[0].reason}")
+    return table.take(pa.array(kept))
+
+
 def response_ids(table: pa.Table, tokenizer, end: int, retokenise: bool) -> list[np.ndarray]:
     """The tokens of every response, int32: those that the sampler returned, or where the table keeps none, or on demand, of its text.
 
@@ -59,7 +76,7 @@ def response_ids(table: pa.Table, tokenizer, end: int, retokenise: bool) -> list
         kept[i] = [*ids, end] if reasons[i] == "stop" else ids
     empty = next((i for i in range(len(kept)) if not kept[i]), None)
     if empty is not None:
-        raise DataError(f"row {empty} of the table has an empty response, which teaches nothing: remove it")
+        raise DataError(f"row {empty} of the table has an empty response, which teaches nothing: remove it, or give --skip-bad-rows")
     return [np.array(ids, np.int32) for ids in kept]
 
 

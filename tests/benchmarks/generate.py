@@ -97,8 +97,8 @@ def bare(kind: str, config: GenerateRecipe) -> tuple[int, float]:
 
 def ours(config: GenerateRecipe, folder: Path) -> tuple[int, float]:
     """Tokens and seconds of the job, from the moment its workers are ready to the last commit of samples."""
-    config = config.model_copy(update={"out": str(folder)})
-    if generate(config, skip_bad_rows=True):
+    config = config.model_copy(update={"out": str(folder), "skip_bad_rows": True})
+    if generate(config):
         raise SystemExit("stopped")
     manifest = json.loads(Layout(folder).manifest.read_text())
     print(f"  the engine was busy {manifest['engine_s'] / manifest['wall_s']:.0%} of the time", flush=True)

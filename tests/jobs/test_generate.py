@@ -114,10 +114,10 @@ def test_stopped_resumed_and_extended_equals_a_fresh_run(
     bad = tmp_path / "prompts.jsonl"
     lines = Path(prompt_file).read_text().splitlines()
     bad.write_text("\n".join([*lines[:9], lines[0], '{"promt": "typo"}', json.dumps({"prompt": "loaf " * 200}), *lines[9:]]) + "\n")
-    first = recipe(generate_overrides, tmp_path / "run", f"prompts={bad}")
+    first = recipe(generate_overrides, tmp_path / "run", f"prompts={bad}", "skip_bad_rows=true")
     real = jobs.generate.samples_table
     monkeypatch.setattr(jobs.generate, "samples_table", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1])
-    assert generate(first, skip_bad_rows=True) == 128 + signal.SIGTERM
+    assert generate(first) == 128 + signal.SIGTERM
     monkeypatch.undo()
     layout = Layout(tmp_path / "run")
     kept = layout.samples().committed()
@@ -131,11 +131,11 @@ def test_stopped_resumed_and_extended_equals_a_fresh_run(
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").rglob("shards/*") if p.is_file()}
 
     stopped = shards()
-    assert generate(first, skip_bad_rows=True) == 0
+    assert generate(first) == 0
     once = shards()
     assert stopped.items() <= once.items() and layout.samples().committed() == list(range(20))
-    second = recipe(generate_overrides, tmp_path / "run", f"prompts={bad}", "scale=2x", "rollout.workers=2")
-    assert generate(second, skip_bad_rows=True) == 0
+    second = recipe(generate_overrides, tmp_path / "run", f"prompts={bad}", "skip_bad_rows=true", "scale=2x", "rollout.workers=2")
+    assert generate(second) == 0
     assert once.items() <= shards().items()
     assert all_rows(layout).equals(all_rows(generated[0]))  # one worker there, two in the second unit here
     assert json.loads(layout.manifest.read_text())["recipe"]["scale"] == "2x"
