@@ -105,7 +105,10 @@ def absolute_out(out: str) -> Path:
         raise RunError(
             f"out = {out!r} is relative: a submitted job runs in a temporary copy, where its results would be lost; give an absolute path"
         )
-    return Path(out).expanduser().absolute()
+    try:
+        return Path(out).expanduser().absolute()
+    except RuntimeError as error:  # the home of nobody
+        raise RunError(f"out = {out!r}: {error} Write ./{out} if it is the name of a folder") from None
 
 
 def output_directory(out: str) -> Path:

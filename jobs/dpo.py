@@ -7,7 +7,6 @@ The reference's logprobs are computed once and stored in the run directory; then
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from ctrlrl.data.dpo import (
     write_reference,
 )
 from ctrlrl.data.epochs import Subset
+from ctrlrl.data.files import expanded
 from ctrlrl.data.preferences import PairExamples
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import read_pairs
@@ -129,7 +129,7 @@ def read_data(config: DPORecipe, tokenizer, rejects: list[Reject] | None = None)
     """All pairs, split by prompt and mixed by weight; and their sequences. Bad rows are refused, or go to the list `rejects`."""
     tasks, model = [], config.policy.model
     if config.critiques:
-        table = CritiqueLayout(Path(config.critiques).expanduser().absolute()).read_pairs()
+        table = CritiqueLayout(expanded(config.critiques).absolute()).read_pairs()
         tasks.append(opposite_pairs(table) if config.method == "cst" else plain_pairs(table))
     for task in config.tasks:
         pairs = read_pairs(task.data, rejects=rejects)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from ctrlrl.config import Section, load
 from ctrlrl.data.atomic import write_json, write_text
+from ctrlrl.data.files import expanded
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.exhibits import default_name
 from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, read_json
@@ -31,7 +32,7 @@ class TableRecipe(Section):
 
 def measure_again(config: TableRecipe) -> int:
     """Recompute metrics.json and details.json from a table alone, and print the comparison's rows."""
-    path = Path(config.table).expanduser().absolute()
+    path = expanded(config.table).absolute()
     if not path.is_file():
         raise DataError(f"table {config.table!r} does not exist: give the table.parquet of ctrlrl evaluate")
     try:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from actors.placement import ClusterConfig
 from ctrlrl.config import Section, laid_over, load
 from ctrlrl.control import ATTRIBUTES
+from ctrlrl.data.files import expanded
 from ctrlrl.demo.models import DemoWorld
 from ctrlrl.demo.models import load as load_world
 from ctrlrl.errors import RecipeError
@@ -128,7 +129,7 @@ def filled(settings: Any, places: Mapping[str, str]) -> Any:
 
 def _steps(study: StudyRecipe, variant: Variant) -> Iterator[Step]:
     root = absolute_out(study.out)
-    world = load_world(Path(study.world).expanduser().absolute()) if study.world else None
+    world = load_world(expanded(study.world).absolute()) if study.world else None
     places = study.inputs | (_world_inputs(world) if world else {}) | variant.inputs
     shared = {"seed": study.seed, "cluster": study.cluster.model_dump(exclude_unset=True)}
     shared |= {"skip_bad_rows": True} if study.skip_bad_rows else {}  # where it is not asked for, a job's own recipe decides

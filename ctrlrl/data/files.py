@@ -24,11 +24,11 @@ def read_rows(path_or_name: str | Path) -> Iterator[tuple[str, object]]:
     if not name.strip():
         raise DataError(f"{name!r} names no data: give a {', '.join(SUFFIXES)} file, a directory of them, or a Hugging Face dataset")
     try:
-        path = Path(name).expanduser()
+        path = expanded(name)
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         yield from _absent(name, path)
-    except (OSError, ValueError, RuntimeError) as error:  # no permission, a loop of links, a name too long; NUL; ~ of nobody
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long; NUL
         raise DataError(f"{name!r} cannot be read: {error}") from None
     else:
         for file in data_files(path) if stat.S_ISDIR(mode) else [path]:
@@ -37,6 +37,14 @@ def read_rows(path_or_name: str | Path) -> Iterator[tuple[str, object]]:
             shown = _shown(file)
             for line, row in file_rows(file):
                 yield f"{shown}:{line}", row
+
+
+def expanded(name: str | Path) -> Path:
+    """`name` as a path, `~` expanded; DataError for the home of nobody."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{str(name)!r} cannot be read: {error} Write ./{name} if it is the name of a file") from None
 
 
 def data_files(directory: Path) -> list[Path]:

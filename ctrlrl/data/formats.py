@@ -122,8 +122,8 @@ def _csv_rows(path: Path) -> Rows:
 
 
 def _delimiter(header: str) -> str:
-    """That between the cells of a header line: the one that sets a known column apart, else the comma."""
-    names = {mark: [cell.strip('"') for cell in header.rstrip("\r\n").split(mark)] for mark in _DELIMITERS}
+    """That between the cells of a header line: the one that sets a known column apart (in any case), else the comma."""
+    names = {mark: [cell.strip('"').lower() for cell in header.rstrip("\r\n").split(mark)] for mark in _DELIMITERS}
     return next((mark for mark, cells in names.items() if set(cells) & set(COLUMNS)), ",")
 
 

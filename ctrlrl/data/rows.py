@@ -23,7 +23,7 @@ _OPENS = re.compile(r"\s*#*\s*(human|user|prompter|system)\s*:", re.IGNORECASE)
 _REPLIES = re.compile(r"[\n#]\s*#*\s*(assistant|ai|bot|gpt|chatgpt)\s*:", re.IGNORECASE)
 _LISTED = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.DOTALL)  # messages that a writer made a text of
 _OTHER_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-_EXPECTED = 'a row needs "messages" (list of role and content), "prompt" (text), or transcripts or messages in "chosen" and "rejected"'
+EXPECTED = 'a row needs "messages" (list of role and content), "prompt" (text), or transcripts or messages in "chosen" and "rejected"'
 _SHAREGPT = 'ShareGPT\'s "from" and "value" are not read: write "messages" of "role" (human is user, gpt is assistant) and "content"'
 
 
@@ -104,7 +104,7 @@ def missing_columns(names: Iterable[object]) -> str:
     near = {name: difflib.get_close_matches(name.strip().lower(), COLUMNS[:-1], 1, 0.8) for name in names if name not in COLUMNS}
     hints = "; ".join(f"is {name!r} {match[0]!r}?" for name, match in near.items() if match)
     has = ", ".join(names[:20]) + ", …" * (len(names) > 20)
-    return f"{_EXPECTED}; this one has {has or 'nothing'}{hints and f' ({hints})'}"
+    return f"{EXPECTED}; this one has {has or 'nothing'}{hints and f' ({hints})'}"
 
 
 def _split_lists(row: dict, chosen: object, rejected: object) -> tuple[Turns, str, str]:
@@ -122,7 +122,7 @@ def _split_lists(row: dict, chosen: object, rejected: object) -> tuple[Turns, st
         if _given(row, name) and not (name == "messages" and _decoded(row, name) in (chosen, rejected)):
             before = _agreed(before, message_list(row[name], name) if name == "messages" else _prompt(row), name)
     if not before:
-        raise DataError(f'"chosen" and "rejected" are answers without a prompt: {_EXPECTED}')
+        raise DataError(f'"chosen" and "rejected" are answers without a prompt: {EXPECTED}')
     return before, good[-1]["content"], bad[-1]["content"]
 
 

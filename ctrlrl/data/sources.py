@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ctrlrl.data.files import read_rows
 from ctrlrl.data.rejects import BadRows, Reject
-from ctrlrl.data.rows import missing_columns, pair_of, prompt_of
+from ctrlrl.data.rows import EXPECTED, pair_of, prompt_of
 from ctrlrl.errors import DataError
 
 
@@ -93,7 +93,7 @@ def read_prompts(path_or_name: str | Path, *, skip_bad_rows: bool = False, limit
     bad.refuse(rows)
     if not found:
         first = f"; the first of {len(rejects)} bad rows: {rejects[0].source}: {rejects[0].reason}" if rejects else ""
-        raise DataError(f"{path_or_name}: no prompt found: {missing_columns([])}{first}")
+        raise DataError(f"{path_or_name}: no prompt found: {EXPECTED}{first}")
     return PromptSet(tuple(found.values()), ReadReport(tuple(files), rows, duplicates, tuple(rejects)))
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ctrlrl.control import ATTRIBUTES, CORNERS, HIGH, LOW, Control, other_corner
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.distill import TABLE
+from ctrlrl.data.files import expanded
 from ctrlrl.data.rejects import BadRows, Reject
 from ctrlrl.data.schemas import DISTILLED, conform
 from ctrlrl.errors import DataError
@@ -26,11 +27,13 @@ _CHUNK = 1024  # rows decoded at once
 
 def read_distilled(path: str | Path) -> pa.Table:
     """A table of the DISTILLED schema, from a file or a directory of ctrlrl distill; DataError if it is missing or another table."""
-    file = Path(path) / TABLE if Path(path).is_dir() else Path(path)
+    file = expanded(path)
+    file = file / TABLE if file.is_dir() else file
     if not file.is_file():
         raise DataError(f"{str(file)!r} does not exist: give a table or the directory of ctrlrl distill")
     try:
         table = conform(pq.read_table(file), DISTILLED, "distilled answers")
+        table.validate(full=True)  # text that is not UTF-8
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {error}: give a Parquet table of ctrlrl distill") from None
     if not len(table):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlrl.control import ATTRIBUTES
+from ctrlrl.data.files import expanded
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.files import (
     COST,
@@ -102,8 +103,8 @@ def collect(runs: Sequence[str]) -> Exhibits:
     """
     found = Exhibits()
     for run in runs:
-        name, folder = ("", run) if "=" not in run or Path(run).expanduser().is_dir() else run.split("=", 1)
-        root = Path(folder).expanduser()
+        name, folder = ("", run) if "=" not in run or expanded(run).is_dir() else run.split("=", 1)
+        root = expanded(folder)
         if not root.is_dir():
             raise DataError(f"{folder!r} is no directory: give directories of runs, or NAME=DIR")
         before = len(found)

@@ -114,6 +114,13 @@ def test_tables_that_are_none(tokenizer, tmp_path):
     pq.write_table(table(tokenizer).drop_columns(["helpful"]), tmp_path / "free.parquet")
     with pytest.raises(DataError, match="without helpful"):
         read_distilled(tmp_path / "free.parquet")
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])  # not UTF-8
+    one = table(tokenizer).slice(0, 1)
+    pq.write_table(one.set_column(one.column_names.index("response"), "response", texts), tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match="latin.parquet cannot be read.*UTF8"):
+        read_distilled(tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match="~nobody-of-that-name.*cannot be read"):
+        read_distilled("~nobody-of-that-name/distilled")
     pq.write_table(table(tokenizer).slice(0, 0), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="has no rows"):
         read_distilled(tmp_path)

@@ -162,3 +162,21 @@ def test_the_recipes_that_name_hh_set_its_odd_rows_aside(kind):
     recipe = Path(jobs.study.__file__).parent / "recipes" / f"{name}.toml"
     config = load(kind, recipe, ["policy=x"] if kind is GenerateRecipe else [])
     assert config.prompts.startswith("Anthropic/hh-rlhf") and config.skip_bad_rows
+
+
+NOBODY = "~nobody-of-that-name/run"
+HOMELESS = [
+    ["distill", NOBODY], ["inspect", NOBODY], ["score", NOBODY, "--set", "reward.helpful.model=x"], ["calibrate", NOBODY, "--out", "x"],
+    ["report", NOBODY], ["report", f"name={NOBODY}"], ["study", "baseline", "--world", NOBODY], ["evaluate", "--table", NOBODY],
+    ["ppo", "--recipe", "jobs/recipes/ppo.toml", "--set", f"prompts={NOBODY}", "--set", "policy.model={policy}",
+     "--set", "reward.helpful.model={helpful}", "--set", "reward.harmless.model={harmless}",
+     "--set", "rollout.engine.max_model_tokens=128", "--set", "sampling.max_new_tokens=12"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", HOMELESS, ids=lambda arguments: " ".join(arguments[:2]))
+def test_the_home_of_nobody_is_told_in_one_message(models, arguments, monkeypatch):
+    monkeypatch.chdir(Path(jobs.study.__file__).parents[1])
+    result = CliRunner().invoke(app, [argument.format(**models) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert "Could not determine home directory" in " ".join(result.output.split())
