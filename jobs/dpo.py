@@ -39,8 +39,10 @@ from ctrlrl.data.preferences import PairExamples
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import read_pairs
 from ctrlrl.errors import DataError
+from ctrlrl.models.exporting import check_export
 from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.loading import check_causal, check_policy, final_token_id, load_tokenizer, within_positions
+from ctrlrl.models.loading import check_causal, check_policy, load_tokenizer, save_control_tokenizer, within_positions
+from ctrlrl.models.vocabulary import check_same_vocabulary, final_token_id
 from ctrlrl.objectives.preference import dpo as dpo_loss
 from ctrlrl.prompts import render
 from ctrlrl.runs import Run, absolute_out, output_directory
@@ -98,9 +100,11 @@ class DPORecipe(OfflineRecipe):
 def dpo(config: DPORecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
     absolute_out(config.out)  # refused now rather than after reading
-    check_policy(config.policy.model)
+    check_policy(config.policy.model, trained=True)
     check_causal(config.reference_model, "reference")
+    check_same_vocabulary(config.policy.model, config.reference_model, "reference")
     tokenizer = load_tokenizer(config.policy.model)
+    check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
     run = open_run(config, resume)

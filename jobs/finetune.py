@@ -20,7 +20,9 @@ from ctrlrl.data.epochs import Subset, hold_out
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids, without_bad_rows
 from ctrlrl.errors import DataError
-from ctrlrl.models.loading import check_policy, final_token_id, load_tokenizer, within_positions
+from ctrlrl.models.exporting import check_export
+from ctrlrl.models.loading import check_policy, load_tokenizer, save_control_tokenizer, within_positions
+from ctrlrl.models.vocabulary import final_token_id
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
 from jobs.interim import InterimCrew, InterimCrewConfig
@@ -50,8 +52,9 @@ class FinetuneRecipe(OfflineRecipe):
 
 def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
-    check_policy(config.policy.model)
+    check_policy(config.policy.model, trained=True)
     tokenizer = load_tokenizer(config.policy.model)
+    check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []
     examples, kept, held_out = read_examples(config, tokenizer, rejects if config.skip_bad_rows else None)
     train = Subset(examples, kept)

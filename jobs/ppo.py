@@ -21,8 +21,10 @@ from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import GroupLost
-from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, load_config, load_tokenizer
+from ctrlrl.models.exporting import check_export
+from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
 from ctrlrl.models.sampler import Completions, Request, prompt_room
+from ctrlrl.models.vocabulary import check_same_vocabulary
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
@@ -172,13 +174,18 @@ def digest(queries: Sequence[Query]) -> int:
 
 def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]:
     """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
-    check_policy(config.policy.model)
-    load_config(config.value.model or config.policy.model)
-    check_causal(config.reference.model or config.policy.model, "reference")
+    policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
+    check_policy(policy, trained=True)
+    check_causal(reference, "reference")
+    check_same_vocabulary(policy, reference, "reference")
+    if config.has_value:
+        check_value(value)
+        check_same_vocabulary(policy, value, "value model")
     for model in (config.reward.helpful.model, config.reward.harmless.model):
         check_reward_model(model)
-    room = prompt_room(config.policy.model, config.rollout.engine, config.sampling)
-    tokenizer, read = load_tokenizer(config.policy.model), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
+    room = prompt_room(policy, config.rollout.engine, config.sampling)
+    tokenizer, read = load_tokenizer(policy), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
+    check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, lambda prompt: [(prompt.messages, CORNERS[0].spell())])
     rejects = [*read.report.rejects, *aside]
     if rejects:

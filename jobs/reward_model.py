@@ -20,7 +20,9 @@ from ctrlrl.data.preferences import PairExamples, longer_wins, share_interval, s
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import PreferencePair, read_pairs
 from ctrlrl.models.conversations import encode_conversation, longest_input
+from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_backbone, load_tokenizer, reads_token_types
+from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.objectives.preference import bradley_terry
 from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
@@ -45,6 +47,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
     check_backbone(config.reward_model.model)
     tokenizer = load_tokenizer(config.reward_model.model)
+    check_export(config.reward_model.model, config.out, tokenizer.save_pretrained)
     rejects: list[Reject] = []
     pairs = read_pairs(config.data, rejects=rejects if config.skip_bad_rows else None)
     if config.skip_bad_rows:
@@ -80,9 +83,8 @@ def encode_pairs(config: RewardModelRecipe, tokenizer, pairs: list[PreferencePai
     model = config.reward_model.model
     limit, typed = longest_input(model, tokenizer, config.max_length), reads_token_types(model)
     encoded = [encode_conversation(tokenizer, p.messages, a, limit, source=p.source) for p in pairs for a in (p.chosen, p.rejected)]
-    tokens = [np.array(e["input_ids"], np.int32) for e in encoded]
-    starts = np.array([e["token_type_ids"].count(0) if typed else 1 for e in encoded])
-    return PairExamples(tokens, starts)
+    batch = conversation_batch(encoded, typed)
+    return PairExamples(batch.tokens, batch.prompt_lengths)
 
 
 def validate(trainer: RewardTrainer, examples: PairExamples, rows: np.ndarray, pairs: list[PreferencePair]) -> dict[str, float]:

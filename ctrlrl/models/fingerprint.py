@@ -7,13 +7,14 @@ from huggingface_hub import snapshot_download
 
 from ctrlrl.data.atomic import file_sha256
 from ctrlrl.errors import ModelError
+from ctrlrl.models.reading import check_no_pointer, existing
 
 _CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
 def model_fingerprint(name: str) -> str:
     """SHA-256 over the names and contents of a model's weights, configuration and tokenizer files; a hub name is fetched for it."""
-    path = Path(name).expanduser()
+    path = Path(existing(name))
     try:
         folder = path if path.is_dir() else Path(snapshot_download(name, allow_patterns=list(_CONTENT)))
     except (OSError, ValueError) as error:
@@ -21,4 +22,6 @@ def model_fingerprint(name: str) -> str:
     files = sorted({file for pattern in _CONTENT for file in folder.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(f"{name!r} has no safetensors weights: save it with save_pretrained")
+    for file in files:
+        check_no_pointer(file)  # two models that are not there would be the same
     return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs
 from ctrlrl.errors import ModelError
+from ctrlrl.models.pooling import raw_scores
 from ctrlrl.tensors import pad_rows, token_logprobs
 
 SEGMENTS = "ctrlrl_segments"
@@ -201,9 +202,7 @@ class RewardModule(nn.Module):
         return scores_B
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor]:
-        ids, mask = inputs.model["input_ids"], inputs.model["attention_mask"]
-        # Causal classifiers read the state of the last token that is not the padding token.
-        model = {"input_ids": ids.masked_fill(mask == 0, self.causal.config.pad_token_id), "attention_mask": mask}
+        ids, types = inputs.model["input_ids"], None
         if self.token_types:
-            model["token_type_ids"] = torch.zeros_like(ids).flatten().index_fill(0, inputs.reads + 1, 1).view_as(ids)
-        return (self.model(**model).logits[:, 0].float(),)
+            types = torch.zeros_like(ids).flatten().index_fill(0, inputs.reads + 1, 1).view_as(ids)
+        return (raw_scores(self.causal, ids, inputs.model["attention_mask"], types, self.model),)

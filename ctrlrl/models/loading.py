@@ -1,46 +1,36 @@
-"""Models and tokenizers by local path or hub name, checked before anything is started. Weights are read from safetensors only."""
+"""Models of each role by local path or hub name: loaded whole or refused, and checked for that before anything is started.
 
+Weights are read from safetensors only.
+"""
+
+import re
 from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from ctrlrl.errors import ModelError
+from ctrlrl.models.exporting import writable_generation_config
+from ctrlrl.models.reading import check_weight_files, existing, load_config, load_tokenizer, reading
+from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.prompts import control_chat_template
 
-# Their bars about loading and writing shards would tear up the jobs' own progress.
-disable_progress_bar()
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def load_config(name: str) -> PretrainedConfig:
-    """The configuration of a model; raises ModelError if there is no such directory or hub name."""
-    return _read(name, "model", lambda: AutoConfig.from_pretrained(existing(name)))
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; raises ModelError if it is missing."""
-    return _read(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(existing(name)))
 
 
 def load_policy(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
     """A causal language model without dropout; ModelError if its checkpoint lacks weights, which would start at random."""
     config = _without_dropout(load_config(name))
-    model, missing = _read_trained(AutoModelForCausalLM, name, "causal language model", config, dtype, attention)
-    if missing:
-        raise ModelError(f"{name!r} lacks {len(missing)} weights of a causal language model, such as {missing[0]!r}: give a whole one")
+    model, _ = _read_whole(AutoModelForCausalLM, name, "causal language model", config, dtype, attention=attention)
+    if generation := writable_generation_config(name):
+        model.generation_config = generation
     return model
 
 
@@ -48,7 +38,7 @@ def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrain
     """A causal backbone with one value per token. A head that the checkpoint lacks starts at zero, so the first values are 0."""
     config = _without_dropout(load_config(name))
     config.num_labels = 1
-    model, missing = _read_trained(AutoModelForTokenClassification, name, "value model", config, dtype, attention)
+    model, missing = _read_whole(AutoModelForTokenClassification, name, "value model", config, dtype, attention=attention, new_head=True)
     _zero_new_head(model, missing)
     return model
 
@@ -56,26 +46,91 @@ def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrain
 def load_classifier(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
     """A sequence classifier with one output, to be trained: any encoder or causal backbone, or a reward model. Without dropout.
 
-    A head that the checkpoint lacks is drawn at random (a head of zeros would keep the backbone from learning for long, at the small
-    learning rates of fine-tuning). ModelError for a classifier with another number of labels.
+    A head that a backbone lacks is drawn at random (a head of zeros would keep the backbone from learning for long, at the small
+    learning rates of fine-tuning). ModelError for a classifier with another number of labels, or without its head.
     """
-    check_backbone(name)
-    config = _without_dropout(load_config(name))
-    config.num_labels = 1
-    if config.pad_token_id is None:
-        tokenizer = load_tokenizer(name)
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return _read_trained(AutoModelForSequenceClassification, name, "sequence classifier", config, dtype, attention)[0]
+    config, new_head = _backbone_config(name)
+    config = _without_dropout(config)
+    return _read_whole(
+        AutoModelForSequenceClassification, name, "sequence classifier", config, dtype, attention=attention, new_head=new_head
+    )[0]
+
+
+def load_reward_model(name: str, dtype: str) -> PreTrainedModel:
+    """A sequence classifier with one output, whole; raises ModelError for any other number of labels."""
+    config = _reward_config(name)
+    model, _ = _read_whole(AutoModelForSequenceClassification, name, "reward model", config, dtype)
+    return model.eval().requires_grad_(False)
 
 
 def reads_token_types(name: str) -> bool:
     """Whether the model tells two texts apart by token types, and is given them (not in a chat, which is one text)."""
-    tokenizer = load_tokenizer(name)
-    return not tokenizer.chat_template and "token_type_ids" in tokenizer.model_input_names
+    tokenizer, kinds = load_tokenizer(name), getattr(load_config(name), "type_vocab_size", None) or 0
+    return not tokenizer.chat_template and "token_type_ids" in tokenizer.model_input_names and kinds > 1
 
 
 def check_backbone(name: str) -> None:
-    """Raise ModelError if `name` is a classifier with another number of labels than 1; a backbone without a head is fine."""
+    """Raise ModelError unless a reward model can be trained from `name`: a backbone without a head, or a whole classifier with one
+    output. Reads no weights, but their names and shapes."""
+    config, new_head = _backbone_config(name)
+    _check_trainable(name, config)
+    _check_whole(AutoModelForSequenceClassification, name, "sequence classifier", config, new_head=new_head)
+
+
+def check_reward_model(name: str) -> None:
+    """Raise ModelError unless `name` is a whole sequence classifier with one label; reads no weights, but their names and shapes."""
+    _check_whole(AutoModelForSequenceClassification, name, "reward model", _reward_config(name))
+
+
+def check_value(name: str) -> None:
+    """Raise ModelError unless a value model can be trained from `name`, which may lack the head."""
+    config = load_config(name)
+    config.num_labels = 1
+    _check_trainable(name, config)
+    _check_whole(AutoModelForTokenClassification, name, "value model", config, new_head=True)
+
+
+def check_causal(name: str, role: str) -> None:
+    """Raise ModelError unless `name`, the run's `role`, is a whole causal language model; reads no weights, but names and shapes."""
+    config = load_config(name)
+    if not any("CausalLM" in a or "LMHead" in a for a in config.architectures or []):
+        raise ModelError(f"{role} {name!r} is a {', '.join(config.architectures or []) or config.model_type}: give a causal language model")
+    _check_whole(AutoModelForCausalLM, name, "causal language model", config)
+
+
+def check_policy(name: str, trained: bool = False) -> None:
+    """Raise ModelError unless `name` is a whole causal language model whose tokenizer has a chat template and an end token; `trained`:
+    and can be trained."""
+    if trained:
+        _check_trainable(name, load_config(name))
+    check_causal(name, "policy")
+    if not load_tokenizer(name).chat_template:
+        raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
+    end_token_ids(name)  # refused here if there is none
+
+
+def within_positions(name: str, max_length: int) -> int:
+    """`max_length` tokens, or what the model's position embeddings take, if that is less."""
+    config = load_config(name)
+    places = getattr(config, "max_position_embeddings", None)
+    if places is None or places <= 0:
+        return max_length  # relative positions, or those of a state
+    if any("SequenceClassification" in a or "MaskedLM" in a or a.endswith("Model") for a in config.architectures or []):
+        counted = counted_positions(_on_meta(AutoModelForSequenceClassification, name, _settled(name, config))[0])
+        places = counted[1] if counted else places
+    return min(max_length, places)
+
+
+def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """The tokenizer beside an exported model, with a chat template that takes the control as `helpful` and `harmless`."""
+    template = tokenizer.chat_template
+    tokenizer.chat_template = control_chat_template(template)
+    tokenizer.save_pretrained(directory)
+    tokenizer.chat_template = template
+
+
+def _backbone_config(name: str) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a classifier to be trained, and whether its head is new."""
     config = load_config(name)
     classifier = any("SequenceClassification" in a for a in config.architectures or [])
     if classifier and config.num_labels != 1:
@@ -83,21 +138,12 @@ def check_backbone(name: str) -> None:
             f"{name!r} is a classifier with {config.num_labels} labels; a reward model has exactly 1 output: "
             "give a backbone, or a classifier with num_labels = 1"
         )
+    config.num_labels = 1
+    return _settled(name, config), not classifier
 
 
-def load_reward_model(name: str, dtype: str) -> PreTrainedModel:
-    """A sequence classifier with one output; raises ModelError for any other number of labels."""
-    check_reward_model(name)
-    model = _read(
-        name,
-        "sequence classifier",
-        lambda: AutoModelForSequenceClassification.from_pretrained(existing(name), dtype=DTYPES[dtype], use_safetensors=True),
-    )
-    return model.eval().requires_grad_(False)
-
-
-def check_reward_model(name: str) -> None:
-    """Raise ModelError unless `name` is a sequence classifier with one label; reads the configuration only."""
+def _reward_config(name: str) -> PretrainedConfig:
+    """The configuration of a reward model as it is; ModelError for anything else."""
     config = load_config(name)
     architectures = config.architectures or []
     if not any("SequenceClassification" in a for a in architectures):
@@ -108,53 +154,24 @@ def check_reward_model(name: str) -> None:
         raise ModelError(
             f"reward model {name!r} has {config.num_labels} labels; a reward model has exactly 1 output: train it with num_labels = 1"
         )
+    return _settled(name, config)
 
 
-def check_causal(name: str, role: str) -> None:
-    """Raise ModelError unless `name`, the run's `role`, is a causal language model; reads the configuration only."""
-    config = load_config(name)
-    if not any("CausalLM" in a or "LMHead" in a for a in config.architectures or []):
-        raise ModelError(f"{role} {name!r} is a {', '.join(config.architectures or []) or config.model_type}: give a causal language model")
+def _settled(name: str, config: PretrainedConfig) -> PretrainedConfig:
+    """`config` with a padding token of the embedding: its own, else the tokenizer's padding or end token, else token 0.
+
+    Scores do not depend on it (see models.pooling) but where positions are counted from it.
+    """
+    text = config.get_text_config()
+    for part in {id(c): c for c in (config, text)}.values():
+        tokenizer = None if _is_token(part.pad_token_id, text) else load_tokenizer(name)
+        given = [tokenizer.pad_token_id, tokenizer.eos_token_id] if tokenizer else [part.pad_token_id]
+        part.pad_token_id = next((i for i in given if _is_token(i, text)), 0)
+    return config
 
 
-def check_policy(name: str) -> None:
-    """Raise ModelError unless `name` is a causal language model whose tokenizer has a chat template."""
-    check_causal(name, "policy")
-    if not load_tokenizer(name).chat_template:
-        raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
-
-
-def within_positions(name: str, max_length: int) -> int:
-    """`max_length` tokens, or what the model's position embeddings take, if that is less."""
-    return min(max_length, getattr(load_config(name), "max_position_embeddings", None) or max_length)
-
-
-def end_token_ids(name: str) -> list[int]:
-    """Every token that ends a response: the tokenizer's end token and those of the generation configuration."""
-    tokenizer = load_tokenizer(name)
-    ends = {tokenizer.eos_token_id}
-    try:
-        listed = GenerationConfig.from_pretrained(existing(name)).eos_token_id
-        ends |= set(listed if isinstance(listed, list) else [listed])
-    except OSError:
-        pass  # a model may come without a generation configuration
-    ends.discard(None)
-    if not ends:
-        raise ModelError(f"{name!r} names no end token: set eos_token in its tokenizer or generation_config.json")
-    return sorted(ends)
-
-
-def final_token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a response in training: the tokenizer's end token, else the generation configuration's first."""
-    return end_token_ids(name)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-
-
-def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The tokenizer beside an exported model, with a chat template that takes the control as `helpful` and `harmless`."""
-    template = tokenizer.chat_template
-    tokenizer.chat_template = control_chat_template(template)
-    tokenizer.save_pretrained(directory)
-    tokenizer.chat_template = template
+def _is_token(i: int | None, config: PretrainedConfig) -> bool:
+    return isinstance(i, int) and 0 <= i < config.vocab_size
 
 
 def _zero_new_head(model: PreTrainedModel, missing: list[str]) -> None:
@@ -166,44 +183,87 @@ def _zero_new_head(model: PreTrainedModel, missing: list[str]) -> None:
             getattr(parameter, "ds_tensor", parameter).data.zero_()
 
 
-def _read_trained(
-    kind: type, name: str, what: str, config: PretrainedConfig, dtype: str, attention: str
+def _read_whole(
+    kind: type, name: str, what: str, config: PretrainedConfig, dtype: str, *, attention: str | None = None, new_head: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model to be trained, and the names of the weights that its checkpoint lacks."""
-    model, info = _read(
-        name,
-        what,
-        lambda: kind.from_pretrained(
+    """A model, and the names of the weights that its checkpoint lacks: none, but those of a head that is new."""
+    check_weight_files(name)
+    with reading(name, what):
+        model, info = kind.from_pretrained(
             existing(name),
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
+            trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told by name below
             output_loading_info=True,
-        ),
-    )
-    return model, sorted(info["missing_keys"])
+        )
+    return model, _missing(model, info, name, what, new_head)
 
 
-def existing(name: str) -> str:
-    """`name`, with `~` of a path expanded; a path that does not exist is refused before the hub is asked for it."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
-    if looks_local and not path.is_dir():
-        raise ModelError(f"model directory {name!r} does not exist: give a directory that save_pretrained wrote, or a hub name")
-    return str(path) if path.is_dir() else name
+def _on_meta(kind: type, name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, dict]:
+    """The model without its weights, and what its checkpoint lacks: only headers are read."""
+    with reading(name, "model"):
+        return kind.from_pretrained(
+            existing(name),
+            config=config,
+            device_map={"": "meta"},
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
 
 
-def _read(name: str, what: str, load):
-    try:
-        return load()
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_whole(kind: type, name: str, what: str, config: PretrainedConfig, new_head: bool = False) -> None:
+    """Raise ModelError if the checkpoint lacks weights of the model, or the tokenizer has tokens that the model cannot read."""
+    check_weight_files(name)
+    if getattr(config, "quantization_config", None):
+        return  # names and shapes are the quantiser's
+    model, info = _on_meta(kind, name, config)
+    _missing(model, info, name, what, new_head)
+    beyond = tokens_beyond(load_tokenizer(name), embedding_rows(model))
+    if beyond:
         raise ModelError(
-            f"cannot load the {what} {name!r}: {reason} (give a local directory with safetensors weights, or a hub name)"
-        ) from error
+            f"the tokenizer of {name!r} has {len(beyond)} tokens beyond the {embedding_rows(model)} rows of the model's embedding, "
+            f"such as {beyond[0]!r}: resize the model's embedding, or give the tokenizer that belongs to it"
+        )
+
+
+def _check_trainable(name: str, config: PretrainedConfig) -> None:
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name!r} is quantised, and quantised weights cannot be trained: give the model in full precision")
+
+
+def _missing(model: PreTrainedModel, info: dict, name: str, what: str, new_head: bool) -> list[str]:
+    """Names of the head's weights that are new; ModelError if other weights are missing, or have another shape, or layers are left."""
+    unexpected = sorted(info["unexpected_keys"])
+    wrong = [f"{key} is {list(given)} in place of {list(due)}" for key, given, due in sorted(info["mismatched_keys"])]
+    if wrong:
+        raise ModelError(f"{name!r} has weights of other shapes than its config.json says: {_some(wrong)}: give a config.json that fits")
+    missing = sorted(info["missing_keys"])
+    lacking = [key for key in missing if not (new_head and _of_head(key, model))]
+    if lacking:
+        others = f"; its checkpoint has {_some(unexpected)} instead" if unexpected else ""
+        raise ModelError(f"{name!r} lacks {len(lacking)} weights of a {what}, such as {_some(lacking)}{others}: give a whole one")
+    known = {_DIGITS.sub("*", key) for key in model.state_dict()}
+    left = [key for key in unexpected if _DIGITS.search(key) and _DIGITS.sub("*", key) in known]
+    if left:
+        raise ModelError(f"{name!r} has more layers than its config.json says, such as {_some(left)}: give a config.json that fits")
+    return missing
+
+
+_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # the number of a layer, or of an expert
+
+
+def _of_head(key: str, model: PreTrainedModel) -> bool:
+    """Whether a weight is of what comes after the backbone; some backbones hold the pooling layer of classifiers."""
+    return not key.startswith(f"{model.base_model_prefix}.") or "pooler" in key.split(".")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" …" if len(names) > 3 else "")
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

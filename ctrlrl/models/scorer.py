@@ -10,11 +10,15 @@ from pydantic import Field, model_validator
 from ctrlrl.config import Section
 from ctrlrl.data.batches import TokenBatch, plan_micro_batches
 from ctrlrl.data.calibration import Calibration, load_calibration
+from ctrlrl.errors import DataError
 from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.forward import PolicyModule, attention_for
-from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer
+from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer, reads_token_types
+from ctrlrl.models.pooling import check_scores_alone, raw_scores
 from ctrlrl.models.trainer import score_rows
+from ctrlrl.models.vocabulary import embedding_rows
 from ctrlrl.prompts import Messages
+from ctrlrl.tensors import pad_rows
 
 
 class ScorerConfig(Section):
@@ -47,27 +51,37 @@ class Scorer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(config.model)
         self.model = load_reward_model(config.model, config.dtype).to(self.device)
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
         self._limit = longest_input(config.model, self.tokenizer, config.max_length)
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self._typed = reads_token_types(config.model)
+        self._rows = embedding_rows(self.model)
+        check_scores_alone(config.model, self.model, self._scores, min(self._limit, 64))
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; independent of batching and padding."""
         return self.calibration(self.raw(conversations)).astype(np.float32)
 
-    @torch.no_grad()
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """The model's own outputs, fp32 [B], before calibration."""
         encoded = [self._encode(messages, response) for messages, response in conversations]
         raw = np.zeros(len(encoded), np.float32)
         lengths = np.array([len(e["input_ids"]) for e in encoded])
         for rows in plan_micro_batches(lengths, self.config.batch_tokens, padded=True):
-            inputs = self.tokenizer.pad([encoded[i] for i in rows], return_tensors="pt").to(self.device)
-            raw[rows] = self.model(**inputs).logits[:, 0].float().cpu().numpy()
+            raw[rows] = self._scores([encoded[i] for i in rows])
         return raw
+
+    @torch.no_grad()
+    def _scores(self, encoded: list[dict]) -> np.ndarray:
+        """The outputs of one micro-batch; token types where a row has them and the model reads them."""
+        columns = {name: [np.asarray(row[name], np.int64) for row in encoded] for name in encoded[0]}
+        ids, mask = pad_rows(columns["input_ids"]), pad_rows([np.ones(len(row), np.int64) for row in columns["input_ids"]])
+        if int(ids.max()) >= self._rows:
+            raise DataError(
+                f"a conversation holds {self.tokenizer.convert_ids_to_tokens(int(ids.max()))!r}, which {self.config.model!r} cannot read: "
+                "its tokenizer has more tokens than its embedding"
+            )
+        typed = self._typed and "token_type_ids" in columns
+        inputs = (ids, mask, pad_rows(columns["token_type_ids"]) if typed else None)
+        return raw_scores(self.model, *(x if x is None else x.to(self.device) for x in inputs), self.model).cpu().numpy()
 
     def _encode(self, messages: Messages, response: str) -> dict[str, list[int]]:
         return encode_conversation(self.tokenizer, messages, response, self._limit)

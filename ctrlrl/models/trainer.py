@@ -22,8 +22,9 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, attention_for, lay_out, micro_batch
-from ctrlrl.models.loading import load_classifier, load_config, load_policy, load_value_model, reads_token_types
+from ctrlrl.models.loading import load_classifier, load_config, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
+from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
 from ctrlrl.models.weights import WeightMessage, full_weights, pack_weights
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
@@ -117,6 +118,14 @@ class Trainer:
         self.module = module
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.steps = 0
+        if kind == "reward":
+            check_scores_alone(model, module.causal, self._scores_of, within_positions(model, 64))
+
+    @torch.no_grad()
+    def _scores_of(self, encoded: list[Encoded]) -> list[float]:
+        """Scores of conversations, in one micro-batch; collective, and the same on every rank."""
+        self.engine.eval()
+        return self.engine(lay_out(conversation_batch(encoded, self.module.token_types), "padded", self.device))[0].tolist()
 
     def train(self, batch: TokenBatch, loss: Loss, steps: list[np.ndarray]) -> list[dict[str, float]]:
         """One optimiser step for each row selection of `steps`. Returns this rank's shares of the stats, a dictionary a step."""
