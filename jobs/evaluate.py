@@ -160,13 +160,10 @@ def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
     read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
     templates = {"prompting": sorted(config.templates), "reranking": config.templates[:1]}.get(config.method, (None,))
     controls = SYSTEM_CONTROLS if config.method == "system" else grid(config.levels)
-    prompts, rejects = list(read), list(read.report.rejects)
-    if config.skip_bad_rows:  # else the first prompt that cannot be asked is refused where the cells are rendered
-        tokenizer, room = load_tokenizer(config.model), prompt_room(config.model, config.rollout.engine, config.sampling)
-        forms = lambda prompt: [cell.asked for cell in make_cells([prompt], controls, config.method, templates)]  # noqa: E731
-        prompts, _, aside = askable(tokenizer, read, room, True, forms)
-        rejects += aside
-    return make_cells(prompts, controls, config.method, templates), rejects
+    tokenizer, room = load_tokenizer(config.model), prompt_room(config.model, config.rollout.engine, config.sampling)
+    forms = lambda prompt: [cell.asked for cell in make_cells([prompt], controls, config.method, templates)]  # noqa: E731
+    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, forms)
+    return make_cells(prompts, controls, config.method, templates), [*read.report.rejects, *aside]
 
 
 def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:

@@ -19,8 +19,8 @@ Turns = list[dict[str, str]]
 _TURN = re.compile(r"\n\n(Human|Assistant):")  # the transcripts of Anthropic HH
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 # Other people's transcripts: they begin with a speaker, and the assistant speaks later on.
-_OPENS = re.compile(r"\s*#*\s*(human|user|prompter|system)\s*:", re.IGNORECASE)
-_REPLIES = re.compile(r"[\n#]\s*#*\s*(assistant|ai|bot|gpt|chatgpt)\s*:", re.IGNORECASE)
+_OPENS = re.compile(r"(human|user|prompter|system)[ \t]*:", re.IGNORECASE)
+_REPLIES = re.compile(r"(^|#)[ \t]*(assistant|ai|bot|gpt|chatgpt)[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _LISTED = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.DOTALL)  # messages that a writer made a text of
 _OTHER_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 EXPECTED = 'a row needs "messages" (list of role and content), "prompt" (text), or transcripts or messages in "chosen" and "rejected"'
@@ -31,7 +31,7 @@ def prompt_of(row: object) -> tuple[dict[str, str], ...]:
     """The messages of a row's prompt, the user's turn last."""
     row = _mapping(row)
     chosen, rejected = _decoded(row, "chosen"), _decoded(row, "rejected")
-    if isinstance(chosen, list) or isinstance(rejected, list):
+    if _is_conversation(chosen) and _is_conversation(rejected):
         messages = _split_lists(row, chosen, rejected)[0]
     elif _given(row, "messages"):
         messages = message_list(row["messages"], "messages")
@@ -55,7 +55,7 @@ def pair_of(row: object) -> tuple[tuple[dict[str, str], ...], str, str]:
     """The prompt of a row, the better and the worse answer."""
     messages = prompt_of(row)
     good, bad = _decoded(row, "chosen"), _decoded(row, "rejected")
-    if isinstance(good, list):
+    if isinstance(good, list) or isinstance(bad, list):
         _, good, bad = _split_lists(row, good, bad)
     else:
         good, bad = _text(row, "chosen"), _text(row, "rejected")
@@ -157,7 +157,7 @@ def _prompt(row: dict) -> Turns:
     if text.startswith("\n\nHuman:") or (text.lstrip().startswith("Human:") and "\n\nAssistant:" in text):
         turns = parse_transcript("\n\n" + text.lstrip())
         return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns  # open, for the answer
-    if _OPENS.match(text) and _REPLIES.search(text):
+    if _OPENS.match(text.lstrip(" \t\r\n#")) and _REPLIES.search(text):
         begins = text.strip()[:60]
         raise DataError(f'"prompt" holds a transcript, {begins!r}: give its turns as "messages" (one message, if a user wrote all of it)')
     return [{"role": "user", "content": text}]
@@ -186,6 +186,10 @@ def _decoded(row: object, name: str) -> object:
         except (ValueError, RecursionError):
             raise DataError(f'"{name}" is a list of messages written as a text that is not JSON, {value[:60]!r}: write JSON') from None
     return value
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
 def _mapping(row: object) -> dict:
