@@ -25,6 +25,10 @@ class RunError(CtrlrlError, RuntimeError):
     """A run directory cannot be used as asked: another recipe, a damaged checkpoint, a relative path in a submitted job."""
 
 
+class StorageError(RunError):
+    """The disk refuses: it is full, over quota, read-only, or closed to this user; names the file and what to do."""
+
+
 class PlacementError(CtrlrlError, RuntimeError):
     """The cluster cannot give the resources that were asked for."""
 

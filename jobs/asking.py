@@ -172,5 +172,4 @@ class Asking:
         facts["wall_s"] = now - self._committed  # since the run's last commit, so that the sum over shards is the time of all runs
         self._committed, self._start_s = now, 0.0
         self._store.commit(answers.shard, table.append_column("kept", pa.array(answers.kept)), facts)
-        flow.close(answers.shard)
         self._progress.advance(self._pace.figures(len(table), tokens))

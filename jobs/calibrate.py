@@ -11,7 +11,7 @@ import typer
 from ctrlrl.data.calibration import fit_quantile
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.errors import DataError, RunError
-from ctrlrl.runs import absolute_out, output_directory
+from ctrlrl.runs import absolute_out, only_writer
 from jobs.launch import Data, mistakes_told
 
 Name = Annotated[str, typer.Option("--scores", help="Which set of scores: that of ctrlrl generate, or a name of ctrlrl score.")]
@@ -32,8 +32,9 @@ def calibrate(data: str, scores: str, out: str) -> int:
             raise DataError(f"{store.directory} keeps no raw outputs: score these samples anew")
         raw = np.concatenate([column.to_numpy() for column in columns])
         calibration = fit_quantile(raw)
-        path = output_directory(out) / f"{attribute}.json"
-        calibration.save(path)
+        path = absolute_out(out) / f"{attribute}.json"
+        with only_writer(out):
+            calibration.save(path)
         print(f"{attribute}: {len(raw):,} outputs from {raw.min():.3f} to {raw.max():.3f}, {len(calibration.knots)} knots")
         print(f"  --set reward.{attribute}.calibration=quantile --set reward.{attribute}.calibration_file={path}")
     return 0

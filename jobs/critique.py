@@ -8,6 +8,7 @@ any interruption: what is there stays, what is missing is made. Rows that cannot
 
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +30,7 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig
 from ctrlrl.prompts import render
-from ctrlrl.runs import absolute_out
+from ctrlrl.runs import absolute_out, only_writer
 from ctrlrl.seeds import derive_seed
 from jobs.flow import Flow
 from jobs.generate import drawn_from, effort, fitting, report, tokens_of, versions
@@ -63,7 +64,7 @@ def critique(config: CritiqueRecipe) -> int:
     prompts, spoken_for = without_system(prompts, config.skip_bad_rows)
     print(report(read, len(prompts), len(long)), flush=True)
     work = Critiquing(config, layout, prompts)
-    try:
+    with only_writer(config.out), closing(work):
         if layout.begun():
             work.open()  # refused now rather than after the workers' start
         code = work.run([*read.report.rejects, *long, *spoken_for])
@@ -72,8 +73,6 @@ def critique(config: CritiqueRecipe) -> int:
             print("\n".join(summary_lines(manifest, layout)), flush=True)
             layout.read_pairs()
         return code
-    finally:
-        work.close()
 
 
 def without_system(prompts: list[Prompt], skip: bool) -> tuple[list[Prompt], list[Reject]]:
@@ -115,6 +114,9 @@ class Critiquing:
     def open(self) -> None:
         """Become the only writer; refuses a directory that was made from something else."""
         self._store.open_or_create(self._fingerprint, shards=self._plan.shards_per_unit)
+        self._layout.sources.write_prompts(self._prompts)
+        if not self._store.finished:
+            self._layout.sources.manifest.unlink(missing_ok=True)  # an old summary must not vouch for pairs of shards that are made anew
 
     def run(self, rejects: list[Reject]) -> int:
         """Start the workers and make what is missing, until all is there or a signal asks to stop; returns the exit code."""
@@ -124,8 +126,6 @@ class Critiquing:
         with start_crew(config.cluster, {}, config.rollout, config.policy) as crew:
             crew.wait_ready()
             self.open()
-            if not files.prompts.exists() or not self._store.committed():
-                files.write_prompts(self._prompts)
             write_rejects(files.directory, rejects)
             with StopRequest("the running shards") as stop:
                 todo, total = self._store.missing(), self._plan.shards_per_unit
@@ -205,7 +205,6 @@ class Critiquing:
         }
         self._committed = now
         self._store.commit(talk.shard, talk.dialogues.table(talk.draws, self._ids, self._policy), facts)
-        flow.close(talk.shard)
         figures = self._pace.figures(len(talk.draws), tokens)
         show({f"critique/{name}": rate for name, rate in self._pace.rates().items()})
         self._progress.advance(figures)

@@ -4,7 +4,6 @@ Every step is an ordinary job on one local Ray cluster with the real engines. A 
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from actors.crew import start_crew
 from actors.placement import ClusterConfig, connect
 from ctrlrl.config import AnySection, Section, differences, dump, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
-from ctrlrl.data.atomic import write_text
+from ctrlrl.data.atomic import clear_leftovers, remove_all, write_text
 from ctrlrl.demo import corpus
 from ctrlrl.demo.models import FULL, TINY, DemoWorld, build, holds_another, is_world
 from ctrlrl.errors import RecipeError, RunError
@@ -29,7 +28,7 @@ from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, TABLE, read_j
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.plots import reward_curve
 from ctrlrl.evaluation.report import write_report
-from ctrlrl.runs import absolute_out, output_directory, read_metrics
+from ctrlrl.runs import only_writer, output_directory, read_metrics
 from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
@@ -177,18 +176,23 @@ def run_demo(out: str, seed: int = 0, only: str = "", fast: bool = False, ppo_st
         raise RecipeError(f"--only {only!r} is no step of the demo: give one of {', '.join(STEPS)}")
     if ppo_steps is not None and ppo_steps < 1:
         raise RecipeError(f"--steps {ppo_steps}: give at least one step of PPO")
-    began = time.monotonic()
-    directory, size = absolute_out(out), TINY if fast else FULL
+    with only_writer(out) as directory:
+        return _run_steps(directory, seed, only, fast, ppo_steps, fresh)
+
+
+def _run_steps(directory: Path, seed: int, only: str, fast: bool, ppo_steps: int | None, fresh: bool) -> int:
+    began, size = time.monotonic(), TINY if fast else FULL
     left = [directory / part for part in PARTS if (directory / part).exists()]
     unwanted = removable(directory, only) if fresh else []
     if set(left) - set(unwanted) and holds_another(directory / "world", seed, size):
         raise RunError(
-            f"{out!r} holds a demo of another world (--seed, --fast or the version differ): give another --out, or begin anew with --fresh "
-            "and without --only"
+            f"{str(directory)!r} holds a demo of another world (--seed, --fast or the version differ): give another --out, or begin "
+            "anew with --fresh and without --only"
         )
-    for part in unwanted:
-        shutil.rmtree(part)
-    world = build(output_directory(out) / "world", seed, report=lambda line: print(line, flush=True), size=size)
+    for folder in (directory, directory / "evaluations"):
+        clear_leftovers(folder, {*PARTS, *UNTRAINED}.__contains__)
+    remove_all(unwanted)
+    world = build(directory / "world", seed, report=lambda line: print(line, flush=True), size=size)
     demo = Demo(directory, world, seed, fast)
     actions: dict[str, Callable[[], int]] = {
         "generate": demo.generate,
@@ -219,6 +223,12 @@ def removable(directory: Path, only: str) -> list[Path]:
     found = [directory / name for name in names if (directory / name).exists()]
     if found and not is_world(directory / "world"):
         raise RunError(f"{str(directory)!r} has {found[0].name!r} but no world of a demo: --fresh removes only what a demo has left")
+    for part in found:
+        if elsewhere := next((p for p in (part, *part.parents) if p != directory and directory in p.parents and p.is_symlink()), None):
+            raise RunError(
+                f"{str(elsewhere)!r} is a link to {str(elsewhere.resolve())!r}: --fresh removes nothing that lies elsewhere; remove the "
+                "link, or empty what it points to, and run the same command again"
+            )
     return found
 
 

@@ -11,12 +11,13 @@ from pydantic import Field
 
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, CORNERS
-from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples
+from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples, shards_of
 from ctrlrl.data.distill import distill as distil_shards
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.errors import RunError
+from ctrlrl.evaluation.files import read_json
 from ctrlrl.evaluation.plots import score_distribution
-from ctrlrl.runs import absolute_out, output_directory
+from ctrlrl.runs import absolute_out, only_writer
 from jobs.launch import Data, Out, Recipe, Set, run_job
 
 Method = Annotated[str, typer.Option(help="vanilla, oversampling or moec.")]
@@ -44,14 +45,30 @@ def distill(config: DistillRecipe) -> int:
         whole = [name for name, attributes in sets.items() if set(attributes) == set(ATTRIBUTES)]
         have = f"has no scores {config.scores!r} for both attributes; it has {', '.join(whole) or 'none'}"
         raise RunError(f"{config.data!r} {have}: run ctrlrl score")
-    source = ScoredSamples(layout.samples(), *(layout.scores(config.scores, a) for a in ATTRIBUTES), layout.prompts)
+    source = source_of(config)
     source.samples.manifest()  # an unfinished directory is refused before anything is made
-    out = output_directory(config.out)
     settings = config.model_dump(include={"method", "seed", "per_cell", "precision"})
-    report = distil_shards(source, out, memory=int(config.memory_gib * 2**30), **settings)
-    score_distribution(report["histogram"], out / PICTURE, extremes=report["classes"]["extreme"])
-    print("\n".join(report_lines(report, out)), flush=True)
+    with only_writer(config.out) as out:
+        report = distil_shards(source, out, memory=int(config.memory_gib * 2**30), **settings)
+        score_distribution(report["histogram"], out / PICTURE, extremes=report["classes"]["extreme"])
+        print("\n".join(report_lines(report, out)), flush=True)
     return 0
+
+
+def source_of(config: DistillRecipe) -> ScoredSamples:
+    """The stores that are distilled."""
+    layout = Layout(absolute_out(config.data))
+    return ScoredSamples(layout.samples(), *(layout.scores(config.scores, a) for a in ATTRIBUTES), layout.prompts)
+
+
+def is_finished(config: DistillRecipe) -> bool:
+    """Whether the table is there, and made from the shards that are there (a report of an older version does not say of which)."""
+    report = read_json(absolute_out(config.out) / REPORT)
+    source = source_of(config)
+    stores = (source.samples, source.helpful, source.harmless)
+    if report is None or not all(store.finished for store in stores):
+        return False
+    return report.get("shards", shards_of(source)) == shards_of(source)
 
 
 def report_lines(report: dict, out: Path) -> list[str]:

@@ -107,26 +107,25 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
-    run = open_run(config, resume)
-    connect(config.cluster, demands_of(config))
-    reference = reference_logprobs(config, run, batch)
-    examples = PairExamples(batch.tokens, batch.prompt_lengths, {"ref_logprob": reference.reshape(-1).astype(np.float32)})
-    train = Subset(examples, mixture.train)
-    epochs = epochs_of(config, train)
-    place = reserve({"policy": config.policy.bundles}, config.cluster)
-    policy = Policy(scheduled(config.policy, config, epochs.total), place, config.cluster, temperature=1.0, seed=config.seed)
-    try:
-        policy.wait_ready()
-        held_out = partial(validate, policy, examples, reference, mixture, config.beta)
-        loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
-        task = Task("dpo", train, loss, held_out, partial(policy.export_controllable, tokenizer))
-        run.begin()
-        write_rejects(run.directory, rejects)
-        return train_offline(config, run, policy, task, epochs)
-    finally:
-        policy.close()
-        place.release()
-        run.close()
+    with open_run(config, resume) as run:
+        connect(config.cluster, demands_of(config))
+        reference = reference_logprobs(config, run, batch)
+        examples = PairExamples(batch.tokens, batch.prompt_lengths, {"ref_logprob": reference.reshape(-1).astype(np.float32)})
+        train = Subset(examples, mixture.train)
+        epochs = epochs_of(config, train)
+        place = reserve({"policy": config.policy.bundles}, config.cluster)
+        policy = Policy(scheduled(config.policy, config, epochs.total), place, config.cluster, temperature=1.0, seed=config.seed)
+        try:
+            policy.wait_ready()
+            held_out = partial(validate, policy, examples, reference, mixture, config.beta)
+            loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
+            task = Task("dpo", train, loss, held_out, partial(policy.export_controllable, tokenizer))
+            run.begin()
+            write_rejects(run.directory, rejects)
+            return train_offline(config, run, policy, task, epochs)
+        finally:
+            policy.close()
+            place.release()
 
 
 def read_data(config: DPORecipe, tokenizer, rejects: list[Reject] | None = None) -> tuple[Mixture, TokenBatch]:

@@ -25,15 +25,16 @@ from ctrlrl.data.generation import prompts_fingerprint
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import read_prompts
+from ctrlrl.errors import RunError
 from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS, TEMPLATES
 from ctrlrl.evaluation.exhibits import default_name
-from ctrlrl.evaluation.files import COST, METRICS_FILE, RECIPE, TABLE, read_json
+from ctrlrl.evaluation.files import COST, METRICS_FILE, RECIPE, STUDY, TABLE, TRAINING, read_json
 from ctrlrl.evaluation.grid import Cell, make_cells
 from ctrlrl.evaluation.results import MeasureConfig, results
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
-from ctrlrl.runs import absolute_out, output_directory
+from ctrlrl.runs import absolute_out, only_writer, output_directory
 from jobs.asking import Asking, worker_name
 from jobs.launch import Out, Recipe, Set, SkipBadRows, run_job
 from jobs.measure import write_results
@@ -100,7 +101,9 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
     (cells, rejects), room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
     if rejects:
         print(aside_line(rejects), flush=True)
-    with ShardStore(absolute_out(config.out) / "answers") as store:
+    with only_writer(config.out) as out, ShardStore(out / "answers") as store:
+        if any((out / name).exists() for name in (TRAINING, STUDY)):  # its recipe.json would be overwritten
+            raise RunError(f"{config.out!r} holds a training run or a study: give another out, such as {config.out}/evaluation")
         asking = Asking(
             store,
             cells,
@@ -115,12 +118,13 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
         if (store.directory / "store.json").exists():
             store.open_or_create(identity, shards=asking.shards)  # another recipe is refused now rather than after the workers' start
         if not (store.directory / "store.json").exists() or store.missing():
+            (out / METRICS_FILE).unlink(missing_ok=True)  # old figures must not vouch for answers that are made anew
             code = ask(config, asking, store, identity, crew)
             if code:
                 return code
         table, cost = asking.finish()
-    write_rejects(absolute_out(config.out), rejects)
-    return finish(config, table, cost)
+        write_rejects(out, rejects)
+        return finish(config, table, cost)
 
 
 def is_finished(config: EvaluateRecipe) -> bool:

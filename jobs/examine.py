@@ -56,8 +56,8 @@ class Finding:
         if v.duplicates:
             yield f"  {v.duplicates} samples stand more than once: {'; '.join(v.doubled)}"
         if self.foreign:
-            yield f"  scores of other samples than those that are there: shards {_some(self.foreign)}: delete them and score again"
-        if never := sorted(set(v.missing) - set(self.lost)):
+            yield f"  scores of other samples than those that are there: shards {_some(self.foreign)}: run the command that made them again"
+        if never := sorted(set(v.missing) - {*self.lost, *self.foreign}):
             yield f"  not made yet: shards {_some(never)}: run the command that makes them again"
         if v.strays:
             yield f"  left by an interrupted writer, harmless: {', '.join(v.strays[:5])}"
@@ -72,7 +72,7 @@ def inspect_data(data: str, examples: int) -> int:
     stores = [(name, a) for name, found in layout.score_sets().items() for a in found]
     scores = {(name, a): checked(f"scores/{name}/{a}", layout.scores(name, a)) for name, a in stores}
     for finding in scores.values():
-        finding.foreign = [i for i in sorted(finding.sound & samples.sound) if not _same_samples(finding.store, samples.store, i)]
+        finding.foreign = [i for i in finding.store.outdated() if i in samples.sound]
     prompts = layout.messages()
     print(f"{layout.directory}: {len(prompts):,} prompts, {'with' if layout.manifest.exists() else 'without'} a manifest")
     for finding in (samples, *scores.values()):
@@ -108,8 +108,7 @@ def inspect_critiques(layout: CritiqueLayout, examples: int) -> int:
 def checked(name: str, store: ShardStore) -> Finding:
     """Verify one store."""
     verified = store.verify()
-    listed = {shard["index"] for shard in store.manifest()["shards"]} if (store.directory / "manifest.json").exists() else set()
-    return Finding(name, store, verified, sorted(listed & set(verified.missing)))
+    return Finding(name, store, verified, sorted((store.listed() & set(verified.missing)) - set(store.outdated())))
 
 
 def class_lines(name: str, pair: list[Finding]) -> Iterator[str]:
@@ -132,17 +131,12 @@ def example_lines(samples: Finding, scores: dict, prompts: dict[str, list[dict]]
         judged = [
             f"{name}.{a} {finding.store.read(shard, ['score'])['score'][place].as_py():.2f}"
             for (name, a), finding in scores.items()
-            if shard in finding.sound and shard not in finding.foreign
+            if shard in finding.sound
         ]
         yield f"\n--- prompt {row['prompt_id']}, unit {row['unit']}, index {row['index']}  {'  '.join(judged)}"
         yield from (f"{m['role']}: {_short(m['content'])}" for m in prompts.get(row["prompt_id"], []))
         yield f"answer: {_short(row['response'])}" + (" (cut at the limit)" if row["finish_reason"] == "length" else "")
     yield ""
-
-
-def _same_samples(scores: ShardStore, samples: ShardStore, shard: int) -> bool:
-    record = scores.record(shard)
-    return record.rows == samples.record(shard).rows and record.facts.get("samples_sha256", "") == samples.record(shard).sha256
 
 
 def _some(shards: list[int]) -> str:

@@ -59,30 +59,30 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     examples, kept, held_out = read_examples(config, tokenizer, rejects if config.skip_bad_rows else None)
     train = Subset(examples, kept)
     interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows)
-    run, epochs = open_run(config, resume), epochs_of(config, train)
-    policy_config = scheduled(config.policy, config, epochs.total)
-    demands = {"policy": config.policy.bundles}
-    connect(config.cluster, demands | config.evaluation.demands)
-    place = reserve(demands, config.cluster)
-    policy = Policy(policy_config, place, config.cluster, temperature=1.0, seed=config.seed)
-    try:
-        with interim:
-            policy.wait_ready()
-            task = Task(
-                config.objective,
-                train,
-                objective(config),
-                partial(validate, policy, examples, held_out),
-                partial(policy.export_controllable, tokenizer),
-                partial(interim.metrics, policy=policy),
-            )
-            run.begin()
-            write_rejects(run.directory, [*rejects, *interim.rejects])
-            return train_offline(config, run, policy, task, epochs)
-    finally:
-        policy.close()
-        place.release()
-        run.close()
+    epochs = epochs_of(config, train)
+    with open_run(config, resume) as run:
+        policy_config = scheduled(config.policy, config, epochs.total)
+        demands = {"policy": config.policy.bundles}
+        connect(config.cluster, demands | config.evaluation.demands)
+        place = reserve(demands, config.cluster)
+        policy = Policy(policy_config, place, config.cluster, temperature=1.0, seed=config.seed)
+        try:
+            with interim:
+                policy.wait_ready()
+                task = Task(
+                    config.objective,
+                    train,
+                    objective(config),
+                    partial(validate, policy, examples, held_out),
+                    partial(policy.export_controllable, tokenizer),
+                    partial(interim.metrics, policy=policy),
+                )
+                run.begin()
+                write_rejects(run.directory, [*rejects, *interim.rejects])
+                return train_offline(config, run, policy, task, epochs)
+        finally:
+            policy.close()
+            place.release()
 
 
 def objective(config: FinetuneRecipe) -> Loss:

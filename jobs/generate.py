@@ -8,6 +8,7 @@ Run the same command again after any interruption: what is there stays, what is 
 
 import re
 import time
+from contextlib import closing
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -30,7 +31,7 @@ from ctrlrl.data.sources import Prompt, PromptSet, read_prompts
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig, prompt_room
-from ctrlrl.runs import absolute_out
+from ctrlrl.runs import absolute_out, only_writer
 from jobs.flow import Flow
 from jobs.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
 from jobs.progress import Pace, Steps
@@ -79,15 +80,13 @@ def generate(config: GenerateRecipe) -> int:
     prompts, rendered, long = fitting(config, read, config.skip_bad_rows)
     print(report(read, len(prompts), len(long)), flush=True)
     work = Generation(config, layout, prompts, rendered)
-    try:
+    with only_writer(config.out), closing(work):
         if (layout.samples().directory / "store.json").exists():
             work.open()  # refused now rather than after the workers' start
         code = work.run([*read.report.rejects, *long])
         if not code:
             print("\n".join(summary_lines(work.finish(), layout)), flush=True)
         return code
-    finally:
-        work.close()
 
 
 def fitting(config: GenerateRecipe, read: PromptSet, skip: bool) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
@@ -117,6 +116,9 @@ class Generation:
         self._samples.open_or_create(self._fingerprint, shards=shards)
         for judge in self._judges.values():
             judge.store.open_or_create(judge.fingerprint, shards=shards)
+        self._layout.write_prompts(self._prompts)
+        if not self._layout.finished:
+            self._layout.manifest.unlink(missing_ok=True)  # an old summary must not vouch for shards that are made anew
 
     def run(self, rejects: list[Reject]) -> int:
         """Start the workers and make what is missing, until all is there or a signal asks to stop; returns the exit code."""
@@ -126,8 +128,6 @@ class Generation:
         with start_crew(config.cluster, {f"reward.{a}": r for a, r in rewards.items()}, config.rollout, config.policy) as crew:
             crew.wait_ready()
             self.open()
-            if not self._layout.prompts.exists() or not self._samples.committed():
-                self._layout.write_prompts(self._prompts)
             write_rejects(self._layout.directory, rejects)
             for attribute, judge in self._judges.items():
                 judge.reward = crew.rewards[f"reward.{attribute}"]
@@ -178,7 +178,7 @@ class Generation:
     def _begin(self, flow: Flow, scoring: Scoring, rollout: Rollout, missing: set[int], shard: int) -> None:
         """Draw a shard, or only score it if a killed run left it so."""
         if shard not in missing:
-            scoring.begin(flow, shard, self._samples.read(shard))
+            scoring.begin(flow, shard)
             return
         draws = self._plan.draws(shard, self._ids)
         requests = [Request(tuple(self._rendered[d.prompt].tolist()), d.seed) for d in draws]
@@ -187,7 +187,6 @@ class Generation:
     def _answered(self, flow: Flow, scoring: Scoring, shard: int, draws: list[Draw], completions: Completions) -> None:
         texts = [text.strip() for text in self._tokenizer.batch_decode(completions.response_ids, skip_special_tokens=True)]
         table = samples_table(draws, self._ids, texts, completions.response_ids, completions.finished, self._policy)
-        scoring.begin(flow, shard, table)  # the workers score it while it is written; their scores are committed after it
         now = time.monotonic()
         self._tokens[shard] = sum(map(len, completions.response_ids))
         facts = {
@@ -199,6 +198,7 @@ class Generation:
         }
         self._committed = now
         self._samples.commit(shard, table, facts)
+        scoring.begin(flow, shard, table)  # after the commit, whose hash its scores name
 
     def _figures(self, shard: int, rows: int) -> str:
         figures = self._pace.figures(rows, self._tokens.pop(shard, 0))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ctrlrl.data.disk import storage_error
 from ctrlrl.errors import CtrlrlError
 
 Recipe = Annotated[str, typer.Option(help="TOML recipe; see jobs/recipes/.")]
@@ -44,12 +45,13 @@ def run_job(
 
 
 class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():`)
-    """Context in which a CtrlrlError is printed without traceback and ends the process with exit code 2."""
+    """Context in which a CtrlrlError, or a disk's refusal, is printed without traceback and ends the process with exit code 2."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
+        error = storage_error(error) or error  # of whatever library or worker
         if isinstance(error, CtrlrlError):
             print(f"ctrlrl: {error}", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_MISTAKE) from None

@@ -17,7 +17,7 @@ from ctrlrl.evaluation.exhibits import default_name
 from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, read_json
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.results import MeasureConfig, results
-from ctrlrl.runs import output_directory
+from ctrlrl.runs import only_writer
 from jobs.launch import run_job
 
 
@@ -44,13 +44,15 @@ def measure_again(config: TableRecipe) -> int:
     seed = config.seed if config.seed is not None else recipe.get("seed", 0)
     found = results(table, measure, seed)  # a table with a fault is refused before anything is made
     name = recipe.get("name") or default_name(path.parent)
-    print("\n".join(write_results(found, output_directory(config.out or str(path.parent)), name, recipe.get("model"))), flush=True)
+    with only_writer(config.out or str(path.parent)) as out:
+        print("\n".join(write_results(found, out, name, recipe.get("model"))), flush=True)
     return 0
 
 
 def write_results(found: tuple[dict, dict], out: Path, name: str, model: str | None) -> list[str]:
     """Write details.json and, last, metrics.json; returns the lines to print. found: of evaluation.results.results."""
     metrics, details = found
+    (out / METRICS_FILE).unlink(missing_ok=True)  # old figures must not stand beside new details
     write_json(out / DETAILS, {"name": name, "model": model, **details})
     write_text(out / METRICS_FILE, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     lines = summary_lines({name: metrics})

@@ -44,24 +44,23 @@ def train(config: PPORecipe, resume: bool = False) -> int:
     """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
     prompts, tokenizer, rejects = check_inputs(config)
     interim = Interim(config.evaluation, config.policy.model, config.rollout, config.seed, skip_bad_rows=config.skip_bad_rows)
-    run = Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE)
-    cast = start_cast(config)
-    try:
-        run.begin()
-        write_rejects(run.directory, [*rejects, *interim.rejects])
-        restarts = Restarts(config.cluster)
-        with StopRequest() as stop, Steps("ppo", config.steps) as progress:
-            while True:
-                try:
-                    steps_from_checkpoint(config, cast, run, prompts, tokenizer, interim, progress, stop)
-                    if not stop:
-                        run.whole_directory("model", partial(cast.policy.export_controllable, tokenizer))
-                    return stop.exit_code
-                except GroupLost as error:
-                    restarts.after(error, progress.done, cast.groups)
-    finally:
-        cast.close()
-        run.close()
+    with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE) as run:
+        cast = start_cast(config)
+        try:
+            run.begin()
+            write_rejects(run.directory, [*rejects, *interim.rejects])
+            restarts = Restarts(config.cluster)
+            with StopRequest() as stop, Steps("ppo", config.steps) as progress:
+                while True:
+                    try:
+                        steps_from_checkpoint(config, cast, run, prompts, tokenizer, interim, progress, stop)
+                        if not stop:
+                            run.whole_directory("model", partial(cast.policy.export_controllable, tokenizer))
+                        return stop.exit_code
+                    except GroupLost as error:
+                        restarts.after(error, progress.done, cast.groups)
+        finally:
+            cast.close()
 
 
 def steps_from_checkpoint(

@@ -9,7 +9,7 @@ import typer
 
 from ctrlrl.evaluation.exhibits import collect
 from ctrlrl.evaluation.report import write_report
-from ctrlrl.runs import output_directory
+from ctrlrl.runs import only_writer
 from jobs.launch import mistakes_told
 
 Runs = Annotated[list[str], typer.Argument(help="Evaluations, training runs, distillations, studies, or folders of them; NAME=DIR.")]
@@ -18,7 +18,8 @@ Runs = Annotated[list[str], typer.Argument(help="Evaluations, training runs, dis
 def report(runs: list[str], out: str, title: str = "") -> int:
     """Write report.html and report.md into `out`, and say where they are and what is in them."""
     found = collect(runs)
-    html, markdown = write_report(found, output_directory(out), title)
+    with only_writer(out) as directory:
+        html, markdown = write_report(found, directory, title)
     kinds = {"evaluation": found.evaluated, "training run": found.trained, "generation": found.generated, "distillation": found.distilled}
     counts = [f"{len(items)} {kind}{'s' * (len(items) > 1)}" for kind, items in kinds.items() if items]
     print(", ".join(counts + [f"{len(found.studies)} {'study' if len(found.studies) == 1 else 'studies'}"] * bool(found.studies)))

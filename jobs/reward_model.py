@@ -58,24 +58,26 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     kept, held = split_pairs(pairs, config.validation.share, config.validation.rows, config.seed, repr(config.data))
     examples = encode_pairs(config, tokenizer, pairs)
     train = Subset(examples, kept)
-    run, epochs = open_run(config, resume), epochs_of(config, train)
-    trainer_config = scheduled(config.reward_model, config, epochs.total)
-    demands = {"reward_model": config.reward_model.bundles}
-    connect(config.cluster, demands)
-    place = reserve(demands, config.cluster)
-    trainer = RewardTrainer(trainer_config, place, config.cluster, seed=config.seed)
-    try:
-        trainer.wait_ready()
-        loss = partial(bradley_terry, centre=config.centre)
-        held_out = [pairs[i] for i in held]
-        task = Task("reward-model", train, loss, partial(validate, trainer, examples, held, held_out), partial(export, trainer, tokenizer))
-        run.begin()
-        write_rejects(run.directory, rejects)
-        return train_offline(config, run, trainer, task, epochs)
-    finally:
-        trainer.close()
-        place.release()
-        run.close()
+    epochs = epochs_of(config, train)
+    with open_run(config, resume) as run:
+        trainer_config = scheduled(config.reward_model, config, epochs.total)
+        demands = {"reward_model": config.reward_model.bundles}
+        connect(config.cluster, demands)
+        place = reserve(demands, config.cluster)
+        trainer = RewardTrainer(trainer_config, place, config.cluster, seed=config.seed)
+        try:
+            trainer.wait_ready()
+            loss = partial(bradley_terry, centre=config.centre)
+            held_out = [pairs[i] for i in held]
+            task = Task(
+                "reward-model", train, loss, partial(validate, trainer, examples, held, held_out), partial(export, trainer, tokenizer)
+            )
+            run.begin()
+            write_rejects(run.directory, rejects)
+            return train_offline(config, run, trainer, task, epochs)
+        finally:
+            trainer.close()
+            place.release()
 
 
 def encode_pairs(config: RewardModelRecipe, tokenizer, pairs: list[PreferencePair]) -> PairExamples:

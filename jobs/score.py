@@ -20,7 +20,7 @@ from actors.reward import Reward, RewardConfig
 from ctrlrl.config import Section
 from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.generation import OPTIMISATION, Layout, scores_table
-from ctrlrl.data.shards import ShardStore
+from ctrlrl.data.shards import SOURCE, ShardStore
 from ctrlrl.errors import RunError
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_reward_model
@@ -29,6 +29,8 @@ from ctrlrl.runs import absolute_out
 from jobs.flow import Flow
 from jobs.launch import Data, Recipe, Set, StopRequest, run_job
 from jobs.progress import Pace, Steps
+
+_READ = ["prompt_id", "unit", "index", "response"]
 
 
 class ScoringModels(Section):
@@ -84,25 +86,26 @@ class Scoring:
         self._missing = {name: set(judge.store.missing()) for name, judge in judges.items()}
 
     def lacking(self) -> set[int]:
-        """Shards that a judge has not scored."""
+        """Shards that a judge has not scored as they are now."""
         return set().union(*self._missing.values())
 
-    def begin(self, flow: Flow, shard: int, samples: pa.Table) -> None:
-        """Have `samples`, the rows of a shard, scored by every judge that has not done so."""
+    def begin(self, flow: Flow, shard: int, samples: pa.Table | None = None) -> None:
+        """Have the rows of a committed shard (`samples`, if they are at hand) scored by every judge that has not done so."""
+        sha256 = self._samples.record(shard).sha256  # before reading: should the shard be made anew meanwhile, its scores are outdated
+        samples = self._samples.read(shard, _READ) if samples is None else samples
         prompts, answers = (samples[name].to_pylist() for name in ("prompt_id", "response"))
         conversations = [(self._messages[prompt], answer) for prompt, answer in zip(prompts, answers, strict=True)]
         for name, judge in self._judges.items():
             if shard in self._missing[name]:
-                flow.after(judge.reward.raw(conversations), partial(self._commit, flow, shard, samples, name))
+                flow.after(judge.reward.raw(conversations), partial(self._commit, shard, samples, sha256, name))
 
-    def _commit(self, flow: Flow, shard: int, samples: pa.Table, name: str, raw: np.ndarray) -> None:
+    def _commit(self, shard: int, samples: pa.Table, sha256: str, name: str, raw: np.ndarray) -> None:
         judge = self._judges[name]
         table = scores_table(samples, raw, judge.calibration)
-        facts = {"mean": float(np.mean(table["score"])), "samples_sha256": self._samples.record(shard).sha256}
+        facts = {"mean": float(np.mean(table["score"])), SOURCE: sha256}
         judge.store.commit(shard, table, facts)
         self._missing[name].discard(shard)
         if shard not in self.lacking():
-            flow.close(shard)
             self._done(shard, len(samples))
 
     def finish(self) -> None:
@@ -146,8 +149,7 @@ def score_missing(config: ScoreRecipe, judges: dict[str, Judge], samples: ShardS
             flow, workers = Flow(), sum(reward.workers for reward in rewards.values())
             with progress:
                 pace.start()
-                columns = ["prompt_id", "unit", "index", "response"]
-                if not flow.run(todo, lambda shard: scoring.begin(flow, shard, samples.read(shard, columns)), 2 * workers + 1, stop):
+                if not flow.run(todo, partial(scoring.begin, flow), 2 * workers + 1, stop):
                     return stop.exit_code
     scoring.finish()
     return 0

@@ -7,6 +7,7 @@ second call reuses what is finished and continues what is not (jobs/variants.py)
 """
 
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,9 +17,10 @@ from actors.placement import Demands, connect
 from ctrlrl.config import dump
 from ctrlrl.data.atomic import write_json, write_text
 from ctrlrl.data.sources import read_prompts
-from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, read_json
+from ctrlrl.errors import RunError
+from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
 from ctrlrl.models.loading import check_policy, check_reward_model
-from ctrlrl.runs import output_directory
+from ctrlrl.runs import only_writer
 from jobs.cast import demands_of as cast_demands
 from jobs.distill import DistillRecipe, distill
 from jobs.evaluate import EvaluateRecipe, evaluate
@@ -38,7 +40,14 @@ def run_study(study: StudyRecipe) -> int:
     planned = plan(study)
     steps = list({step.folder: step for chain in planned.values() for step in chain}.values())
     check(steps)
-    out = output_directory(study.out)
+    with only_writer(study.out) as out:
+        if any((out / name).exists() for name in (TRAINING, METRICS_FILE)):  # its recipe.json would be overwritten
+            raise RunError(f"{study.out!r} holds a training run or an evaluation: give another out")
+        return run_variants(study, planned, steps, out)
+
+
+def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list[Step], out: Path) -> int:
+    """The steps that are not finished, in the study's directory; returns the exit code."""
     write_text(out / RECIPE, dump(study) + "\n")
     rows = [{"name": name, "run": str(chain[-1].folder.relative_to(out))} for name, chain in planned.items()]
     # Before the first step: a report on a study that is under way shows the variants that are evaluated, and names the others.

@@ -17,12 +17,14 @@ from actors.placement import ClusterConfig
 from ctrlrl.config import Section, laid_over, load
 from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.files import expanded
+from ctrlrl.data.generation import Layout
 from ctrlrl.demo.models import DemoWorld
 from ctrlrl.demo.models import load as load_world
 from ctrlrl.errors import RecipeError
-from ctrlrl.evaluation.files import DISTILLED_REPORT, METRICS_FILE
+from ctrlrl.evaluation.files import METRICS_FILE
 from ctrlrl.runs import absolute_out
 from jobs.distill import DistillRecipe
+from jobs.distill import is_finished as is_distilled
 from jobs.evaluate import EvaluateRecipe
 from jobs.finetune import FinetuneRecipe
 from jobs.generate import GenerateRecipe
@@ -30,8 +32,8 @@ from jobs.ppo import PPORecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 KINDS = {"generate": GenerateRecipe, "distill": DistillRecipe, "finetune": FinetuneRecipe, "ppo": PPORecipe, "evaluate": EvaluateRecipe}
-# What a step has when it is finished.
-FINISHED = {"generate": "manifest.json", "distill": DISTILLED_REPORT, "finetune": "model", "ppo": "model", "evaluate": METRICS_FILE}
+# What a step has when it is finished; the others look into their stores.
+FINISHED = {"finetune": "model", "ppo": "model", "evaluate": METRICS_FILE}
 # No part of what a step makes: where, on how much, whether bad rows end it, how often it is saved and looked at.
 UNHASHED = {key: True for key in ("out", "cluster", "name", "skip_bad_rows", "evaluation", "checkpoint_every", "keep_checkpoints")} | {
     "rollout": {"workers"}
@@ -103,7 +105,12 @@ class Step:
 
     @property
     def finished(self) -> bool:
-        """Whether its work is there."""
+        """Whether its work is there, and made from the shards that are there."""
+        match self.config:
+            case GenerateRecipe():
+                return Layout(self.folder).finished
+            case DistillRecipe():
+                return is_distilled(self.config)
         return (self.folder / FINISHED[self.job]).exists()
 
 

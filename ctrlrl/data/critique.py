@@ -221,6 +221,8 @@ class CritiqueLayout:
             raise RunError(f"{str(self.directory)!r} is no directory of ctrlrl critique: give one that has critiques/ and pairs.parquet")
         if not self.sources.manifest.exists():
             raise RunError(f"{str(self.directory)!r} is not finished: run the ctrlrl critique that makes it again")
+        if self.critiques().listed():
+            self.critiques().manifest()  # pairs of other shards than are there are refused
         try:
             table = conform(pq.read_table(self.pairs), PAIRS, "pairs")
         except (OSError, pa.ArrowException) as error:

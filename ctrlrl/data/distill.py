@@ -3,6 +3,7 @@
 Everything streams: each shard is read once, a few row groups at a time, what the later passes need of it waits on the disk, and no step
 needs memory that grows with the number of samples beyond the `memory` setting. Source: [SH] Tuan et al., arXiv 2404.01295.
 """
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
+from ctrlrl.data.disk import disk_told
 from ctrlrl.data.joint import JointScores
 from ctrlrl.data.prompt_index import PromptIndex
 from ctrlrl.data.schemas import DISTILLED
@@ -32,7 +34,7 @@ from ctrlrl.data.scored import (
 )
 from ctrlrl.data.selection import Moec, Oversampling, ScoredRows, Selection, Vanilla, classes, extremes
 from ctrlrl.data.shards import ROW_GROUP
-from ctrlrl.errors import RecipeError, RunError
+from ctrlrl.errors import RecipeError
 
 METHODS = ("vanilla", "oversampling", "moec")
 TABLE, REPORT = "train.parquet", "report.json"
@@ -49,41 +51,48 @@ def distill(
     scores are extreme, in [0, 0.2] or [0.8, 1] with the ends, quantised to 0.2 or 1; of the prompts with at least two different pairs,
     `per_cell` samples drawn for each pair. memory: bytes that grouping by prompt may use.
 
-    Raises RunError for unfinished stores, DataError for shards that do not match or hold bad scores, RecipeError for bad settings.
+    Raises RunError for unfinished stores, DataError for shards that do not match or hold bad scores, RecipeError for bad settings,
+    StorageError for a full disk.
     """
     out = Path(out)
     scratch = out / ".scratch"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        scratch.mkdir()
-        bundles = in_bundles(rows_of_shards(source))
-        index = PromptIndex(source.prompts, scratch)
-        selection = _selection(method, per_cell, precision, memory, scratch, sum(b.rows for b in bundles), len(index))
-        counts, joint = _Counts(len(index)), JointScores()
-        with open(scratch / "scored", "w+b") as scored:
-            for rows in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
-                joint.count(rows.scores)
-                counts.before(rows)
-                selection.count(rows)
-                write_rows(scored, rows)
-            for rows in read_rows_again(scored, bundles):
-                joint.correlate(rows.scores)
-                selection.choose(rows)
-            selection.settle()
-            (out / REPORT).unlink(missing_ok=True)  # an old report must not vouch for a new table
-            tables = _training_tables(source, read_rows_again(scored, bundles), bundles, index, selection, counts, seed)
-            write_atomically(out / TABLE, lambda file: _write_tables(file, tables))
-        settings = {"method": method, "seed": seed, "per_cell": per_cell, "precision": precision}
-        report = settings | counts.report() | {"entanglement": joint.correlations(), "histogram": joint.histogram.tolist()}
-        report["table_sha256"] = file_sha256(out / TABLE)
-        report["sources"] = {name: getattr(source, name).fingerprint for name in ("samples", *ATTRIBUTES)}
-        write_json(out / REPORT, report)
-        return report
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error}: free space or choose another directory, and run again") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with disk_told(out, place=True):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            scratch.mkdir()
+            bundles = in_bundles(rows_of_shards(source))
+            index = PromptIndex(source.prompts, scratch)
+            selection = _selection(method, per_cell, precision, memory, scratch, sum(b.rows for b in bundles), len(index))
+            counts, joint = _Counts(len(index)), JointScores()
+            with open(scratch / "scored", "w+b") as scored:
+                for rows in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
+                    joint.count(rows.scores)
+                    counts.before(rows)
+                    selection.count(rows)
+                    write_rows(scored, rows)
+                for rows in read_rows_again(scored, bundles):
+                    joint.correlate(rows.scores)
+                    selection.choose(rows)
+                selection.settle()
+                (out / REPORT).unlink(missing_ok=True)  # an old report must not vouch for a new table
+                tables = _training_tables(source, read_rows_again(scored, bundles), bundles, index, selection, counts, seed)
+                write_atomically(out / TABLE, lambda file: _write_tables(file, tables))
+            settings = {"method": method, "seed": seed, "per_cell": per_cell, "precision": precision}
+            report = settings | counts.report() | {"entanglement": joint.correlations(), "histogram": joint.histogram.tolist()}
+            report["table_sha256"] = file_sha256(out / TABLE)
+            report["sources"] = {name: getattr(source, name).fingerprint for name in ("samples", *ATTRIBUTES)}
+            report["shards"] = shards_of(source)
+            write_json(out / REPORT, report)
+            return report
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def shards_of(source: ScoredSamples) -> dict[str, str]:
+    """For each of the three stores a hash of its shards: what tells a table of these rows from one of others."""
+    stores = {name: getattr(source, name).manifest()["shards"] for name in ("samples", *ATTRIBUTES)}
+    return {name: hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest() for name, shards in stores.items()}
 
 
 class _Counts:

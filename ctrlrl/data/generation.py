@@ -56,13 +56,19 @@ class Layout:
 
     def scores(self, name: str, attribute: str) -> ShardStore:
         """The store of one attribute's scores in the set `name`."""
-        return ShardStore(self.directory / "scores" / name / attribute)
+        return ShardStore(self.directory / "scores" / name / attribute, self.samples())
 
     def score_sets(self) -> dict[str, list[str]]:
         """The attributes of each set of scores that is there, finished or not."""
         folders = sorted((self.directory / "scores").glob("*")) if (self.directory / "scores").is_dir() else []
         found = {folder.name: [a for a in ATTRIBUTES if (folder / a / "store.json").exists()] for folder in folders}
         return {name: attributes for name, attributes in found.items() if attributes}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there, and all that it sums up: the answers and their scores, as they were then."""
+        made = [(OPTIMISATION, a) for a in self.score_sets().get(OPTIMISATION, [])]
+        return self.manifest.exists() and all(store.finished for store in (self.samples(), *(self.scores(*which) for which in made)))
 
     def existing(self) -> "Layout":
         """Itself; raises RunError unless `ctrlrl generate` has begun here."""
@@ -71,7 +77,14 @@ class Layout:
         return self
 
     def write_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Write prompts.parquet."""
+        """Write prompts.parquet, unless it is there and holds these."""
+        try:
+            if self.prompts.exists() and pq.read_table(self.prompts, columns=["prompt_id"])["prompt_id"].to_pylist() == [
+                prompt.prompt_id for prompt in prompts
+            ]:
+                return
+        except (OSError, pa.ArrowException):
+            pass  # damaged: written again
         write_atomically(self.prompts, lambda out: pq.write_table(prompts_table(prompts), out, compression="zstd"))
 
     def messages(self) -> dict[str, list[dict[str, str]]]:

@@ -55,10 +55,15 @@ def excerpt(row: object) -> str:
 
 
 def write_rejects(directory: Path, rejects: Sequence[Reject]) -> None:
-    """Write `directory`/rejects.jsonl, if there are any. Half surrogate pairs become the escapes that JSON has for them."""
+    """Write `directory`/rejects.jsonl, or remove that of an earlier run if there are none.
+
+    Half surrogate pairs become the escapes that JSON has for them.
+    """
     if rejects:
         lines = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
         write_atomically(directory / REJECTS, lambda out: out.write(lines.encode("utf-8", "backslashreplace")))
+    else:
+        (directory / REJECTS).unlink(missing_ok=True)
 
 
 def aside_line(rejects: Sequence[Reject]) -> str:

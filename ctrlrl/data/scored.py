@@ -17,7 +17,7 @@ from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.keys import prompt_keys, sample_ranks
 from ctrlrl.data.prompt_index import PromptIndex
 from ctrlrl.data.selection import ScoredRows
-from ctrlrl.data.shards import ROW_GROUP, ShardStore
+from ctrlrl.data.shards import ROW_GROUP, SOURCE, ShardStore
 from ctrlrl.errors import DataError, RunError
 
 KEY = ["prompt_id", "unit", "index"]
@@ -44,6 +44,11 @@ def rows_of_shards(source: ScoredSamples) -> list[int]:
         if len(scored) < len(samples):
             raise RunError(f"{store.directory} scores {len(scored)} of {len(samples)} shards of {source.samples.directory}: score the rest")
         for sample, score in zip(samples, scored, strict=False):
+            if score["facts"].get(SOURCE, sample["sha256"]) != sample["sha256"]:
+                raise DataError(
+                    f"shard {sample['index']} of {store.directory} scores other samples than are in {source.samples.directory}: "
+                    "score these samples anew"
+                )
             if sample["rows"] != score["rows"]:
                 raise DataError(
                     f"shard {sample['index']} has {sample['rows']} samples in {source.samples.directory} and {score['rows']} scores in "

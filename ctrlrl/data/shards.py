@@ -7,34 +7,33 @@
 
 Every file appears under its name by a rename after its bytes are on disk, so whoever is killed leaves no half file behind a name.
 The scale (number of shards) is no part of the fingerprint: a larger one adds shards and leaves the old ones untouched.
+
+Shards may be made from those of another store, one by one (scores from samples). Such a shard notes the SHA-256 of what it was made
+from; when that is gone or was made anew, the shard counts as missing, and so does a manifest that lists other shards than are there.
 """
-import fcntl
 import json
 import os
 import re
-import socket
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlrl.config import differences
 from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
-from ctrlrl.data.keys import prompt_keys, sample_ranks
+from ctrlrl.data.disk import disk_told
+from ctrlrl.data.lock import DirectoryLock
+from ctrlrl.data.verification import Verification, verify
 from ctrlrl.errors import RunError
 
 ROW_GROUP = 32_768  # rows that are read at a time; equal for every shard, so that shards of equal rows have equal groups
 _OWN_FILES = {"store.json", "manifest.json", "shards", ".lock"}
-_KEY = ["prompt_id", "unit", "index"]
+SOURCE = "samples_sha256"  # the fact that names the shard of the source
 _RECORD = re.compile(r"(\d{6,})\.json")
 # Columns of few different values. A shard is small, and read many times: snappy, a dictionary for these columns alone and no statistics
 # make reading one twice as fast as zstd and the defaults (tests/benchmarks/distill.py).
 _REPEATED = ("prompt_id", "unit", "index", "finish_reason", "policy")
-_NAMED = 5  # doubled rows named in a report
 
 
 @dataclass(frozen=True)
@@ -48,31 +47,13 @@ class ShardRecord:
     facts: dict
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What a check of every byte found. `duplicates`: keys that stand in more than one row, the first few named in `doubled`."""
-
-    shards: int
-    rows: int
-    missing: tuple[int, ...]
-    damaged: dict[int, str]
-    duplicates: int
-    doubled: tuple[str, ...]
-    strays: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Nothing missing, damaged or doubled. Strays (left by a killed writer) do not count and do no harm."""
-        return not (self.missing or self.damaged or self.duplicates)
-
-
 class ShardStore:
     """A directory of numbered shards. Reading needs no more than the directory; writing starts with `open_or_create`."""
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, source: "ShardStore | None" = None):
+        self.directory, self._source = Path(directory), source  # source: the store whose shards these are made from
         self._shards = self.directory / "shards"
-        self._lock: BinaryIO | None = None
+        self._lock = DirectoryLock(self.directory)
         self._planned: int | None = None  # until open_or_create, as many as the largest scale asked for
 
     def open_or_create(self, fingerprint: dict, *, shards: int) -> "ShardStore":
@@ -108,10 +89,16 @@ class ShardStore:
         return self._shards / f"{index:06d}.parquet"
 
     def committed(self) -> list[int]:
-        """Numbers of the shards that count: the record and the data are there."""
-        names = self._names()
-        numbers = (match[1] for name in names if (match := _RECORD.fullmatch(name)))
-        return sorted(int(number) for number in numbers if f"{number}.parquet" in names)
+        """Numbers of the shards that count: the record and the data are there, and made from what is in the source now."""
+        present = self._present()
+        if self._source is None or not present:
+            return present
+        there = set(self._source.committed())
+        return [i for i in present if i in there and self.record(i).facts.get(SOURCE) == self._source.record(i).sha256]
+
+    def outdated(self) -> list[int]:
+        """Numbers of the shards that are there and do not count, because they were made from other shards of the source."""
+        return sorted(set(self._present()) - set(self.committed()))
 
     def missing(self) -> list[int]:
         """Numbers of the planned shards that are not committed."""
@@ -126,16 +113,23 @@ class ShardStore:
         return pq.read_table(self.path(index), columns=columns)
 
     def commit(self, index: int, table: pa.Table, facts: dict) -> ShardRecord:
-        """Write shard `index` once and for good; if it is already committed, that one stays and its record is returned."""
-        if self._lock is None or self._planned is None:
+        """Write shard `index` once and for good; if it is already committed, that one stays and its record is returned.
+
+        facts may name under SOURCE the shard of the source that the rows were made from; else it is the one that is there.
+        """
+        if not self._lock.held or self._planned is None:
             raise RunError(f"{self.directory} is open for reading: call open_or_create before commit")
+        self._lock.check()
         if not 0 <= index < self._planned:
             raise RunError(f"shard {index} is not one of the {self._planned} planned ones")
         data, record = self.path(index), self.path(index).with_suffix(".json")
+        if self._source is not None:
+            facts = {SOURCE: self._source.record(index).sha256} | facts
         if record.exists():
-            if data.exists():
-                return self.record(index)
-            record.unlink()  # its data was taken away; an old record must not vouch for new data
+            kept = self.record(index)
+            if data.exists() and (self._source is None or kept.facts.get(SOURCE) == facts[SOURCE]):
+                return kept
+            record.unlink()  # its data was taken away, or is outdated; an old record must not vouch for new data
         repeated = [name for name in _REPEATED if name in table.column_names]
         layout = {"compression": "snappy", "use_dictionary": repeated, "write_statistics": False, "row_group_size": ROW_GROUP}
         write_atomically(data, lambda out: pq.write_table(table, out, **layout))
@@ -146,46 +140,49 @@ class ShardStore:
     def finish(self, summary: dict) -> dict:
         """Write the manifest, last of all, and return it; raises RunError while planned shards are missing.
 
-        A manifest of a larger scale stays: the smaller one is contained in it.
+        A manifest of a larger scale stays, if it lists the shards that are there: the smaller one is contained in it.
         """
         if missing := self.missing():
             raise RunError(f"{self.directory} lacks {len(missing)} of {self._planned} shards, such as {missing[0]}: run the command again")
         path = self.directory / "manifest.json"
-        if path.exists() and len(self.manifest()["shards"]) >= self._planned:
-            return self.manifest()
+        if (written := self._manifest()) and len(written["shards"]) >= self._planned and not self._untrue(written):
+            return written
         records = [asdict(self.record(index)) for index in range(self._planned)]
         rows = sum(record["rows"] for record in records)
         write_json(path, {"fingerprint": self.fingerprint, "rows": rows, "summary": summary, "shards": records})
         return self.manifest()
 
     def manifest(self) -> dict:
-        """fingerprint, rows, summary and shards of a finished directory; RunError says how far an unfinished one is."""
-        if not (self.directory / "manifest.json").exists():
+        """fingerprint, rows, summary and shards of a finished directory; RunError says how far an unfinished one is, or what changed."""
+        if (written := self._manifest()) is None:
             done = f"{len(self.committed())} of {self.planned}"
             raise RunError(f"{self.directory} is not finished, {done} shards are there: run the command that makes it again")
-        return self._read_json("manifest.json")
+        if change := self._untrue(written):
+            raise RunError(f"{change}: run the command that makes it again, or ctrlrl inspect, which says what to do")
+        return written
+
+    def listed(self) -> set[int]:
+        """Numbers of the shards that the manifest lists, whether they are there or not; none without a manifest."""
+        return {entry["index"] for entry in (self._manifest() or {"shards": []})["shards"]}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there and lists the shards that are there."""
+        written = self._manifest()
+        return written is not None and not self._untrue(written)
+
+    def strays(self) -> tuple[str, ...]:
+        """Files beside the shards that belong to none: what a killed writer left."""
+        counted = {name for i in self._present() for name in (self.path(i).name, self.path(i).with_suffix(".json").name)}
+        return tuple(sorted(self._names() - counted))
 
     def verify(self) -> Verification:
         """Check every byte against its hash, and look for gaps, strays and doubled (prompt_id, unit, index)."""
-        good, damaged, rows, keys = [], {}, 0, []
-        for index in self.committed():
-            if problem := self._problem(index):
-                damaged[index] = problem
-                continue
-            good.append(index)
-            rows += self.record(index).rows
-            keys.extend(ranks for _, ranks in self._keys(index))
-        repeated = _repeated(keys)
-        doubled = tuple(self._named(good, repeated)) if len(repeated) else ()
-        counted = {name for i in self.committed() for name in (self.path(i).name, self.path(i).with_suffix(".json").name)}
-        strays = self._names() - counted
-        return Verification(len(good), rows, tuple(self.missing()), damaged, len(repeated), doubled, tuple(sorted(strays)))
+        return verify(self)
 
     def close(self) -> None:
         """Let another process write."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def __enter__(self) -> "ShardStore":
         return self
@@ -209,23 +206,32 @@ class ShardStore:
         return False
 
     def _take_lock(self) -> None:
-        """Keep every other process from writing until `close`; the system frees the lock if this process is killed."""
-        if self._lock is not None:
-            return
-        lock = None
-        try:
-            self._shards.mkdir(parents=True, exist_ok=True)
-            lock = open(self.directory / ".lock", "a+b")  # noqa: SIM115 (stays open as long as it is held)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RunError(f"{self.directory} is being written by {lock.read().decode()}: wait for it, or stop it") from None
-        except OSError as error:
-            raise RunError(f"{self.directory} cannot be written or locked: {error}: choose another directory") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        lock.flush()
-        self._lock = lock
+        """Keep every other process from writing until `close`."""
+        self._lock.take()
+        with disk_told(self._shards):
+            self._shards.mkdir(exist_ok=True)
+
+    def _present(self) -> list[int]:
+        """Numbers of the shards whose record and data are there."""
+        names = self._names()
+        numbers = (match[1] for name in names if (match := _RECORD.fullmatch(name)))
+        return sorted(int(number) for number in numbers if f"{number}.parquet" in names)
+
+    def _manifest(self) -> dict | None:
+        return self._read_json("manifest.json") if (self.directory / "manifest.json").exists() else None
+
+    def _untrue(self, manifest: dict) -> str:
+        """How the shards that are there differ from those that a manifest lists, in words; empty if they do not."""
+        present, there = set(self._present()), set(self.committed())
+        for entry in manifest["shards"]:
+            index = entry["index"]
+            if index not in present:
+                return f"{self.path(index)} cannot be read: it is gone, although {self.directory / 'manifest.json'} lists it"
+            if index not in there:
+                return f"{self.path(index)} was made from other shards than are in {self._source.directory}"
+            if entry != asdict(self.record(index)):
+                return f"{self.path(index)} was made again since {self.directory / 'manifest.json'} was written"
+        return ""
 
     def _names(self) -> set[str]:
         try:
@@ -241,38 +247,3 @@ class ShardStore:
             raise RunError(f"{path} does not exist: {self.directory} is not a directory of shards, or lacks this one") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path} is damaged: {error}") from None
-
-    def _problem(self, index: int) -> str | None:
-        record, path = self.record(index), self.path(index)
-        if path.stat().st_size != record.bytes or file_sha256(path) != record.sha256:
-            return f"{path} is not the file that was committed: delete it and run the same command again"
-        if pq.read_metadata(path).num_rows != record.rows:
-            return f"{path} has {pq.read_metadata(path).num_rows} rows, its record says {record.rows}"
-        return None
-
-    def _keys(self, index: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        file = pq.ParquetFile(self.path(index))
-        if set(_KEY) <= set(file.schema_arrow.names):
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=_KEY)
-                prompt = prompt_keys(table["prompt_id"].combine_chunks())
-                yield table, sample_ranks(prompt, table["unit"].to_numpy(), table["index"].to_numpy(), 0)
-
-    def _named(self, indices: list[int], repeated: np.ndarray) -> Iterator[str]:
-        """The first rows that stand for a repeated key, with their shards."""
-        left = _NAMED
-        for index in indices:
-            for table, ranks in self._keys(index):
-                for row in np.flatnonzero(np.isin(ranks, repeated))[:left].tolist():
-                    prompt, unit, number = (table[name][row] for name in _KEY)
-                    yield f"prompt {prompt}, unit {unit}, index {number} (shard {index})"
-                    left -= 1
-                if not left:
-                    return
-
-
-def _repeated(keys: list[np.ndarray]) -> np.ndarray:
-    """The distinct numbers that stand more than once."""
-    ordered = np.sort(np.concatenate(keys)) if keys else np.zeros(0, np.uint64)
-    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-

@@ -26,13 +26,13 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that is being written counts as not there. DataError names a damaged line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    """The rows of a metrics.jsonl; a last line that was cut off counts as not there. DataError names a damaged line."""
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number < len(lines):
                 raise DataError(f"{path}:{number} is damaged: {error}") from None
             continue
@@ -40,3 +40,8 @@ def read_rows(path: Path) -> list[dict]:
             raise DataError(f"{path}:{number} is no row of metrics: it must be an object of numbers")
         rows += [row] if row else []
     return rows
+
+
+def is_result(name: str) -> bool:
+    """Whether a file of this name is one that jobs write into their output directories."""
+    return name.endswith((".json", ".jsonl", ".parquet", ".html", ".md", ".png"))

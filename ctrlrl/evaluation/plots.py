@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.atomic import write_atomically
 from ctrlrl.data.selection import HIGH_START, LOW_END
 from ctrlrl.errors import DataError
 
@@ -153,5 +154,5 @@ def frame(axes: Axes, title: str, x: str, y: str) -> None:
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)  # an own canvas: no pyplot, no global state, no display
+    write_atomically(path, FigureCanvasAgg(figure).print_png)  # an own canvas: no pyplot, no global state, no display
     return path

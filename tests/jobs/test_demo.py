@@ -1,6 +1,8 @@
 """The demo as a whole, without running its jobs: what is refused before anything is lost, what is reused, and what it says at the end."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -8,8 +10,10 @@ from typer.testing import CliRunner
 from ctrlrl.cli import app
 from ctrlrl.config import dump
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.atomic import remove_all
+from ctrlrl.data.lock import DirectoryLock
 from ctrlrl.demo.models import FULL, DemoWorld, fingerprint
-from ctrlrl.errors import RunError
+from ctrlrl.errors import RunError, StorageError
 from ctrlrl.evaluation.metrics import METRICS
 from jobs.demo import PARTS, TRAINED, UNTRAINED, Demo, removable, run_demo
 
@@ -69,6 +73,37 @@ def test_fresh_removes_results_of_a_demo_alone(left, tmp_path):
     with pytest.raises(RunError, match="has 'report' but no world of a demo"):
         removable(tmp_path / "runs", "")
     assert not set(PARTS) & {"world", "evaluate"} and "evaluations" in PARTS
+
+
+@pytest.mark.parametrize("linked", ["ppo", "evaluations", "generate"])
+def test_fresh_removes_all_or_nothing(left, tmp_path, linked):
+    shutil.move(left / linked, tmp_path / "disk")
+    (left / linked).symlink_to(tmp_path / "disk")
+    before = names(left), names(tmp_path / "disk")
+    for only in ("", "ppo" if linked == "evaluations" else linked):
+        with pytest.raises(RunError, match=rf"old/{linked}' is a link to .*disk'.*remove the link"):
+            run_demo(str(left), fresh=True, only=only)
+    assert (names(left), names(tmp_path / "disk")) == before
+
+
+def test_fresh_removes_nothing_that_is_being_written_or_cannot_be_removed(left, monkeypatch):
+    before = names(left)
+    with DirectoryLock(left / "ppo"), pytest.raises(RunError, match="old/ppo is being written by process"):
+        remove_all([left / "generate", left / "ppo"])
+    real = Path.rename
+
+    def refuse(path, target):
+        if path.name == "ppo":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="old/ppo cannot be written: Permission denied: have its permissions changed"):
+        remove_all([left / "generate", left / "ppo"])
+    assert names(left) == before
+    monkeypatch.undo()
+    remove_all([left / "generate", left / "ppo"])
+    assert names(left) == ["evaluations", "evaluations/clm", "evaluations/ppo", "world", "world/world.json"]
 
 
 def test_a_trained_model_is_reused_with_its_settings_alone(demo, capsys):

@@ -1,0 +1,188 @@
+"""Data made from other data counts only as long as that is what it was made from; and a flow of shards ends, whatever is left to do."""
+import json
+import types
+from concurrent.futures import Future
+from functools import partial
+
+import numpy as np
+import pytest
+
+from ctrlrl.control import ATTRIBUTES
+from ctrlrl.data.calibration import Calibration
+from ctrlrl.data.distill import distill
+from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, samples_table, scores_table
+from ctrlrl.data.scored import ScoredSamples
+from ctrlrl.data.shards import ShardStore
+from ctrlrl.data.sources import Prompt, prompt_id
+from ctrlrl.errors import DataError, RunError
+from jobs.calibrate import calibrate
+from jobs.examine import inspect_data
+from jobs.flow import Flow
+from jobs.score import Judge, Scoring
+
+SHARDS = 6
+PROMPTS = [Prompt(prompt_id(m), m, f"f:{i}") for i in range(SHARDS) for m in [({"role": "user", "content": f"q{i}"},)]]
+IDS = [prompt.prompt_id for prompt in PROMPTS]
+
+
+def answers(shard, tag):
+    draws = [Draw(shard, 0, k, 1) for k in range(4)]
+    texts = [f"{tag} {shard} {k}" for k in range(4)]
+    return samples_table(draws, IDS, texts, [np.array([1, 2], np.int32)] * 4, np.ones(4, bool), "policy")
+
+
+def judged(tag):
+    """The raw output that the text of an answer earns: a score tells which answer it was given to."""
+    return np.array([(-3.0, 3.0)[k % 2] + (tag == "new") for k in range(4)], np.float32)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A finished directory of old answers with their scores."""
+    (tmp_path / "run").mkdir()
+    layout = Layout(tmp_path / "run")
+    layout.write_prompts(PROMPTS)
+    with layout.samples().open_or_create({"x": 1}, shards=SHARDS) as store:
+        for shard in range(SHARDS):
+            store.commit(shard, answers(shard, "old"), {})
+        store.finish({})
+    for attribute in ATTRIBUTES:
+        with layout.scores(OPTIMISATION, attribute).open_or_create({"x": 1}, shards=SHARDS) as store:
+            for shard in range(SHARDS):
+                store.commit(shard, scores_table(answers(shard, "old"), judged("old"), Calibration("sigmoid")), {"mean": 0.5})
+            store.finish({})
+    layout.manifest.write_text("{}")
+    return layout
+
+
+def remake(layout, shard, tag="new"):
+    layout.samples().path(shard).unlink(missing_ok=True)
+    with layout.samples().open_or_create({"x": 1}, shards=SHARDS) as store:
+        assert store.missing() == [shard]
+        store.commit(shard, answers(shard, tag), {})
+        return store.finish({})
+
+
+def sources(layout):
+    return ScoredSamples(layout.samples(), *(layout.scores(OPTIMISATION, a) for a in ATTRIBUTES), layout.prompts)
+
+
+def test_scores_of_remade_samples_are_missing_everywhere(scored, tmp_path, capsys):
+    assert scored.finished and scored.scores(OPTIMISATION, "helpful").missing() == []
+    manifest = remake(scored, 2)
+    assert manifest["shards"][2]["sha256"] == scored.samples().record(2).sha256  # the manifest follows
+    store = scored.scores(OPTIMISATION, "helpful")
+    assert store.missing() == [2] and store.outdated() == [2] and not store.finished and not scored.finished
+    with pytest.raises(RunError, match="helpful/shards/000002.parquet was made from other shards than are in .*samples: run the command"):
+        distill(sources(scored), tmp_path / "out", method="vanilla", seed=0)
+    assert not (tmp_path / "out" / "train.parquet").exists()
+    with pytest.raises(RunError, match="000002.parquet was made from other shards"):
+        calibrate(str(scored.directory), OPTIMISATION, str(tmp_path / "calibration"))
+    assert not (tmp_path / "calibration").exists()
+    assert inspect_data(str(scored.directory), 0) == 1
+    assert "scores of other samples than those that are there: shards 2: run the command" in capsys.readouterr().out
+
+
+def test_scores_of_samples_that_came_back_the_same_count_again(scored):
+    scored.samples().path(4).unlink()
+    assert [scored.scores(OPTIMISATION, a).missing() for a in ATTRIBUTES] == [[4], [4]]
+    remake(scored, 4, "old")
+    assert [scored.scores(OPTIMISATION, a).missing() for a in ATTRIBUTES] == [[], []] and scored.finished
+
+
+def test_a_plain_store_of_other_samples_is_refused_by_distillation(scored, tmp_path):
+    remake(scored, 1)
+    plain = [ShardStore(scored.scores(OPTIMISATION, a).directory) for a in ATTRIBUTES]
+    with pytest.raises(DataError, match="shard 1 of .*helpful scores other samples"):
+        distill(ScoredSamples(scored.samples(), *plain, scored.prompts), tmp_path / "out", method="moec", seed=0)
+
+
+def test_a_smaller_scale_is_finished_anew_when_the_larger_ones_manifest_lists_what_is_gone(scored):
+    scored.samples().path(5).unlink()
+    with scored.samples().open_or_create({"x": 1}, shards=3) as store:
+        with pytest.raises(RunError, match="000005.parquet cannot be read: it is gone"):
+            store.manifest()
+        assert len(store.finish({})["shards"]) == 3 and store.finished
+
+
+def now(value):
+    call = Future()
+    call.set_result(value)
+    return call
+
+
+def scoring_of(layout, done, asked):
+    """Judges whose workers answer at once."""
+
+    def raw(conversations):
+        asked.append(len(conversations))
+        return now(judged(conversations[0][1].split()[0]))
+
+    judges = {a: Judge(layout.scores(OPTIMISATION, a), Calibration("sigmoid"), {}, types.SimpleNamespace(raw=raw)) for a in ATTRIBUTES}
+    for judge in judges.values():
+        judge.store.open_or_create({"x": 1}, shards=SHARDS)
+    return judges, Scoring(judges, layout.samples(), {p.prompt_id: p.messages for p in PROMPTS}, lambda shard, rows: done.append(shard))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("lost", [[0], [0, 1, 2, 3, 4], list(range(SHARDS))])
+def test_lost_samples_are_made_and_scored_anew_and_the_flow_ends(scored, lost):
+    for shard in lost:
+        scored.samples().path(shard).unlink()
+    samples, done, asked, flow = scored.samples().open_or_create({"x": 1}, shards=SHARDS), [], [], Flow()
+    judges, scoring = scoring_of(scored, done, asked)
+    assert scoring.lacking() == set(lost)
+
+    def drawn(shard, table):
+        samples.commit(shard, table, {})
+        scoring.begin(flow, shard, table)
+
+    assert flow.run(lost, lambda shard: flow.after(now(answers(shard, "new")), partial(drawn, shard)), 2, False)
+    assert sorted(done) == lost and not scoring.lacking() and len(asked) == 2 * len(lost)
+    samples.finish({})
+    scoring.finish()
+    for judge in judges.values():
+        assert judge.store.missing() == [] and judge.store.finished
+        high = judge.store.read(lost[0])["raw"].to_pylist()
+        assert high == judged("new").tolist()  # the scores are those of the answers that are there
+        judge.store.close()
+
+
+@pytest.mark.timeout(60)
+def test_shards_with_nothing_left_to_do_do_not_hold_up_the_others():
+    flow, began, after = Flow(), [], []
+
+    def begin(shard):
+        began.append(shard)
+        if shard % 3 == 2:
+            flow.after(now(shard), after.append)
+
+    assert flow.run(range(9), begin, 1, False)
+    assert began == list(range(9)) and after == [2, 5, 8]
+
+
+def test_at_most_so_many_shards_are_open_however_many_calls_each_has():
+    flow, open_now, most = Flow(), set(), []
+
+    def first(shard, _):
+        for last in (False, True):
+            flow.after(now(None), lambda _, last=last: open_now.discard(shard) if last else None)
+
+    def begin(shard):
+        open_now.add(shard)
+        most.append(len(open_now))
+        flow.after(now(None), partial(first, shard))
+
+    assert flow.run(range(12), begin, 3, False) and max(most) == 3 and not open_now
+
+
+def test_lost_prompts_are_written_again(scored):
+    scored.prompts.unlink()
+    scored.write_prompts(PROMPTS)
+    before = scored.prompts.stat().st_ino
+    scored.write_prompts(PROMPTS)
+    assert scored.prompts.stat().st_ino == before and list(scored.messages()) == IDS  # those that are there are left alone
+    scored.prompts.write_bytes(b"PAR1 half")
+    scored.write_prompts(PROMPTS)
+    assert list(scored.messages()) == IDS
+    assert json.loads((scored.samples().directory / "store.json").read_text())["shards"] == SHARDS
