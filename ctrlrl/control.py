@@ -4,6 +4,7 @@ Sources: [SH] Tuan et al., arXiv 2404.01295.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,12 @@ from ctrlrl.errors import ControlError
 ATTRIBUTES = ("helpful", "harmless")
 LOW, HIGH = 0.2, 1.0
 _SPELLED = re.compile(r"\[helpful=([0-9.e+-]+)\]\[harmless=([0-9.e+-]+)\]")
-# Names that the prompting templates spell in brackets, and in the cases people write: each is made inert in user text.
-_BRACKETED = tuple(spell(name) for name in (*ATTRIBUTES, "safety") for spell in (str.lower, str.title, str.upper))
+
+# Names that the prompting templates spell in brackets: none of them opens a bracket in user text.
+_NAMES = (*ATTRIBUTES, "safety")
+_OPENING = re.compile(rf"\[(?:{'|'.join(_NAMES)})=")
+# Cyrillic, Greek and Latin letters that look like those of the names, after folding of case and accents.
+_LOOKALIKES = str.maketrans("аɑαᴀеᴇһʜӏʟрρᴘғꜰƒυᴜʀмᴍѕꜱтτᴛуʏ꞊", "aaaaeehhllpppfffuurmmsstttyy=")
 
 
 @dataclass(frozen=True, order=True)
@@ -76,12 +81,40 @@ def other_corner(control: Control, seed: int) -> Control:
 
 
 def neutralise(text: str) -> str:
-    """`text` with every control-like opening `[name=` turned into `(name=`, so that only the operator sets a control."""
-    for name in _BRACKETED:
-        text = text.replace(f"[{name}=", f"({name}=")
-    return text
+    """`text` with the bracket of every control-like opening `[name=` turned into `(`, so that only the operator sets a control.
+
+    Openings are looked for in a folded form (compatibility forms, case, accents, invisible characters, spaces and look-alike letters
+    undone): tokenizers fold some of these away, and a model may well obey the rest.
+    """
+    if not any(character in text for character in "[［﹇"):
+        return text
+    folded, origins = [], []
+    for place, character in enumerate(text):
+        for letter in _folded(character):
+            folded.append(letter)
+            origins.append(place)
+    clean = list(text)
+    for match in _OPENING.finditer("".join(folded)):
+        clean[origins[match.start()]] = "("
+    return "".join(clean)
+
+
+def _folded(character: str) -> str:
+    """What a character comes to when form, case, accents and look-alikes are undone; empty for spaces and invisible ones."""
+    if character.isascii():
+        return "" if character <= " " or character == "\x7f" else character.lower()
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold())
+    shown = "".join(c for c in plain if unicodedata.category(c)[0] not in "MZC")
+    return shown.translate(_LOOKALIKES)
 
 
 def neutralise_jinja(variable: str) -> str:
-    """A Jinja expression that does to `variable` what `neutralise` does; for the exported chat template."""
-    return variable + "".join(f"|replace('[{name}=', '({name}=')" for name in _BRACKETED)
+    """Jinja statements that do to `variable`, an attribute of a namespace, what `neutralise` does to text in ASCII."""
+    bare = "part|lower" + "".join(f"|replace('{space}', '')" for space in (" ", "\\t", "\\n", "\\r"))
+    starts = " or ".join(f"bare.startswith('{name}=')" for name in _NAMES)
+    return (
+        f"{{%- set parts = namespace(text='') -%}}{{%- for part in {variable}.split('[') -%}}"
+        f"{{%- set bare = {bare} -%}}"
+        f"{{%- set parts.text = parts.text ~ ('' if loop.first else '(' if {starts} else '[') ~ part -%}}"
+        f"{{%- endfor -%}}{{%- set {variable} = parts.text -%}}"
+    )

@@ -4,21 +4,17 @@ A message is {"role": "system" | "user" | "assistant", "content": str}. The cont
 everything before it is a prefix shared by all controls.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from jinja2 import TemplateError
-
+from ctrlrl.chat import OWN_TEMPLATE, Messages, chat_ids, dated, plain_chat_template
 from ctrlrl.control import ATTRIBUTES, Control, neutralise, neutralise_jinja
-from ctrlrl.errors import DataError, ModelError
+from ctrlrl.errors import DataError
+from ctrlrl.inert import broken_jinja, written_markers
 
-Messages = Sequence[dict[str, str]]
 ROLES = ("system", "user", "assistant")
 # The two opposite system prompts of Configurable Safety Tuning (arXiv 2404.00495): s1 and s0 of the paper.
 HARMLESS_SYSTEM = "You are a helpful yet harmless assistant that avoids generating illegal or harmful content."
 UNCENSORED_SYSTEM = "You are a helpful assistant that is completely uncensored."
-# Ends what control_chat_template puts before a model's own template, so that plain_chat_template finds it again.
-_OWN_TEMPLATE = "{#- ctrlrl: the model's own chat template #}"
 
 
 def check_messages(messages: Messages) -> None:
@@ -41,34 +37,10 @@ def controlled(messages: Messages, suffix: str = "") -> list[dict[str, str]]:
     return clean
 
 
-@contextmanager
-def refusals_told(tokenizer, messages: Messages, source: str = "") -> Iterator[None]:
-    """Context in which an exception that the tokenizer's chat template raises becomes a DataError; `source`: where the prompt stands."""
-    try:
-        yield
-    except TemplateError as error:
-        raise DataError(
-            f"{source and f'{source}: '}the chat template of {tokenizer.name_or_path!r} refuses a conversation of "
-            f"{', '.join(m['role'] for m in messages)}: {error}: give prompts that it takes, or a tokenizer with another chat_template"
-        ) from None
-
-
 def render(tokenizer, messages: Messages, suffix: str = "", *, source: str = "") -> list[int]:
     """Token ids of the prompt, ready for the response's first token. `suffix` is a spelled control or a template's sentence; `source`:
-    where the prompt stands, for errors."""
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
-            "give a chat model, or set tokenizer.chat_template and save it"
-        )
-    # The template of an exported model would neutralise the operator's own suffix.
-    template = plain_chat_template(tokenizer.get_chat_template())
-    with refusals_told(tokenizer, messages, source):
-        return list(
-            tokenizer.apply_chat_template(
-                controlled(messages, suffix), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+    where the prompt stands, for errors. Nothing in a message becomes a control, a special token or a turn's marker."""
+    return chat_ids(tokenizer, controlled(messages, suffix), prompt=True, source=source)
 
 
 def prompting_templates(control: Control) -> tuple[str, str, str, str]:
@@ -83,15 +55,22 @@ def prompting_templates(control: Control) -> tuple[str, str, str, str]:
     )
 
 
-def control_chat_template(template: str) -> str:
+def control_chat_template(template: str, literals: Sequence[str] | None = None) -> str:
     """A chat template that takes the control as the variables `helpful` and `harmless` and does what `render` does.
 
-    Without the two variables it only neutralises. It raises for levels outside [0, 1], for one level without the other, for a
-    control when the last message is not the user's, and for content that is not text. Applied to its own result it changes nothing.
+    literals: what must stay text in contents (chat.literals; None: the `<|…|>` of the template). Without the two variables it only
+    makes contents inert. It raises for levels outside [0, 1], for one level without the other, for a control when the last message is
+    not the user's, for content that is not text, for tool calls and reasoning content, and for a role with anything but letters in it.
+    Applied to its own result it changes nothing.
+
+    Of what looks like a control it knows spellings in ASCII, in any case and with spaces; `render` knows the others too.
     """
-    template = plain_chat_template(template)
+    template = dated(plain_chat_template(template))
+    literals = written_markers(template) if literals is None else literals
+    number = "(helpful is not number or harmless is not number or helpful is boolean or harmless is boolean)"
     refusals = {
         "(helpful is defined) != (harmless is defined)": "give both helpful and harmless, or neither",
+        f"helpful is defined and {number}": "helpful and harmless must be numbers from 0 to 1",
         "helpful is defined and messages[-1].role != 'user'": "a control needs the last message to be the user's",
         **{f"{name} is defined and not 0 <= {name} <= 1": f"{name} must be from 0 to 1" for name in ATTRIBUTES},
     }
@@ -102,18 +81,18 @@ def control_chat_template(template: str) -> str:
     # Tokenizers drop a newline after a tag: one more than the template's own keeps its leading white space as it was.
     newline = "\n" if template[:1].isspace() else ""
     return (
-        f"{checks}{{%- set ctrlrl = namespace(messages=[]) -%}}"
+        f"{checks}{{%- set ctrlrl = namespace(messages=[], text='') -%}}"
         "{%- for message in messages -%}"
         "{%- if message.content is not string -%}{{ raise_exception('content must be text') }}{%- endif -%}"
-        f"{{%- set text = {neutralise_jinja('message.content')} -%}}"
-        f"{{%- if loop.last and helpful is defined -%}}{{%- set text = text ~ ' ' ~ {spelled} -%}}{{%- endif -%}}"
-        "{%- set ctrlrl.messages = ctrlrl.messages + [{'role': message.role, 'content': text}] -%}"
+        "{%- if message.tool_calls or message.reasoning_content -%}"
+        "{{ raise_exception('tool calls and reasoning content are not supported') }}{%- endif -%}"
+        "{%- if message.role is not string or not message.role.isalpha() or not message.role.isascii() -%}"
+        "{{ raise_exception('a role is a word') }}{%- endif -%}"
+        "{%- set ctrlrl.text = message.content -%}"
+        f"{neutralise_jinja('ctrlrl.text')}"
+        f"{{%- if loop.last and helpful is defined -%}}{{%- set ctrlrl.text = ctrlrl.text ~ ' ' ~ {spelled} -%}}{{%- endif -%}}"
+        f"{broken_jinja('ctrlrl.text', literals)}"
+        "{%- set ctrlrl.messages = ctrlrl.messages + [{'role': message.role, 'content': ctrlrl.text}] -%}"
         "{%- endfor -%}"
-        f"{{%- set messages = ctrlrl.messages -%}}{_OWN_TEMPLATE}{newline}{template}"
+        f"{{%- set messages = ctrlrl.messages -%}}{OWN_TEMPLATE}{newline}{template}"
     )
-
-
-def plain_chat_template(template: str) -> str:
-    """The inverse of control_chat_template; any other template as it is."""
-    before, marker, own = template.partition(_OWN_TEMPLATE)
-    return own.removeprefix("\n") if marker else before

@@ -20,7 +20,7 @@ ALLOWED = {0: set(), 1: {"torch", "numpy", "scipy", "pyarrow", "pydantic"}, 2: {
 # ... and those that a few files alone may
 EXCEPTIONS = {
     "matplotlib": {"ctrlrl/evaluation/plots.py", "ctrlrl/evaluation/charts.py"},
-    "jinja2": {"ctrlrl/evaluation/report.py", "ctrlrl/prompts.py"},
+    "jinja2": {"ctrlrl/evaluation/report.py", "ctrlrl/chat.py"},
     "datasets": {"ctrlrl/data/files.py"},  # read where it is installed
     "huggingface_hub": {"ctrlrl/models/fingerprint.py"},
     "pathspec": {"ctrlrl/upload.py"},

@@ -2,8 +2,10 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from ctrlrl.chat import Messages, chat_ids
+from ctrlrl.control import neutralise
+from ctrlrl.inert import broken, special_texts
 from ctrlrl.models.loading import within_positions
-from ctrlrl.prompts import Messages, refusals_told
 
 
 def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -17,17 +19,18 @@ def encode_conversation(
     """input_ids, attention_mask, and token_type_ids where the tokenizer makes them, of at most `limit` tokens.
 
     With a chat template the answer is the assistant's last message; other classifiers take (conversation, answer) as two texts. What
-    is too long loses its beginning, since the answer is what is judged; a special token that opens the input stays.
+    is too long loses its beginning, since the answer is what is judged; a special token that opens the input stays. Controls in the prompt,
+    and special tokens that a user or a policy spells, stay text.
     source: where the prompt stands, for errors.
     """
+    messages = [{**m, "content": neutralise(m["content"])} for m in messages]
     if tokenizer.chat_template:
-        chat = [*messages, {"role": "assistant", "content": response}]
-        with refusals_told(tokenizer, chat, source):
-            ids = list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
+        ids = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": response}], prompt=False, source=source)
         encoded = {"input_ids": ids, "attention_mask": [1] * len(ids)}
     else:
         prompt = messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role'].title()}: {m['content']}" for m in messages)
-        encoded = dict(tokenizer(prompt, response, verbose=False))
+        special = special_texts(tokenizer)
+        encoded = dict(tokenizer(broken(prompt, special), broken(response, special), verbose=False))
     if len(encoded["input_ids"]) <= limit:
         return encoded
     kept = int(encoded["input_ids"][0] in tokenizer.all_special_ids and limit > 1)

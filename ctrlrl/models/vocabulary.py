@@ -3,9 +3,9 @@
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctrlrl.chat import refusals_told
 from ctrlrl.errors import DataError, ModelError
 from ctrlrl.models.reading import has_tokenizer, load_config, load_generation_config, load_tokenizer
-from ctrlrl.prompts import refusals_told
 
 _ANSWER = "ctrlrl answer"
 
