@@ -31,7 +31,7 @@ def calibrate(data: str, scores: str, out: str) -> int:
         if any(column.null_count for column in columns):
             raise DataError(f"{store.directory} keeps no raw outputs: score these samples anew")
         raw = np.concatenate([column.to_numpy() for column in columns])
-        calibration = fit_quantile(raw)
+        calibration = fit_quantile(raw, model=store.fingerprint.get("reward", {}).get("sha256", ""))
         path = absolute_out(out) / f"{attribute}.json"
         with only_writer(out):
             calibration.save(path)

@@ -19,7 +19,7 @@ from actors.crew import start_crew
 from actors.placement import ClusterConfig, connect
 from ctrlrl.config import AnySection, Section, differences, dump, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
-from ctrlrl.data.atomic import clear_leftovers, remove_all, write_text
+from ctrlrl.data.atomic import clear_leftovers, discard, remove_all, write_text
 from ctrlrl.demo import corpus
 from ctrlrl.demo.models import FULL, TINY, DemoWorld, build, holds_another, is_world
 from ctrlrl.errors import RecipeError, RunError
@@ -191,6 +191,8 @@ def _run_steps(directory: Path, seed: int, only: str, fast: bool, ppo_steps: int
         )
     for folder in (directory, directory / "evaluations"):
         clear_leftovers(folder, {*PARTS, *UNTRAINED}.__contains__)
+    for building in directory.glob(".world.*"):  # of a run that was killed while it built the world
+        discard(building)
     remove_all(unwanted)
     world = build(directory / "world", seed, report=lambda line: print(line, flush=True), size=size)
     demo = Demo(directory, world, seed, fast)

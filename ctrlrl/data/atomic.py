@@ -23,18 +23,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     refuses.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with disk_told(path, place=True):
-        try:
+    try:
+        with disk_told(path, place=True):
             with open(temporary, "wb") as out:
                 write(out)
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, path)
             _flush(path.parent)
-        except Exception:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)  # what was begun gives its space back
-            raise
+    except Exception:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # what was begun gives its space back, once the error has told how much is left
+        raise
 
 
 def write_directory(path: Path, write: Callable[[Path], object]) -> None:
@@ -44,17 +44,18 @@ def write_directory(path: Path, write: Callable[[Path], object]) -> None:
     refuses, on whichever machine: an earlier directory stays then.
     """
     aside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    with disk_told(path):
-        discard(aside)
-        aside.mkdir()
-        try:
+    try:
+        with disk_told(path):
+            discard(aside)
+            aside.mkdir()
             write(aside)
             for place in (*aside.rglob("*"), aside):
                 if not place.is_symlink():
                     _flush(place)
-        except Exception:
-            shutil.rmtree(aside, ignore_errors=True)  # what was begun gives its space back
-            raise
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    with disk_told(path):
         if os.path.lexists(path):
             discard(replaced)
             path.rename(replaced)

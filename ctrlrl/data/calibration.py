@@ -20,11 +20,15 @@ KINDS = ("sigmoid", "identity", "quantile")
 
 @dataclass(frozen=True)
 class Calibration:
-    """A monotone map to [0, 1]. knots, scores: the fitted points of `quantile`, strictly rising; empty for the other kinds."""
+    """A monotone map to [0, 1]. knots, scores: the fitted points of `quantile`, strictly rising; empty for the other kinds.
+
+    model: the fingerprint of the reward model whose outputs it was fitted on; empty where that is not known.
+    """
 
     kind: str
     knots: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
+    model: str = ""
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -52,7 +56,7 @@ class Calibration:
     @property
     def content_hash(self) -> str:
         """SHA-256 of kind and points; part of the fingerprint of every score made with it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps({k: v for k, v in asdict(self).items() if k != "model"}, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write the calibration and its hash as JSON, atomically."""
@@ -63,7 +67,7 @@ def load_calibration(path: str | Path) -> Calibration:
     """The calibration that `save` wrote; raises DataError if the file is missing, malformed or not what was saved."""
     try:
         stored = json.loads(Path(path).read_bytes())
-        calibration = Calibration(stored["kind"], tuple(stored["knots"]), tuple(stored["scores"]))
+        calibration = Calibration(stored["kind"], tuple(stored["knots"]), tuple(stored["scores"]), stored.get("model", ""))
         expected = stored["content_hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a stored calibration: {error}") from None
@@ -72,7 +76,7 @@ def load_calibration(path: str | Path) -> Calibration:
     return calibration
 
 
-def fit_quantile(raw: Iterable[float], *, points: int = 1001) -> Calibration:
+def fit_quantile(raw: Iterable[float], *, points: int = 1001, model: str = "") -> Calibration:
     """The quantile map of `raw` outputs [samples]: score = (share below + share below or equal) / 2, between samples linear.
 
     The map is kept at `points` evenly spaced quantiles; outputs beyond the fitted ones get the score of the nearest end.
@@ -86,7 +90,7 @@ def fit_quantile(raw: Iterable[float], *, points: int = 1001) -> Calibration:
     if len(values) > points:
         keep = np.unique(np.linspace(0, len(values) - 1, points).round().astype(int))
         values, middle = values[keep], middle[keep]
-    return Calibration("quantile", tuple(values.tolist()), tuple(middle.tolist()))
+    return Calibration("quantile", tuple(values.tolist()), tuple(middle.tolist()), model)
 
 
 def _rising(values: tuple[float, ...]) -> bool:

@@ -12,6 +12,7 @@ from ctrlrl.data.batches import TokenBatch, plan_micro_batches
 from ctrlrl.data.calibration import Calibration, load_calibration
 from ctrlrl.errors import DataError
 from ctrlrl.models.conversations import encode_conversation, longest_input
+from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.forward import PolicyModule, attention_for
 from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer, reads_token_types
 from ctrlrl.models.pooling import check_scores_alone, raw_scores
@@ -38,8 +39,14 @@ class ScorerConfig(Section):
         return self
 
     def load_calibration(self) -> Calibration:
-        """The map from raw outputs to scores; raises DataError if a stored one is missing or was changed."""
-        return load_calibration(self.calibration_file) if self.calibration_file else Calibration(self.calibration)
+        """The map from raw outputs to scores; raises DataError if a stored one is missing, was changed, or is another model's."""
+        calibration = load_calibration(self.calibration_file) if self.calibration_file else Calibration(self.calibration)
+        if calibration.model and calibration.model != model_fingerprint(self.model):
+            raise DataError(
+                f"{self.calibration_file} was fitted on the outputs of another reward model than {self.model!r}: score answers with this "
+                "one (ctrlrl score), and calibrate anew"
+            )
+        return calibration
 
 
 class Scorer:

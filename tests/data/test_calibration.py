@@ -7,8 +7,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.calibration import Calibration, fit_quantile, load_calibration
 from ctrlrl.errors import DataError
+from ctrlrl.models.fingerprint import model_fingerprint
+from ctrlrl.models.scorer import ScorerConfig
 
 
 def test_sigmoid_and_identity():
@@ -73,3 +76,20 @@ def test_wrong_calibrations_are_refused():
     for raw in ([1.0, 1.0], [], [1.0, np.nan], [[1.0, 2.0]]):
         with pytest.raises(DataError, match="fitted on"):
             fit_quantile(raw)
+
+
+def test_a_calibration_is_that_of_the_reward_model_it_was_fitted_on(models, tmp_path):
+    raw = np.array([0.1, 0.5, 2.5])
+    for model in (model_fingerprint(models["helpful"]), ""):  # a file of an earlier version does not say
+        fitted = fit_quantile(raw, model=model)
+        assert fitted.content_hash == fit_quantile(raw).content_hash  # where scores come from is no part of what they are
+        fitted.save(tmp_path / "c.json")
+        own, other = (
+            ScorerConfig(model=models[name], calibration="quantile", calibration_file=str(tmp_path / "c.json")) for name in ATTRIBUTES
+        )
+        assert own.load_calibration() == fitted
+        if model:
+            with pytest.raises(DataError, match="c.json was fitted on the outputs of another reward model than .*: score answers"):
+                other.load_calibration()
+        else:
+            other.load_calibration()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_atomically, write_directory, write_json
@@ -204,22 +205,14 @@ def test_a_file_that_is_too_large_is_told(tmp_path, what):
     assert names(tmp_path) == []
 
 
-class WorkerError(RuntimeError):
-    """As Ray brings an error from a worker: its text holds the worker's, its cause is the error itself."""
-
-    def __init__(self, text, cause=None):
-        super().__init__(text)
-        self.cause = cause
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (OSError(122, "Disk quota exceeded", "/data/x"), "/data/x .* quota exceeded .*: free some of your quota there"),
         (PermissionError(13, "Permission denied", "/data/x"), "/data/x .* Permission denied: have its permissions"),
         (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), "No space left on device"),
-        (WorkerError("ray::TrainerRank.do()\nOSError: [Errno 28] No space left on device: '/data/y'"), "/data/y .*: No space"),
-        (WorkerError("failed", OSError(30, "Read-only file system", "/data/z")), "/data/z cannot be written: Read-only"),
+        (RayTaskError("do", "OSError: [Errno 28] No space left on device: '/data/y'", KeyError("lost")), "/data/y .*: No"),
+        (RayTaskError("do", "", OSError(30, "Read-only file system", "/data/z")).as_instanceof_cause(), "/data/z .*: Read-only"),
         (RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3"), "space"),
         (ValueError('SafetensorError: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'), "No space left"),
     ],
