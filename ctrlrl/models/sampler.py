@@ -1,4 +1,4 @@
-"""Sampling with vLLM: token ids in, token ids out. The only file that names vLLM.
+"""Sampling with vLLM: token ids in, token ids out. Only this file and reload.py name vLLM.
 
 One engine lives in its own process, without vLLM's second process (VLLM_ENABLE_V1_MULTIPROCESSING=0): the same tokens/s for half
 the CPU, and weights can be handed over in memory. New weights go through vLLM's weight-transfer protocol with a backend that reads
@@ -7,7 +7,7 @@ a WeightMessage; the same call works on CPU and CUDA (untested on CUDA here).
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from ctrlrl.config import Section
 from ctrlrl.errors import RecipeError, VersionMismatch
 from ctrlrl.models.loading import end_token_ids, existing, load_config, within_positions
+from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
 from ctrlrl.models.weights import WeightMessage
 
 
@@ -99,7 +100,7 @@ class Sampler:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
-        _register_backend()
+        register_transfer()
         self.version = 0
         self._ends = end_token_ids(model)
         self._llm = LLM(
@@ -115,10 +116,10 @@ class Sampler:
             # A prompt read in parts draws and discards tokens, which vLLM takes back from a seed's generator only on CUDA.
             enable_chunked_prefill=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend="ctrlrl"),
+            weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
             disable_log_stats=True,
         )
-        self._names = set(self._checkpoint_names())
+        self._llm.apply_model(leave_transformers_usable)
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Completions:
@@ -169,12 +170,7 @@ class Sampler:
         ]
 
     def load_weights(self, message: WeightMessage) -> None:
-        """Replace all weights and forget cached prefixes; raises VersionMismatch if names are missing or the version does not grow."""
-        missing = self._names - set(message.names)
-        if missing:
-            raise VersionMismatch(
-                f"weights of version {message.version} lack {len(missing)} tensors, such as {sorted(missing)[0]!r}: publish the whole model"
-            )
+        """Replace all weights and forget cached prefixes; raises VersionMismatch if some are missing or the version does not grow."""
         if message.version <= self.version:
             raise VersionMismatch(f"weights of version {message.version} were published to a sampler that has version {self.version}")
         self._llm.start_weight_update()
@@ -183,61 +179,9 @@ class Sampler:
         self._llm.reset_prefix_cache()
         self.version = message.version
 
-    def _checkpoint_names(self) -> list[str]:
-        """Parameter names of the model directory's own weights, which every publish must cover."""
-        from transformers import AutoModelForCausalLM
+    def close(self) -> None:
+        """End the engine, so that this process can have another."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        config = self._llm.llm_engine.model_config.hf_config
-        with torch.device("meta"):
-            return [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
-
-
-def _register_backend() -> None:
-    """Teach vLLM's weight transfer to read a WeightMessage."""
-    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    if "ctrlrl" in WeightTransferEngineFactory._registry:
-        return
-
-    @dataclass
-    class InitInfo(WeightTransferInitInfo):
-        pass
-
-    @dataclass
-    class UpdateInfo(WeightTransferUpdateInfo):
-        message: list = field(default_factory=list)
-
-    class MessageEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-        init_info_cls, update_info_cls = InitInfo, UpdateInfo
-
-        def init_transfer_engine(self, init_info):
-            pass
-
-        def start_weight_update(self):
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info):
-            self.model.load_weights(update_info.message[0].tensors())
-
-        def finish_weight_update(self):
-            finalize_layerwise_reload(self.model, self.model_config)
-            _refresh_tied_heads(self.model)
-
-        def shutdown(self):
-            pass
-
-    WeightTransferEngineFactory.register_engine("ctrlrl", MessageEngine)
-
-
-def _refresh_tied_heads(model: torch.nn.Module) -> None:
-    """On CPU vLLM prepacks embeddings and heads, and a reload leaves a tied head on its old copy: prepack it again."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and hasattr(module, "cpu_linear") and weight.numel():
-            module.quant_method.process_weights_after_loading(module)
+        self._llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()

@@ -4,21 +4,37 @@ numpy has no bfloat16, so such tensors travel as uint16 views; readers must copy
 """
 
 import hashlib
+import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from ctrlrl.models.loading import DTYPES
+
+Gather = Callable[[list[Tensor]], AbstractContextManager]
+_TRAINED_BESIDE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
 @dataclass(frozen=True)
 class WeightMessage:
-    """All weights of a model under their transformers names, in one dtype, and the policy version they make."""
+    """All weights of a model as its checkpoint files name them, parameters in one dtype, and the policy version they make."""
 
     version: int
     dtype: str
@@ -37,36 +53,126 @@ class WeightMessage:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # on purpose: torch has no read-only tensors
             flats = [torch.from_numpy(array) for array in self.arrays]
         for name, shape, flat in zip(self.names, self.shapes, flats, strict=True):
-            yield name, (flat.view(torch.bfloat16) if self.dtype == "bfloat16" else flat).view(shape)
+            yield name, (flat.view(torch.bfloat16) if flat.dtype == torch.uint16 else flat).view(shape)
 
 
 def pack_weights(named: Iterator[tuple[str, Tensor]], dtype: str, version: int) -> WeightMessage:
-    """Cast to `dtype`, move to the host, and make one message."""
+    """Cast to `dtype` (what counts in whole numbers stays as it is), move to the host, and make one message."""
     names, shapes, arrays = [], [], []
     for name, tensor in named:
-        flat = tensor.detach().to("cpu", DTYPES[dtype]).contiguous().view(-1)
+        flat = tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None).contiguous().view(-1)
         names.append(name)
         shapes.append(tuple(tensor.shape))
-        arrays.append((flat.view(torch.uint16) if dtype == "bfloat16" else flat).numpy())
+        arrays.append((flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy())
     return WeightMessage(version, dtype, tuple(names), tuple(shapes), tuple(arrays))
 
 
-def full_weights(model: nn.Module, gather: Callable[[list[Tensor]], AbstractContextManager] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of a transformers or peft model as an ordinary checkpoint names it; LoRA is merged, the model is not changed.
+def model_weights(
+    model: nn.Module, gather: Gather | None = None, merged: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and stored buffer of a transformers or peft model under its name in the model without adapters.
 
-    gather: makes partitioned (ZeRO-3) parameters whole while its context lasts; then all ranks must iterate together.
+    Adapters are added in, in float32, and the sums rounded to `merged`; a module trained beside them stands in its own place; the model
+    is not changed. gather: makes partitioned (ZeRO-3) parameters whole while its context lasts; then all ranks must iterate together.
     """
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        owner = modules.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
-        needed = [parameter, *(owner.parameters() if owner is not None else ())]
-        with gather(needed) if gather else nullcontext():
-            full = parameter.detach()
-            if owner is not None:
-                full = full + sum(owner.get_delta_weight(adapter).to(full.dtype) for adapter in owner.active_adapters)
-            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), full.clone() if gather else full
+    for name, (tensor, adapted) in _stored(model).items():
+        with gather([tensor, *(adapted.parameters() if adapted else ())]) if gather else nullcontext():
+            if adapted:
+                yield name, dithered(tensor.detach().float() + _update(adapted), merged, name)
+            else:
+                yield name, tensor.detach().clone() if gather else tensor.detach()
+
+
+def full_weights(
+    model: nn.Module, gather: Gather | None = None, merged: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """model_weights in the names and shapes of the model's checkpoint files, which other engines read too: where the model has all
+    experts in one tensor, the files may have each apart. Done for the tensors that belong together (save_pretrained: for all at once),
+    so that the model is never there twice."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    group_of = {name: group for group in _groups(causal, list(_stored(model))) for name in group.patterns}
+    for name, tensor in model_weights(model, gather, merged):
+        group_of[name].have[name] = tensor
+        if len(group_of[name].have) == len(group_of[name].patterns):
+            yield from group_of[name].converted(causal)
+
+
+def dithered(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` (float32) in `dtype`; bfloat16 is rounded up or down with the odds of what lies between, drawn by the tensor's name.
+
+    A merged weight is one of bfloat16's numbers plus a small update: rounded to the nearest, an update below half a step always
+    vanishes (with updates of 3e-5 on weights of 0.02, a third of the whole). So it stays, in the mean; a weight that did not move is
+    left as it was, and the same weights always give the same bytes.
+    """
+    if dtype != torch.bfloat16:
+        return tensor.to(dtype)
+    draw = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
+    below = torch.randint(2**16, tensor.shape, generator=draw, dtype=torch.int32, device=tensor.device)
+    return ((tensor.contiguous().view(torch.int32) + below) & -(2**16)).view(torch.float32).to(dtype)
+
+
+def _stored(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module | None]]:
+    """What a checkpoint of a model without its adapters holds, by name: the tensor, and the adapted layer whose weight it is, if any."""
+    modules, found = dict(model.named_modules()), {}
+    for path, module in modules.items():
+        tensors = [*module.named_parameters(recurse=False)]
+        tensors += [(name, b) for name, b in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
+        for name, tensor in tensors:
+            full = f"{path}.{name}"
+            if ".lora_" in full or ".original_module." in full:
+                continue  # the adapters themselves, and what a module trained beside them replaces
+            adapted = modules[path.removesuffix(".base_layer")] if full.endswith(".base_layer.weight") else None
+            plain = full.removeprefix(".").removeprefix("base_model.model.").replace(".base_layer.", ".")
+            found[_TRAINED_BESIDE.sub(".", plain)] = tensor, adapted
+    tied = {id(tensor): name for name, (tensor, _) in reversed(found.items())}  # of tied parameters the first name counts
+    return {name: found[name] for name in found if tied[id(found[name][0])] == name}
+
+
+def _update(adapted: nn.Module) -> Tensor:
+    """What the active adapters add to the weight of their layer, in float32 (peft rounds it to the adapters' dtype)."""
+    own = {parameter: parameter.data for name, parameter in adapted.named_parameters() if "lora_" in name}
+    try:
+        for parameter, data in own.items():
+            parameter.data = data.float()
+        return sum(adapted.get_delta_weight(adapter).detach() for adapter in adapted.active_adapters)
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
+@dataclass
+class _Group:
+    """Tensors of a model that make one or several tensors of its files. patterns: the transform's, for each of their names."""
+
+    target: str
+    transform: WeightTransform
+    patterns: dict[str, str] = field(default_factory=dict)
+    have: dict[str, Tensor] = field(default_factory=dict)
+
+    def converted(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the files; the group holds none afterwards."""
+        for name, pattern in self.patterns.items():
+            self.transform.add_tensor(self.target, name, pattern, self.have.pop(name))
+        for name, made in self.transform.convert(self.target, model=model, config=model.config).items():
+            yield name, made[0] if isinstance(made, list) else made
+
+
+def _groups(model: PreTrainedModel, names: list[str]) -> list[_Group]:
+    """How transformers writes the tensors `names` of a model to files: its revert_weight_conversion, for names alone."""
+    transforms = getattr(model, "_weight_conversions", None)  # those of the files that it was read from
+    if transforms is None:
+        transforms = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    reversed_ = [transform.reverse_transform() for transform in transforms[::-1]]
+    renamings = [t for t in reversed_ if isinstance(t, WeightRenaming)]
+    converters = [t for t in reversed_ if isinstance(t, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    groups = {}
+    for name in sorted(names, key=dot_natural_key):  # a renaming may depend on those before it
+        target, pattern = rename_source_key(name, renamings, converters, reverse=True)
+        if target not in groups:
+            groups[target] = _Group(target, deepcopy(of_pattern[pattern]) if pattern else WeightRenaming(name, target))
+        groups[target].patterns[name] = pattern or name
+    return list(groups.values())
 
 
 def fingerprint(named: Iterator[tuple[str, Tensor]]) -> str:

@@ -127,7 +127,7 @@ def test_the_engine_gets_a_path_without_a_tilde(models, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine))
     monkeypatch.setitem(sys.modules, "vllm.config", SimpleNamespace(WeightTransferConfig=dict))
-    monkeypatch.setattr("ctrlrl.models.sampler._register_backend", lambda: None)
+    monkeypatch.setattr("ctrlrl.models.sampler.register_transfer", lambda: None)
     monkeypatch.setenv("HOME", str(Path(models["policy"]).parent))
     with pytest.raises(Asked, match=f"^{models['policy']}$"):
         Sampler("~/policy", ENGINE)

@@ -1,0 +1,158 @@
+"""New weights into a live vLLM engine: a WeightMessage through vLLM's weight-transfer protocol, every element of the engine's own weights
+accounted for. vLLM loads layer by layer into fresh tensors, counts what each layer gets, and puts the results into the old places.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ctrlrl.errors import VersionMismatch
+from ctrlrl.models.weights import WeightMessage
+
+TRANSFER = "ctrlrl"  # the protocol's name of the backend below
+
+
+def register_transfer() -> None:
+    """Teach vLLM's weight transfer to read a WeightMessage."""
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if TRANSFER in WeightTransferEngineFactory._registry:
+        return
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        message: list = field(default_factory=list)
+
+    class MessageEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls, update_info_cls = InitInfo, UpdateInfo
+
+        def init_transfer_engine(self, init_info):
+            self.reload = Reload(self.model, self.model_config)
+
+        def start_weight_update(self):
+            self.reload.begin()
+
+        def receive_weights(self, update_info):
+            self.reload.read(update_info.message[0])
+
+        def finish_weight_update(self):
+            self.reload.finish()
+
+        def shutdown(self):
+            pass
+
+    WeightTransferEngineFactory.register_engine(TRANSFER, MessageEngine)
+
+
+class Reload:
+    """Replaces the weights of a vLLM model: begin, read, finish."""
+
+    def __init__(self, model: nn.Module, config):
+        self._model, self._config = model, config
+        self._direct: list[nn.Module] = []  # layers that the model's own code writes to, past vLLM's counting
+
+    def begin(self) -> None:
+        """Set the present weights aside and make empty places for new ones."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.meta import materialize_layer
+
+        _forget_cpu_experts(self._model)
+        initialize_layerwise_reload(self._model)
+        for layer in self._direct:
+            materialize_layer(layer, _info(layer))
+
+    def read(self, message: WeightMessage) -> None:
+        """Load a message; VersionMismatch, with the names, if some of the model's weights got no or too few values from it."""
+        taken = self._model.load_weights(message.tensors())
+        written = [layer for layer in self._waiting() if layer not in self._direct and self._own(layer) & (taken or set())]
+        if written:  # known from here on: written to with nothing there to be written to, so once more
+            self._direct += written
+            self.begin()
+            self._model.load_weights(message.tensors())
+        missing = sorted({name for layer in self._waiting() if layer not in self._direct for name in self._own(layer)} | self._partly())
+        if missing:
+            raise VersionMismatch(
+                f"weights of version {message.version} leave {len(missing)} of the rollout engine's own without values, such as "
+                f"{missing[0]!r}: publish the whole model; if it was whole, the engine does not know how to take it"
+            )
+
+    def finish(self) -> None:
+        """Put what was read where the engine looks for it."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
+
+        for layer in self._direct:
+            _layerwise_process(layer, _info(layer))
+        finalize_layerwise_reload(self._model, self._config)
+        _refresh_tied_heads(self._model)
+
+    def _waiting(self) -> list[nn.Module]:
+        """Layers that were given nothing so far, but for those whose weights are another's that was."""
+        waiting = [layer for layer in self._model.modules() if _info(layer).can_load() and not _info(layer).load_numel]
+        had = {id(p) for layer in self._model.modules() if layer not in waiting for p in layer._parameters.values()}
+        had |= {id(p) for layer in self._model.modules() if layer not in waiting and _info(layer).can_load() for p in _before(layer)}
+        return [layer for layer in waiting if any(id(p) not in had for p in _before(layer))]
+
+    def _partly(self) -> set[str]:
+        """Names of layers that were given less than they hold, but for rows that only fill a vocabulary up to an even number."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        return {
+            name
+            for name, layer in self._model.named_modules()
+            if _info(layer).can_load() and 0 < _info(layer).load_numel < _info(layer).load_numel_total
+            if not isinstance(layer, VocabParallelEmbedding)
+        }
+
+    def _own(self, layer: nn.Module) -> set[str]:
+        """Names in the model of a layer's own parameters."""
+        path = next(name for name, module in self._model.named_modules() if module is layer)
+        return {f"{path}.{name}" for name, parameter in layer.named_parameters(recurse=False) if parameter.numel()}
+
+
+def leave_transformers_usable(model: nn.Module) -> None:
+    """vLLM runs some models by transformers' own classes and changes how these are called: others of them in this process ask for an
+    attribute that only vLLM's have."""
+    for module in model.modules():
+        if type(module).__module__.startswith("transformers.") and "do_not_compile" in vars(module):
+            type(module).do_not_compile = True
+
+
+def _info(layer: nn.Module):
+    """What vLLM counts about a layer while it is loaded."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return get_layerwise_info(layer)
+
+
+def _before(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a layer which is being loaded had, and gets back."""
+    return [p for p in _info(layer).kernel_tensors[0].values() if p.numel()]
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def _forget_cpu_experts(model: nn.Module) -> None:
+    """On CPU vLLM prepacks experts together with making their kernel, which it does once: without one, a reload makes it anew."""
+    for module in model.modules() if _on_cpu() else ():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _refresh_tied_heads(model: nn.Module) -> None:
+    """On CPU vLLM prepacks embeddings and heads, and a reload leaves a tied head on its old copy: prepack it again."""
+    for module in model.modules() if _on_cpu() else ():
+        weight = module._parameters.get("weight")
+        if weight is not None and hasattr(module, "cpu_linear") and weight.numel():
+            module.quant_method.process_weights_after_loading(module)
