@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctrlrl.config import Section
+from ctrlrl.errors import RecipeError
 
 
 class LoraConfig(Section):
@@ -22,19 +23,39 @@ class LoraConfig(Section):
 
 
 def with_adapters(model: PreTrainedModel, config: LoraConfig):
-    """`model` with new adapters, which alone are trained."""
+    """`model` with new adapters, which alone are trained, but for the head of a classifier: that is new, and trained whole.
+
+    RecipeError for targets that the model does not have, and for the output head of a language model and embeddings tied to it: logprobs
+    are made from the head's own weight, which would not have the adapter in it.
+    """
     import peft
 
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=0.0)
+    inside = {id(module) for module in model.base_model.modules()}
+    new = [name for name, module in model.named_children() if id(module) not in inside and [*module.parameters()]]
+    head = model.get_output_embeddings()
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=0.0, modules_to_save=None if head else new
     )
+    try:
+        adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise RecipeError(f"lora.targets = {config.targets!r} cannot be adapted: {str(error).splitlines()[0]}") from None
+    layers = [(name, module) for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    if head is not None:
+        shared = [name for name, layer in layers if layer.get_base_layer().weight is head.weight]
+        if shared:
+            raise RecipeError(
+                f"lora.targets = {config.targets!r} has the output head, or embeddings tied to it ({shared[0].split('.')[-1]!r}), which adapters "
+                "do not train here: name other layers, or use 'all-linear', which leaves it out"
+            )
+    return adapted
 
 
 def save_adapter(model, directory: Path, writes: bool, gather: Callable[[list[Tensor]], AbstractContextManager] | None) -> None:
-    """Write the adapter of a peft model (safetensors and adapter_config.json). gather: as in full_weights; `writes`: on rank 0 only."""
+    """Write all that a peft model trains (safetensors and adapter_config.json). gather: as in full_weights; `writes`: on rank 0 only."""
     state = {}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
             with gather([parameter]) if gather else nullcontext():
                 state[name] = parameter.detach().to("cpu", copy=True)
     if writes:

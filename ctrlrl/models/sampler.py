@@ -14,10 +14,15 @@ import torch
 from pydantic import Field, model_validator
 
 from ctrlrl.config import Section
-from ctrlrl.errors import RecipeError, VersionMismatch
+from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
+from ctrlrl.models.architectures import carries_state, check_engine_takes
 from ctrlrl.models.loading import end_token_ids, existing, load_config, within_positions
 from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
 from ctrlrl.models.weights import WeightMessage
+
+
+# What vLLM's start raises for a model or settings that it cannot take.
+_START_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class SamplingConfig(Section):
@@ -47,7 +52,8 @@ class EngineConfig(Section):
 
 def prompt_room(model: str, engine: EngineConfig, sampling: SamplingConfig, section: str = "rollout") -> int:
     """Tokens that a prompt may have beside its answer; RecipeError if the engine, of this section of the recipe, has more tokens than
-    the model has positions."""
+    the model has positions, ModelError if it cannot take the model at all."""
+    check_engine_takes(model)
     positions, key = within_positions(model, engine.max_model_tokens), f"{section}.engine.max_model_tokens"
     rope = getattr(load_config(model), "rope_parameters", None) or {}
     stretched = rope.get("rope_type") in ("linear", "dynamic")  # to more positions than the configuration names; vLLM knows how many
@@ -103,8 +109,9 @@ class Sampler:
         register_transfer()
         self.version = 0
         self._ends = end_token_ids(model)
-        self._llm = LLM(
+        settings = dict(
             model=existing(model),
+            load_format="safetensors",
             skip_tokenizer_init=True,
             dtype=engine.dtype,
             max_model_len=engine.max_model_tokens,
@@ -112,13 +119,17 @@ class Sampler:
             max_num_seqs=engine.max_concurrent,
             enforce_eager=engine.eager,
             block_size=32,  # short prompts share prefixes only in whole blocks
-            enable_prefix_caching=True,
+            enable_prefix_caching=not carries_state(model),  # what a layer carries along is not in the cache of keys and values
             # A prompt read in parts draws and discards tokens, which vLLM takes back from a seed's generator only on CUDA.
             enable_chunked_prefill=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
             disable_log_stats=True,
         )
+        try:
+            self._llm = LLM(**settings)
+        except _START_ERRORS as error:
+            raise ModelError(f"the rollout engine cannot start with {model!r}: {_reason(error)}") from None
         self._llm.apply_model(leave_transformers_usable)
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
@@ -185,3 +196,10 @@ class Sampler:
 
         self._llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error that says most; pydantic's begin with a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith(("Value error", "Assertion failed"))), lines[0] if lines else "")
+    return f"{type(error).__name__}: {told.partition(' [type=')[0][:300]}"

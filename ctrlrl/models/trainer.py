@@ -8,7 +8,6 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -22,10 +21,10 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, attention_for, lay_out, micro_batch
-from ctrlrl.models.loading import load_classifier, load_config, load_policy, load_value_model, reads_token_types, within_positions
+from ctrlrl.models.loading import DTYPES, load_classifier, load_config, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
-from ctrlrl.models.weights import WeightMessage, full_weights, pack_weights
+from ctrlrl.models.weights import WeightMessage, full_weights, model_weights, pack_weights
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
 CPU_ENVIRONMENT = {
@@ -194,7 +193,7 @@ class Trainer:
 
     def weights(self, dtype: str, version: int) -> WeightMessage | None:
         """All weights as one message on rank 0 (None on the others); LoRA is merged."""
-        named = self._named()
+        named = full_weights(self.module.model, self._gatherer(), DTYPES[dtype])
         if self.rank == 0:
             return pack_weights(named, dtype, version)
         for _ in named:
@@ -205,7 +204,8 @@ class Trainer:
         """Write the model as an ordinary transformers directory (safetensors; LoRA merged, or the adapter alone as its config says)."""
         if self.config.lora.rank and self.config.lora.export == "adapter":
             return save_adapter(self.module.model, directory, self.rank == 0, self._gatherer())
-        state = {name: tensor.to("cpu", copy=True) for name, tensor in self._named() if self.rank == 0}
+        named = model_weights(self.module.model, self._gatherer(), DTYPES[self.config.dtype])
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in named if self.rank == 0}
         if self.rank == 0:
             self.module.causal.save_pretrained(directory, state_dict=state)
 
@@ -227,9 +227,6 @@ class Trainer:
             )
         self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=self.config.lora.rank == 0)
         self.steps = state["steps"]
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        return full_weights(self.module.model, self._gatherer())
 
     def _gatherer(self):
         """What makes partitioned parameters whole; None where none are partitioned."""
