@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
@@ -105,6 +105,7 @@ class Trainer:
 
             self._zero3 = HfDeepSpeedConfig(settings)  # must stay alive: makes from_pretrained load shards
         module = _module(kind, model, config, temperature)
+        precise = precise_buffers(module)
         if config.dtype == "bfloat16":
             module.to(torch.bfloat16)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -112,6 +113,8 @@ class Trainer:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        for owner, name, buffer in precise:
+            owner._buffers[name] = buffer.to(self.device)  # this module's and DeepSpeed's cast took them along
         if self._norm_is_ours:
             self.engine.enable_backward_allreduce = False  # else backward() or step() reduces as well as _gradient_norm
         self.module = module
@@ -233,6 +236,14 @@ class Trainer:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
+
+
+def precise_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Owner, name and value of a module's float32 buffers, which stay in float32 when its parameters do not.
+
+    Rotary frequencies in bfloat16 are .2 % off: at position 500 a whole radian; transformers, too, keeps them as they are.
+    """
+    return [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False) if b.dtype == torch.float32]
 
 
 def combine_shares(shares: list[dict[str, float]]) -> dict[str, float]:
