@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ctrlrl.errors import ModelError
-from ctrlrl.models.loading import existing, load_config
+from ctrlrl.models.reading import check_weight_files, existing, load_config
 
 # Architectures of which the engine computes something else than transformers, with its figures: see tests/benchmarks/families.py.
 _WRONG = {"gpt_bigcode": "1.0 nats", "ernie4_5_moe": "0.09 nats"}
@@ -26,15 +26,18 @@ def check_engine_takes(model: str) -> None:
     by_transformers = _runs_by_transformers(architecture) and not carries_state(model)
     if config.model_type in _WRONG:
         raise ModelError(
-            f"{model!r} is a {config.model_type}: the rollout engine's logprobs of this architecture are up to {_WRONG[config.model_type]} off: "
-            "use a model of another architecture"
+            f"{model!r} is a {config.model_type}: the rollout engine's logprobs of this architecture are up to "
+            f"{_WRONG[config.model_type]} off: use a model of another architecture"
         )
     known = engine_architectures()
     if known and architecture not in known and not by_transformers:
-        raise ModelError(f"{model!r} is a {architecture}, which the rollout engine (vLLM) does not know: use a model of another architecture")
+        raise ModelError(
+            f"{model!r} is a {architecture}, which the rollout engine (vLLM) does not know: use a model of another architecture"
+        )
     folder = Path(existing(model))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{model!r} has no safetensors weights, the only ones that are read: save it with save_pretrained")
+    check_weight_files(model)
 
 
 def architecture_of(model: str) -> str:

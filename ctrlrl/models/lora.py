@@ -45,8 +45,8 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig):
         shared = [name for name, layer in layers if layer.get_base_layer().weight is head.weight]
         if shared:
             raise RecipeError(
-                f"lora.targets = {config.targets!r} has the output head, or embeddings tied to it ({shared[0].split('.')[-1]!r}), which adapters "
-                "do not train here: name other layers, or use 'all-linear', which leaves it out"
+                f"lora.targets = {config.targets!r} has the output head, or embeddings tied to it ({shared[0].split('.')[-1]!r}), which "
+                "adapters do not train here: name other layers, or use 'all-linear', which leaves it out"
             )
     return adapted
 

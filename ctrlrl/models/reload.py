@@ -4,7 +4,6 @@ accounted for. vLLM loads layer by layer into fresh tensors, counts what each la
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from ctrlrl.errors import VersionMismatch

@@ -20,7 +20,6 @@ from ctrlrl.models.loading import end_token_ids, existing, load_config, within_p
 from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
 from ctrlrl.models.weights import WeightMessage
 
-
 # What vLLM's start raises for a model or settings that it cannot take.
 _START_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 

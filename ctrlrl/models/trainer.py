@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
@@ -24,7 +23,7 @@ from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, atten
 from ctrlrl.models.loading import DTYPES, load_classifier, load_config, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
-from ctrlrl.models.weights import WeightMessage, full_weights, model_weights, pack_weights
+from ctrlrl.models.weights import WeightMessage, full_weights, model_weights, pack_weights, precise_buffers
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
 CPU_ENVIRONMENT = {
@@ -236,14 +235,6 @@ class Trainer:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
-
-
-def precise_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Owner, name and value of a module's float32 buffers, which stay in float32 when its parameters do not.
-
-    Rotary frequencies in bfloat16 are .2 % off: at position 500 a whole radian; transformers, too, keeps them as they are.
-    """
-    return [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False) if b.dtype == torch.float32]
 
 
 def combine_shares(shares: list[dict[str, float]]) -> dict[str, float]:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 SMALL = dict(
     vocab_size=384, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    max_position_embeddings=256, n_embd=128, n_layer=2, n_head=4, n_positions=256, n_inner=96, d_model=128, n_heads=4, n_layers=2, ffn_dim=96,
-    num_layers=2, max_seq_len=256, word_embed_proj_dim=128, rotary_dim=8, rotary_pct=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    max_position_embeddings=256, n_embd=128, n_layer=2, n_head=4, n_positions=256, n_inner=96, d_model=128, n_heads=4, n_layers=2,
+    ffn_dim=96, num_layers=2,
+    max_seq_len=256, word_embed_proj_dim=128, rotary_dim=8, rotary_pct=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     moe_intermediate_size=32, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
     shared_expert_intermediate_size=32, moe_num_experts=4, moe_k=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
     qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1, sliding_window=8, mamba_n_heads=8, mamba_d_head=32, mamba_d_state=16,
@@ -33,11 +34,12 @@ OWN = {
     "mamba2": {"num_heads": 8, "head_dim": 32, "expand": 2},
     "glm4_moe": {"topk_method": "noaux_tc"},
 }
-FAMILIES = """llama qwen2 qwen3 gemma gemma2 gemma3_text gemma3n_text gemma4_text phi phi3 gpt2 gpt_neo gpt_neox gpt_bigcode gptj opt mistral
-ministral granite glm glm4 cohere cohere2 stablelm nemotron olmo olmo2 olmo3 smollm3 starcoder2 mixtral qwen2_moe qwen3_moe gpt_oss
-granitemoe granitemoeshared olmoe flex_olmo deepseek_v2 deepseek_v3 glm4_moe phimoe dots1 ernie4_5 ernie4_5_moe minimax minimax_m2
-hunyuan_v1_dense hunyuan_v1_moe exaone4 seed_oss apertus arcee helium persimmon bitnet codegen xglm bloom falcon mpt llama4_text
-lfm2 lfm2_moe qwen3_next qwen3_5_text bamba falcon_h1 jamba granitemoehybrid nemotron_h zamba2 mamba mamba2 recurrent_gemma rwkv""".split()
+FAMILIES = """llama qwen2 qwen3 gemma gemma2 gemma3_text gemma3n_text gemma4_text phi phi3 gpt2 gpt_neo gpt_neox gpt_bigcode gptj opt
+mistral ministral granite glm glm4 cohere cohere2 stablelm nemotron olmo olmo2 olmo3 smollm3 starcoder2 mixtral
+qwen2_moe qwen3_moe gpt_oss granitemoe granitemoeshared olmoe flex_olmo deepseek_v2 deepseek_v3 glm4_moe phimoe dots1
+ernie4_5 ernie4_5_moe minimax minimax_m2 hunyuan_v1_dense hunyuan_v1_moe exaone4 seed_oss apertus arcee helium persimmon
+bitnet codegen xglm bloom falcon mpt llama4_text lfm2 lfm2_moe qwen3_next qwen3_5_text bamba falcon_h1 jamba
+granitemoehybrid nemotron_h zamba2 mamba mamba2 recurrent_gemma rwkv""".split()
 RESULTS = Path("runs/families.jsonl")
 EXACT = 1e-3  # nats; two right engines differ by 1e-5, wrong ones by 1e-2 and more
 

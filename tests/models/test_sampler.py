@@ -1,6 +1,7 @@
 """vLLM through the rollout handle: seeded sampling, new weights that are proven to be in use, and a pool that loses no item."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -139,6 +140,7 @@ def test_the_room_for_a_prompt(models, tmp_path):
         prompt_room(models["policy"], EngineConfig(max_model_tokens=513), SAMPLING)
     config = load_config(models["policy"])
     config.rope_parameters |= {"rope_type": "linear", "factor": 2.0}  # vLLM takes 1024
+    shutil.copytree(models["policy"], tmp_path, dirs_exist_ok=True)
     config.save_pretrained(tmp_path)
     assert prompt_room(str(tmp_path), EngineConfig(max_model_tokens=1024), SAMPLING) == 1012
 

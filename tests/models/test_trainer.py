@@ -146,6 +146,7 @@ def test_bf16_follows_fp32_and_value_model_learns(ray_cluster, cluster_config, m
         stats = policy.train(ppo_batch(), LOSS, STEPS)
         assert [s["loss"] for s in stats] == pytest.approx(losses, abs=3e-2)
         assert [s["grad_norm_max"] for s in stats] == pytest.approx(norms, rel=0.1)
+        assert policy._group.call(lambda trainer: {b.dtype for b in trainer.module.buffers()}) == [{torch.float32}]  # rotary frequencies
         policy.save(tmp_path)
         (tmp_path / "trainer.json").write_text('{"steps": 20, "world": 2}')
         with pytest.raises(RunError, match="made by 2 ranks, this run has 1: set ranks = 2"):
