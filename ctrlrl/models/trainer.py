@@ -195,10 +195,9 @@ class Trainer:
 
     def weights(self, dtype: str, version: int) -> WeightMessage | None:
         """All weights as one message on rank 0 (None on the others); LoRA is merged."""
-        named = full_weights(self.module.model, self._gatherer(), DTYPES[dtype])
         if self.rank == 0:
-            return pack_weights(named, dtype, version)
-        for _ in named:
+            return pack_weights(full_weights(self.module.model, self._gatherer(), DTYPES[dtype]), dtype, version)
+        for _ in model_weights(self.module.model, self._gatherer()):
             pass  # the gathers of ZeRO-3 are collective
         return None
 
