@@ -42,7 +42,7 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig):
         raise RecipeError(f"lora.targets = {config.targets!r} cannot be adapted: {str(error).splitlines()[0]}") from None
     layers = [(name, module) for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     if head is not None:
-        shared = [name for name, layer in layers if layer.get_base_layer().weight is head.weight]
+        shared = [name for name, layer in layers if getattr(layer.get_base_layer(), "weight", None) is head.weight]
         if shared:
             raise RecipeError(
                 f"lora.targets = {config.targets!r} has the output head, or embeddings tied to it ({shared[0].split('.')[-1]!r}), which "

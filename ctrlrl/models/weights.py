@@ -121,11 +121,21 @@ def _stored(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module | None]]:
             full = f"{path}.{name}"
             if ".lora_" in full or ".original_module." in full:
                 continue  # the adapters themselves, and what a module trained beside them replaces
-            adapted = modules[path.removesuffix(".base_layer")] if full.endswith(".base_layer.weight") else None
-            plain = full.removeprefix(".").removeprefix("base_model.model.").replace(".base_layer.", ".")
+            plain = full.removeprefix(".").removeprefix("base_model.model.").replace(".base_layer", "")
+            adapted = _adapted(modules, path, name)
             found[_TRAINED_BESIDE.sub(".", plain)] = tensor, adapted
     tied = {id(tensor): name for name, (tensor, _) in reversed(found.items())}  # of tied parameters the first name counts
     return {name: found[name] for name in found if tied[id(found[name][0])] == name}
+
+
+def _adapted(modules: dict[str, nn.Module], path: str, name: str) -> nn.Module | None:
+    """The adapted layer around the module at `path` whose weight is its parameter `name`. peft puts a layer around each adapted
+    parameter of a module with several, one around the other."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+        if getattr(modules[path], "parameter_name", "weight") == name:
+            return modules[path]
+    return None
 
 
 def _update(adapted: nn.Module) -> Tensor:

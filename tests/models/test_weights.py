@@ -93,6 +93,20 @@ def test_untied_embeddings_are_adapted_and_merged(models, tmp_path):
     assert torch.allclose(load_policy(str(tmp_path), "float32")(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-5)
 
 
+def test_adapted_experts_are_merged(tmp_path):
+    adapted = with_adapters(tiny_model("qwen3_moe"), LoraConfig(rank=4)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05)
+    assert any("experts" in name for name, _ in adapted.named_parameters() if "lora_" in name)
+    ids = torch.arange(3, 30)[None]
+    adapted.get_base_model().save_pretrained(tmp_path, state_dict=dict(model_weights(adapted)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.allclose(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-4)
+    assert dict(full_weights(adapted)).keys() == load_file(tmp_path / "model.safetensors").keys()
+
+
 def named(directory, models, **changes) -> str:
     """A model directory whose configuration says something else."""
     config = load_config(models["policy"])
