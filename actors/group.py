@@ -20,6 +20,9 @@ from ctrlrl.errors import CtrlrlError, DeadlineExceeded, GroupLost, WorkerLost
 from ctrlrl.models.scorer import in_order
 from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig, combine_shares, join_world
 
+# Keys of a GroupConfig that may change at resume: a step's result does not depend on them.
+CHANGEABLE = ("ranks", "resources", "train.zero_stage")
+
 _COMPLAINT_S = 5.0
 
 
@@ -134,7 +137,7 @@ class TrainerGroup:
         self.call(Trainer.save, directory)
 
     def load(self, directory: Path) -> None:
-        """Continue from a checkpoint; RunError if it is missing or of another number of ranks."""
+        """Continue from a checkpoint, by any number of ranks; RunError if it is missing, damaged or of another training."""
         self.call(Trainer.load, directory)
 
     def pids(self) -> list[int]:

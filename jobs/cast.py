@@ -59,6 +59,13 @@ class PPORecipe(Section):
         """Whether a value model is trained."""
         return self.algorithm.advantage == "gae"
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Name or path of every model that a run reads, by recipe key."""
+        value = {"value.model": self.value.model or self.policy.model} if self.has_value else {}
+        rewards = {f"reward.{attribute}.model": reward.model for attribute, reward in self.reward}
+        return {"policy.model": self.policy.model, "reference.model": self.reference.model or self.policy.model, **value, **rewards}
+
 
 @dataclass(frozen=True)
 class Cast:

@@ -42,6 +42,7 @@ from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_causal, check_policy, load_tokenizer, save_control_tokenizer, within_positions
+from ctrlrl.models.origins import record_origins, same_origins
 from ctrlrl.models.vocabulary import check_same_vocabulary, final_token_id
 from ctrlrl.objectives.preference import dpo as dpo_loss
 from ctrlrl.prompts import render
@@ -108,6 +109,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
     with open_run(config, resume) as run:
+        origins = same_origins(run.directory, {"policy.model": config.policy.model}, {"pairs": batch_fingerprint(batch)})
         connect(config.cluster, demands_of(config))
         reference = reference_logprobs(config, run, batch)
         examples = PairExamples(batch.tokens, batch.prompt_lengths, {"ref_logprob": reference.reshape(-1).astype(np.float32)})
@@ -121,6 +123,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
             loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
             task = Task("dpo", train, loss, held_out, partial(policy.export_controllable, tokenizer))
             run.begin()
+            record_origins(run.directory, origins)
             write_rejects(run.directory, rejects)
             return train_offline(config, run, policy, task, epochs)
         finally:

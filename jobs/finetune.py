@@ -22,6 +22,7 @@ from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distil
 from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_policy, load_tokenizer, save_control_tokenizer, within_positions
+from ctrlrl.models.origins import record_origins, same_origins, table_fingerprint
 from ctrlrl.models.vocabulary import final_token_id
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
@@ -61,6 +62,8 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows)
     epochs = epochs_of(config, train)
     with open_run(config, resume) as run:
+        data = table_fingerprint(read_distilled(config.data))
+        origins = same_origins(run.directory, {"policy.model": config.policy.model}, {"data": data})
         policy_config = scheduled(config.policy, config, epochs.total)
         demands = {"policy": config.policy.bundles}
         connect(config.cluster, demands | config.evaluation.demands)
@@ -78,6 +81,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                     partial(interim.metrics, policy=policy),
                 )
                 run.begin()
+                record_origins(run.directory, origins)
                 write_rejects(run.directory, [*rejects, *interim.rejects])
                 return train_offline(config, run, policy, task, epochs)
         finally:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from actors.gauges import show
-from actors.group import GroupConfig
+from actors.group import CHANGEABLE, GroupConfig
 from actors.placement import ClusterConfig
 from actors.recovery import Restartable, Restarts
 from ctrlrl.config import Section
@@ -85,7 +85,8 @@ def scheduled(trained: GroupConfig, config: OfflineRecipe, steps: int) -> GroupC
 
 def open_run(config: OfflineRecipe, resume: bool) -> Run:
     """The run directory of an offline job."""
-    free = ("cluster", "checkpoint_every", "keep_checkpoints", "evaluation", "skip_bad_rows")
+    groups = (f"{group}.{key}" for group in ("policy", "reward_model") for key in CHANGEABLE)
+    free = ("cluster", "checkpoint_every", "keep_checkpoints", "evaluation", "skip_bad_rows", *groups)
     return Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import typer
 
 from actors.gauges import show
+from actors.group import CHANGEABLE
 from actors.recovery import Restarts
 from actors.sync import publish
 from ctrlrl.control import ATTRIBUTES, CORNERS
@@ -23,6 +24,7 @@ from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import GroupLost
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
+from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.sampler import Completions, Request, prompt_room
 from ctrlrl.models.vocabulary import check_same_vocabulary
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
@@ -37,7 +39,10 @@ from jobs.progress import Clock, Steps
 from jobs.reading import askable
 
 # May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
-FREE = ("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "evaluation", "skip_bad_rows")
+FREE = (
+    *("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "evaluation", "skip_bad_rows"),
+    *(f"{group}.{key}" for group in ("policy", "value") for key in CHANGEABLE),
+)
 
 
 def train(config: PPORecipe, resume: bool = False) -> int:
@@ -45,9 +50,12 @@ def train(config: PPORecipe, resume: bool = False) -> int:
     prompts, tokenizer, rejects = check_inputs(config)
     interim = Interim(config.evaluation, config.policy.model, config.rollout, config.seed, skip_bad_rows=config.skip_bad_rows)
     with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE) as run:
+        data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
+        origins = same_origins(run.directory, config.models, {"prompts": data})
         cast = start_cast(config)
         try:
             run.begin()
+            record_origins(run.directory, origins)
             write_rejects(run.directory, [*rejects, *interim.rejects])
             restarts = Restarts(config.cluster)
             with StopRequest() as stop, Steps("ppo", config.steps) as progress:

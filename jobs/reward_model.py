@@ -22,6 +22,7 @@ from ctrlrl.data.sources import PreferencePair, read_pairs
 from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_backbone, load_tokenizer, reads_token_types
+from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.objectives.preference import bradley_terry
 from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
@@ -60,6 +61,8 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     train = Subset(examples, kept)
     epochs = epochs_of(config, train)
     with open_run(config, resume) as run:
+        data = rows_fingerprint([pair.messages, pair.chosen, pair.rejected] for pair in pairs)
+        origins = same_origins(run.directory, {"reward_model.model": config.reward_model.model}, {"data": data})
         trainer_config = scheduled(config.reward_model, config, epochs.total)
         demands = {"reward_model": config.reward_model.bundles}
         connect(config.cluster, demands)
@@ -73,6 +76,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
                 "reward-model", train, loss, partial(validate, trainer, examples, held, held_out), partial(export, trainer, tokenizer)
             )
             run.begin()
+            record_origins(run.directory, origins)
             write_rejects(run.directory, rejects)
             return train_offline(config, run, trainer, task, epochs)
         finally:

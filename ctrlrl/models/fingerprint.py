@@ -14,6 +14,11 @@ _CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "voca
 
 def model_fingerprint(name: str) -> str:
     """SHA-256 over the names and contents of a model's weights, configuration and tokenizer files; a hub name is fetched for it."""
+    return hashlib.sha256("".join(f"{file} {content}\n" for file, content in model_contents(name).items()).encode()).hexdigest()
+
+
+def model_contents(name: str) -> dict[str, str]:
+    """The SHA-256 of each of these files, by file name."""
     path = Path(existing(name))
     try:
         folder = path if path.is_dir() else Path(snapshot_download(name, allow_patterns=list(_CONTENT)))
@@ -24,4 +29,4 @@ def model_fingerprint(name: str) -> str:
         raise ModelError(f"{name!r} has no safetensors weights: save it with save_pretrained")
     for file in files:
         check_no_pointer(file)  # two models that are not there would be the same
-    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
+    return {file.name: file_sha256(file) for file in files}

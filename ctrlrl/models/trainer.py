@@ -1,10 +1,9 @@
-"""Training with DeepSpeed: any model of forward.py, any objective, ZeRO 0-3. The only file that names DeepSpeed.
+"""Training with DeepSpeed: any model of forward.py, any objective, ZeRO 0-3.
 
 A global batch is cut into micro-batches by a token budget and dealt to the ranks; losses are shares of the global loss, so the
 result does not depend on the cutting, the layout or the number of ranks.
 """
 
-import json
 import math
 import os
 import warnings
@@ -19,10 +18,12 @@ from pydantic import Field
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
 from ctrlrl.errors import RecipeError, RunError
+from ctrlrl.models.earlier_state import is_earlier, load_earlier
 from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, attention_for, lay_out, micro_batch
 from ctrlrl.models.loading import DTYPES, load_classifier, load_config, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
+from ctrlrl.models.state import INDEX, load_state, save_state
 from ctrlrl.models.weights import WeightMessage, full_weights, model_weights, pack_weights, precise_buffers
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
@@ -35,7 +36,6 @@ CPU_ENVIRONMENT = {
 
 
 Kind = Literal["policy", "value", "reward"]
-_STATE = "trainer.json"  # beside DeepSpeed's files: what has to be known before they are read
 
 
 class TrainerConfig(Section):
@@ -212,22 +212,16 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """Write weights, optimiser and step count for `load`."""
-        self.engine.save_checkpoint(str(directory), tag="engine", exclude_frozen_parameters=self.config.lora.rank > 0)
-        if self.rank == 0:
-            (directory / _STATE).write_text(json.dumps({"steps": self.steps, "world": self.world}) + "\n")
+        save_state(self.engine, directory, self.steps)
 
     def load(self, directory: Path) -> None:
-        """Continue from `save`; raises RunError for a missing checkpoint or another number of ranks."""
-        if not (directory / _STATE).is_file():
+        """Continue from `save`, by any number of ranks; RunError for a missing or damaged checkpoint, or one of another training."""
+        if not (directory / INDEX).is_file():
             raise RunError(f"no checkpoint in {str(directory)!r}: resume from a folder that holds one, or start without --resume")
-        state = json.loads((directory / _STATE).read_text())
-        if state["world"] != self.world:
-            raise RunError(
-                f"the checkpoint in {str(directory)!r} was made by {state['world']} ranks, "
-                f"this run has {self.world}: set ranks = {state['world']}"
-            )
-        self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=self.config.lora.rank == 0)
-        self.steps = state["steps"]
+        if is_earlier(directory):
+            self.steps = load_earlier(self.engine, directory, partial=self.config.lora.rank > 0)
+        else:
+            self.steps = load_state(self.engine, directory)
 
     def _gatherer(self):
         """What makes partitioned parameters whole; None where none are partitioned."""

@@ -19,6 +19,7 @@ from ctrlrl.objectives.likelihood import likelihood
 from ctrlrl.ppo.loss import value_loss
 
 # Twenty optimiser steps of ragged batches; ranks and stages must agree after all of them.
+HALF = 15
 STEPS = [np.arange(0, 5), np.arange(5, 11), np.array([2, 3, 5, 7, 8, 10]), np.array([4, 9]), np.arange(11)] * 4
 LOSS = likelihood
 
@@ -77,12 +78,20 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Where each case leaves its checkpoint for the next one, which has another number of ranks, another stage or both."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
 @pytest.mark.parametrize(("ranks", "train"), CASES, ids=["z0", "z0-two-ranks", "z1-padded", "z2-two-ranks", "z3-two-ranks"])
-def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, reference, ranks, train, tmp_path):
+def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, reference, checkpoints, ranks, train, tmp_path):
     losses, norms, weights = reference
     policy, place = start_policy(models["policy"], cluster_config, ranks, **train)
     try:
-        stats = policy.train(ppo_batch(), LOSS, STEPS)
+        stats = policy.train(ppo_batch(), LOSS, STEPS[:HALF])
+        policy.save(own := checkpoints / str(len(list(checkpoints.iterdir()))))
+        stats += policy.train(ppo_batch(), LOSS, STEPS[HALF:])
         assert [s["loss"] for s in stats] == pytest.approx(losses, abs=1e-5)
         assert [s["grad_norm_max"] for s in stats] == pytest.approx(norms, rel=1e-3)
         trained = weights_of(policy, ray_cluster)
@@ -96,6 +105,11 @@ def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, refer
         wanted = module(lay_out(batch, "padded", torch.device("cpu")))[0]
         for row, scored in enumerate(policy.logprobs(batch)):
             assert scored == pytest.approx(wanted[row, : len(scored)].detach().numpy(), abs=2e-5)
+        for checkpoint, tolerance in ((own, 0.0), (max(checkpoints.iterdir(), key=lambda path: (path != own, path.name)), 1e-6)):
+            policy.load(checkpoint)
+            policy.train(ppo_batch(), LOSS, STEPS[HALF:])
+            resumed = weights_of(policy, ray_cluster)
+            assert max((resumed[name] - trained[name]).abs().max().item() for name in weights) <= tolerance
     finally:
         policy.close()
         place.release()
@@ -143,14 +157,14 @@ def test_bf16_follows_fp32_and_value_model_learns(ray_cluster, cluster_config, m
     losses, norms, _ = reference
     policy, place = start_policy(models["policy"], cluster_config, zero_stage=1, dtype="bfloat16")
     try:
-        stats = policy.train(ppo_batch(), LOSS, STEPS)
+        stats = policy.train(ppo_batch(), LOSS, STEPS[:HALF])
+        policy.save(tmp_path)
+        stats += policy.train(ppo_batch(), LOSS, STEPS[HALF:])
         assert [s["loss"] for s in stats] == pytest.approx(losses, abs=3e-2)
         assert [s["grad_norm_max"] for s in stats] == pytest.approx(norms, rel=0.1)
         assert policy._group.call(lambda trainer: {b.dtype for b in trainer.module.buffers()}) == [{torch.float32}]  # rotary frequencies
-        policy.save(tmp_path)
-        (tmp_path / "trainer.json").write_text('{"steps": 20, "world": 2}')
-        with pytest.raises(RunError, match="made by 2 ranks, this run has 1: set ranks = 2"):
-            policy.load(tmp_path)
+        policy.load(tmp_path)  # the fp32 weights behind those in bf16
+        assert policy.train(ppo_batch(), LOSS, STEPS[HALF:]) == stats[HALF:]
     finally:
         policy.close()
         place.release()
