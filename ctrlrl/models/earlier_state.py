@@ -39,7 +39,8 @@ def load_earlier(engine, directory: Path, partial: bool) -> int:
     except RunError:
         raise
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AssertionError, AttributeError) as error:
-        raise RunError(f"the checkpoint in {str(directory)!r} does not fit: {error}: resume with the model and recipe that wrote it") from None
+        reason = str(error) or type(error).__name__
+        raise RunError(f"the checkpoint in {str(directory)!r} does not fit: {reason}: resume with the recipe that wrote it") from None
     finally:
         del engine.checkpoint_engine.load
     return steps

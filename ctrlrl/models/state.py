@@ -50,7 +50,7 @@ class Index(Section):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements start … start + length of a flattened parameter, which lie at `offset` in `flat`, an fp32 tensor that the optimiser steps."""
+    """Elements [start, start + length) of a flattened parameter. They lie at `offset` in `flat`, an fp32 tensor that the optimiser steps."""
 
     name: str
     shape: tuple[int, ...]
@@ -159,7 +159,7 @@ def damaged(path: Path, error: object) -> RunError:
     """What to say of a checkpoint's file that cannot be used."""
     checkpoint = path.parent.parent.name if path.parent.parent.name.startswith("step-") else "this"
     return RunError(
-        f"{path} is damaged: {error or type(error).__name__}: restore it, or let checkpoints/latest name another checkpoint than {checkpoint}"
+        f"{path} is damaged: {error or type(error).__name__}: restore it, or have checkpoints/latest name another than {checkpoint}"
     )
 
 

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ctrlrl.config import load
+from ctrlrl.config import dump, load
 from ctrlrl.control import Control
 from ctrlrl.data.generation import OPTIMISATION, Layout
+from ctrlrl.errors import RunError
 from ctrlrl.models.loading import load_policy, load_tokenizer
 from ctrlrl.prompts import render
 
@@ -49,6 +50,25 @@ def assert_controllable():
             messages, add_generation_prompt=True, helpful=1.0, harmless=0.2, tokenize=True, return_dict=False
         )
         assert ids == render(load_tokenizer(base), messages, Control(1.0, 0.2).spell())
+
+    return check
+
+
+@pytest.fixture
+def assert_bound_to_origins(tmp_path):
+    """A function: a run of `job` in `out` says what it began with, under these keys, and is refused, before actors start, with other."""
+
+    def check(job, config, out: Path, models: set[str], data: str) -> None:
+        origins = json.loads((out / "origins.json").read_text())
+        assert set(origins["models"]) == models and set(origins["data"]) == {data}
+        again = config.model_copy(update={"out": str(tmp_path / "bound")})
+        (tmp_path / "bound").mkdir()
+        (tmp_path / "bound" / "recipe.json").write_text(dump(again))
+        for part, key in (("data", data), *(("models", key) for key in models)):
+            changed = {**origins, part: {**origins[part], key: "other" if part == "data" else {"model.safetensors": "other"}}}
+            (tmp_path / "bound" / "origins.json").write_text(json.dumps(changed))
+            with pytest.raises(RunError, match=f"was started with other content of .*{key}"):
+                job(again, resume=True)
 
     return check
 

@@ -111,6 +111,11 @@ def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finish
     assert_controllable(out / "model", config.policy.model)
 
 
+def test_a_run_is_bound_to_its_data_and_weights(finished, assert_bound_to_origins):
+    out, config = finished
+    assert_bound_to_origins(finetune, config, out, {"policy.model"}, "data")
+
+
 def test_a_run_that_is_stopped_and_resumed_equals_an_undisturbed_one(finished, tmp_path, monkeypatch):
     out, config = finished
     shutil.copytree(out / "checkpoints" / "step-000003", tmp_path / "run" / "checkpoints" / "step-000003")

@@ -84,6 +84,12 @@ def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(fin
     assert {name: second[name] for name in found} == pytest.approx(found, abs=1e-5)
 
 
+def test_a_run_is_bound_to_its_data_and_weights(finished, assert_bound_to_origins):
+    out, config = finished
+    models = {"policy.model", "value.model", "reference.model", "reward.helpful.model", "reward.harmless.model"}
+    assert_bound_to_origins(train, config, out, models, "prompts")
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(finished, ppo_overrides, tmp_path):
     out, config = finished
     half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}", "steps=1"])
