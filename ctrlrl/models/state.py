@@ -50,7 +50,7 @@ class Index(Section):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + length) of a flattened parameter. They lie at `offset` in `flat`, an fp32 tensor that the optimiser steps."""
+    """Elements [start, start + length) of a flattened parameter. They lie at `offset` in `flat`, an fp32 tensor of the optimiser."""
 
     name: str
     shape: tuple[int, ...]
