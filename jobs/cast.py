@@ -1,6 +1,5 @@
 """What a PPO run is made of: its recipe, its actors and their places, and what a checkpoint holds."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,13 @@ from actors.sync import publish
 from actors.value import Value, ValueConfig
 from ctrlrl.config import Section
 from ctrlrl.models.sampler import SamplingConfig
+from ctrlrl.models.state import damaged, read_checked, write_checked
 from ctrlrl.ppo.experience import AlgorithmConfig, minibatch_rows
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.runs import Run
 from jobs.interim import InterimConfig
+
+_STATE = "state.json"  # of a checkpoint: what is neither policy nor value model
 
 
 class FullSampling(SamplingConfig):
@@ -139,11 +141,19 @@ def restore(config: PPORecipe, cast: Cast, run: Run) -> tuple[int, AdaptiveKL]:
             publish(cast.policy, cast.rollout, 0)
         return 0, AdaptiveKL(config.algorithm.kl.beta)
     done, folder = last
+    kl = _read_kl(folder / _STATE)
     cast.policy.load(folder / "policy")
     if cast.value:
         cast.value.load(folder / "value")
     publish(cast.policy, cast.rollout, done)
-    return done, AdaptiveKL.from_dict(json.loads((folder / "state.json").read_text())["kl"])
+    return done, kl
+
+
+def _read_kl(path: Path) -> AdaptiveKL:
+    try:
+        return AdaptiveKL.from_dict(read_checked(path)["kl"])
+    except (KeyError, TypeError) as error:
+        raise damaged(path, error) from None
 
 
 def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
@@ -151,4 +161,4 @@ def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
     cast.policy.save(folder / "policy")
     if cast.value:
         cast.value.save(folder / "value")
-    (folder / "state.json").write_text(json.dumps({"kl": kl.to_dict()}) + "\n")
+    write_checked(folder / _STATE, {"kl": kl.to_dict()})

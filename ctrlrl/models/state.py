@@ -108,8 +108,7 @@ def save_state(engine, directory: Path, steps: int) -> None:
     if rank == 0:
         parameters = {name: parameter for found, _ in everywhere for name, parameter in found.items()}
         index = Index(steps=steps, optimizer=_kind(engine), parameters=parameters, shards=tuple(shard for _, shard in everywhere))
-        content = index.model_dump(mode="json")
-        write_text(directory / INDEX, json.dumps(content | {"checksum": _checksum(content)}) + "\n")
+        write_checked(directory / INDEX, index.model_dump(mode="json"))
 
 
 def load_state(engine, directory: Path) -> int:
@@ -145,22 +144,33 @@ def load_state(engine, directory: Path) -> int:
 
 def read_index(directory: Path) -> Index:
     """The content of trainer.json; RunError if it is damaged."""
-    path = directory / INDEX
+    try:
+        return Index.model_validate(read_checked(directory / INDEX))
+    except ValidationError as error:
+        raise damaged(directory / INDEX, error) from None
+
+
+def write_checked(path: Path, content: dict) -> None:
+    """Write `content` as JSON together with its checksum."""
+    write_text(path, json.dumps(content | {"checksum": _checksum(content)}) + "\n")
+
+
+def read_checked(path: Path) -> dict:
+    """What `write_checked` wrote, or an earlier version without a checksum; RunError if it is damaged."""
     try:
         content = json.loads(path.read_text())
-        if content.pop("checksum") != _checksum(content):
+        if content.pop("checksum", None) not in (None, _checksum(content)):
             raise ValueError("its content does not match its checksum")
-        return Index.model_validate(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        return content
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise damaged(path, error) from None
 
 
 def damaged(path: Path, error: object) -> RunError:
     """What to say of a checkpoint's file that cannot be used."""
-    checkpoint = path.parent.parent.name if path.parent.parent.name.startswith("step-") else "this"
-    return RunError(
-        f"{path} is damaged: {error or type(error).__name__}: restore it, or have checkpoints/latest name another than {checkpoint}"
-    )
+    checkpoint = next((parent.name for parent in path.parents if parent.name.startswith("step-")), "this")
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return RunError(f"{path} is damaged: {reason}: restore it, or have checkpoints/latest name another checkpoint than {checkpoint}")
 
 
 class _Shard:
@@ -197,7 +207,7 @@ def _check_content(path: Path, shard: Shard) -> None:
     try:
         found = file_sha256(path)
     except OSError as error:
-        raise damaged(path, error.strerror) from None
+        raise damaged(path, error) from None
     if found != shard.sha256:
         raise damaged(path, "its content does not match its hash")
 

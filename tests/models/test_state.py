@@ -15,9 +15,11 @@ import torch
 
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import RunError
-from ctrlrl.models.state import INDEX, Index, _checksum
+from ctrlrl.models.state import INDEX, Index, _checksum, write_checked
 from ctrlrl.models.trainer import Trainer, TrainerConfig, join_world
 from ctrlrl.objectives.likelihood import likelihood
+from ctrlrl.ppo.reward import AdaptiveKL
+from jobs.cast import _read_kl
 
 SHARD = "rank-00000.safetensors"
 SETTINGS = {"learning_rate": 1e-3, "dtype": "float32", "zero_stage": 1}
@@ -172,6 +174,19 @@ def test_the_index_holds_nothing_but_figures_and_names(messages):
     index = Index.model_validate(content)
     assert checksum == _checksum(content) and index.steps == 2 and {p.adam_step for p in index.parameters.values()} == {2.0}
     assert sorted(path.name for path in (folder / "good").iterdir()) == [SHARD, INDEX]
+
+
+@pytest.mark.parametrize("content", ['{"kl": {"beta": 0.3}, "checksum": "0"}', '{"kl": {"beta": 0.2', "{}", '{"kl": {"gamma": 1}}', "3"])
+def test_a_damaged_state_of_the_job_is_named(tmp_path, content):
+    path = tmp_path / "step-000007" / "state.json"
+    path.parent.mkdir()
+    write_checked(path, {"kl": AdaptiveKL(0.2).to_dict()})
+    assert _read_kl(path) == AdaptiveKL(0.2)
+    path.write_text('{"kl": {"beta": 0.2}}')  # of an earlier version
+    assert _read_kl(path) == AdaptiveKL(0.2)
+    path.write_text(content)
+    with pytest.raises(RunError, match="step-000007/state.json is damaged: .*have checkpoints/latest name another.*step-000007"):
+        _read_kl(path)
 
 
 if __name__ == "__main__":
