@@ -19,7 +19,7 @@ from ctrlrl.objectives.likelihood import likelihood
 from ctrlrl.ppo.loss import value_loss
 
 # Twenty optimiser steps of ragged batches; ranks and stages must agree after all of them.
-HALF = 15
+HALF = 17  # steps before the checkpoint
 STEPS = [np.arange(0, 5), np.arange(5, 11), np.array([2, 3, 5, 7, 8, 10]), np.array([4, 9]), np.arange(11)] * 4
 LOSS = likelihood
 
