@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import file_sha256, write_text
+from ctrlrl.data.disk import disk_told
 from ctrlrl.errors import RunError
 
 INDEX = "trainer.json"
@@ -95,12 +96,10 @@ def save_state(engine, directory: Path, steps: int) -> None:
         adam_steps[piece.name] = float(state["step"]) if state else None
         tensors[f"{_WEIGHT}/{piece.name}"] = piece.of(piece.flat).cpu()
         tensors |= {f"{moment}/{piece.name}": piece.of(state[moment]).cpu() for moment in _MOMENTS if state}
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / _file(rank)
-    try:
+    with disk_told(path):
+        directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be written: {error}: free space or choose another directory, and resume") from None
     found = {p.name: Parameter(shape=p.shape, adam_step=adam_steps[p.name]) for p in mine}
     shard = Shard(sha256=file_sha256(path), pieces={p.name: (p.start, p.length) for p in mine})
     everywhere: list[tuple[dict[str, Parameter], Shard]] = [None] * world
