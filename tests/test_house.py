@@ -29,7 +29,10 @@ EXCEPTIONS = {
 }
 UNDECLARED = {"datasets"}  # whoever reads from the hub is told to install it
 BY_OTHERS = {"tensorboard"}  # torch.utils.tensorboard imports it
-OWNERS = {"deepspeed": {"ctrlrl/models/trainer.py", "ctrlrl/models/earlier_state.py"}, "vllm": {"ctrlrl/models/sampler.py", "ctrlrl/models/reload.py"}}
+OWNERS = {
+    "deepspeed": {"ctrlrl/models/trainer.py", "ctrlrl/models/earlier_state.py"},
+    "vllm": {"ctrlrl/models/sampler.py", "ctrlrl/models/reload.py"},
+}
 MAX_LINES, MAX_FUNCTION = 300, 60
 
 
