@@ -47,11 +47,12 @@ def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrain
     return model
 
 
-def load_classifier(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+def load_classifier(name: str, dtype: str, attention: str | None = None) -> PreTrainedModel:
     """A sequence classifier with one output, to be trained: any encoder or causal backbone, or a reward model. Without dropout.
 
     A head that a backbone lacks is drawn at random (a head of zeros would keep the backbone from learning for long, at the small
-    learning rates of fine-tuning). ModelError for a classifier with another number of labels, or without its head.
+    learning rates of fine-tuning). attention: None for the model's own, as in scoring: encoders do not all know the same. ModelError for a
+    classifier with another number of labels, or without its head.
     """
     config, new_head = _backbone_config(name)
     config = _without_dropout(config)
@@ -188,7 +189,7 @@ def _settled(name: str, config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _is_token(i: int | None, config: PretrainedConfig) -> bool:
-    return isinstance(i, int) and 0 <= i < config.vocab_size
+    return isinstance(i, int) and 0 <= i < (getattr(config, "vocab_size", None) or 0)
 
 
 def _zero_new_head(model: PreTrainedModel, missing: list[str]) -> None:
@@ -286,6 +287,8 @@ def _some(names: list[str]) -> str:
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Dropout would make policy and reference differ at step 0; every dropout field of the configuration is set to 0."""
     config.classifier_dropout = 0.0  # absent means 0.1 to token classifiers
-    for field in [f for f in vars(config) if f.endswith(("dropout", "_pdrop", "dropout_prob"))]:
+    # A switch, such as ESM's token_dropout, is no rate: it scales embeddings of its models.
+    rates = {name: rate for name, rate in vars(config).items() if not isinstance(rate, bool)}
+    for field in [f for f in rates if f.endswith(("dropout", "_pdrop", "dropout_prob"))]:
         setattr(config, field, 0.0)
     return config

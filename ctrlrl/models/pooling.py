@@ -4,6 +4,7 @@ Each architecture finds the state that it scores in its own way: at the first to
 padding token, as a mean. One rule of padding, in training and in scoring alike, suits them all.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -42,6 +43,8 @@ def raw_scores(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, types_BT
     inputs = {"input_ids": ids_BT.masked_fill(mask_BT == 0, fill), "attention_mask": mask_BT}
     if types_BT is not None:
         inputs["token_type_ids"] = types_BT
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     before = [config.pad_token_id for config in configs]
     try:

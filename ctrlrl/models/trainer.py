@@ -263,7 +263,8 @@ def _masked(batch: TokenBatch) -> TokenBatch:
 
 def _module(kind: Kind, name: str, config: TrainerConfig, temperature: float):
     """The model `name` as a module of forward.py, in float32 where a copy in another dtype is made later."""
-    dtype, attention = "float32" if config.zero_stage < 3 else config.dtype, attention_for(config.layout, load_config(name))
+    dtype = "float32" if config.zero_stage < 3 else config.dtype
+    attention = None if kind == "reward" else attention_for(config.layout, load_config(name))  # a classifier's own, as in scoring
     load = {"policy": load_policy, "value": load_value_model, "reward": load_classifier}[kind]
     model = load(name, dtype, attention)
     if config.gradient_checkpointing:

@@ -85,8 +85,11 @@ def check_same_vocabulary(policy: str, other: str, role: str) -> None:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many tokens the model can read."""
-    weight = model.get_input_embeddings().weight
+    """How many tokens the model can read; ModelError for one that reads something else."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except NotImplementedError:
+        raise ModelError(f"a {type(model).__name__} has no table of tokens: give a model that reads tokens") from None
     return getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 the parameter itself is empty
 
 
