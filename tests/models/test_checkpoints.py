@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ctrlrl.errors import ModelError, RunError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.fingerprint import model_fingerprint
+from ctrlrl.models.forward import RewardModule, lay_out
 from ctrlrl.models.loading import (
     check_backbone,
     check_causal,
@@ -25,7 +26,9 @@ from ctrlrl.models.loading import (
     save_control_tokenizer,
     within_positions,
 )
+from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.models.reading import existing, load_config, load_tokenizer
+from ctrlrl.models.scorer import Scorer, ScorerConfig
 from ctrlrl.models.vocabulary import check_same_vocabulary, end_token_ids, final_token_id
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -212,3 +215,19 @@ def test_positions_with_an_offset_hold_fewer_tokens(tmp_path, tokenizer):
     model = load_reward_model(str(tmp_path), "float32")
     ids = torch.full((1, 30), 5)
     assert torch.isfinite(model(ids, attention_mask=torch.ones_like(ids)).logits).all()
+
+
+@pytest.mark.parametrize("pad", [None, 2, 0, 9999])
+@pytest.mark.parametrize("tokenizers", [None, "<end>", "<s>"])
+def test_scores_do_not_depend_on_what_pads(changed, models, pad, tokenizers):
+    talks = [([{"role": "user", "content": f"How do I bake {n} loaves?"}], "Mix flour. " * n) for n in (1, 7, 3)]
+    name = changed("helpful", pad_token_id=pad)
+    tokenizer = load_tokenizer(name)
+    tokenizer.pad_token = tokenizers
+    tokenizer.save_pretrained(name)
+    wanted, scorer = Scorer(ScorerConfig(model=models["helpful"])).raw(talks), Scorer(ScorerConfig(model=name))
+    assert scorer.raw(talks) == pytest.approx(wanted, abs=1e-6)
+    assert [scorer.raw([talk])[0] for talk in talks] == pytest.approx(wanted, abs=1e-6)
+    batch = conversation_batch([scorer._encode(*talk) for talk in talks], typed=False)
+    module = RewardModule(load_classifier(name, "float32"), token_types=False)
+    assert module(lay_out(batch, "padded", torch.device("cpu")))[0].detach().numpy() == pytest.approx(wanted, abs=1e-6)
