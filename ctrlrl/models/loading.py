@@ -19,7 +19,7 @@ from transformers import (
 from ctrlrl.chat import literals, own_template
 from ctrlrl.errors import ModelError
 from ctrlrl.models.exporting import writable_generation_config
-from ctrlrl.models.reading import check_weight_files, existing, load_config, load_tokenizer, reading
+from ctrlrl.models.reading import check_weight_files, existing, has_tokenizer, load_config, load_tokenizer, reading
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.prompts import control_chat_template
 
@@ -241,7 +241,7 @@ def _check_whole(kind: type, name: str, what: str, config: PretrainedConfig, new
         return  # names and shapes are the quantiser's
     model, info = _on_meta(kind, name, config)
     _missing(model, info, name, what, new_head)
-    beyond = tokens_beyond(load_tokenizer(name), embedding_rows(model))
+    beyond = tokens_beyond(load_tokenizer(name), embedding_rows(model)) if has_tokenizer(name) else []
     if beyond:
         raise ModelError(
             f"the tokenizer of {name!r} has {len(beyond)} tokens beyond the {embedding_rows(model)} rows of the model's embedding, "
