@@ -4,21 +4,27 @@ A template may drop a system turn, reorder turns, cut contents or print the day'
 gone. Here such a template is refused by name, and a date in it is always DATE.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache
+from typing import Annotated
 
 from jinja2 import TemplateError
+from pydantic import Field
 
-from ctrlrl.errors import DataError, ModelError
+from ctrlrl.errors import DataError, ModelError, RecipeError
 from ctrlrl.inert import broken, markers, special_texts
 
 Messages = Sequence[dict[str, str]]
 DATE = date(2026, 1, 1)  # what a template that prints today's date prints on every day
 # Ends what control_chat_template puts before a model's own template, so that plain_chat_template finds it again.
 OWN_TEMPLATE = "{#- ctrlrl: the model's own chat template #}"
+# Variables of the chat template by recipe, such as { enable_thinking = false }. An empty one is no part of a dumped recipe.
+ChatVariables = Annotated[dict[str, bool | int | float | str], Field(exclude_if=lambda variables: not variables)]
+_OURS = ("helpful", "harmless", "messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "ctrlrl")
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 
 
@@ -39,6 +45,26 @@ def own_template(tokenizer) -> str:
     if not template:
         raise ModelError(f"the tokenizer of {name!r} has no chat template: give a chat model, or set tokenizer.chat_template and save it")
     return dated(plain_chat_template(template), name)
+
+
+def with_variables(tokenizer, variables: ChatVariables):
+    """`tokenizer`, its chat template with `variables` as defaults, so that they hold wherever it goes, in an export too.
+
+    RecipeError for a variable that the template does not read, or that is not the recipe's to set.
+    """
+    if not variables:
+        return tokenizer
+    template, settings = own_template(tokenizer), ""
+    for name, value in variables.items():
+        if name in (*_OURS, *tokenizer.special_tokens_map) or not name.isidentifier():
+            raise RecipeError(f"chat.{name} is not for a recipe to set: leave it out")
+        if not re.search(rf"\b{name}\b", template):
+            raise RecipeError(f"chat.{name}: the chat template of {_name(tokenizer)} has no such variable: leave it out")
+        written = str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+        settings += f"{{%- if {name} is not defined -%}}{{%- set {name} = {written} -%}}{{%- endif -%}}"
+    newline = "\n" if template[:1].isspace() else ""
+    tokenizer.chat_template = f"{settings}{{#- ctrlrl: variables of the recipe #}}{newline}{template}"
+    return tokenizer
 
 
 def dated(template: str, name: str = "") -> str:

@@ -12,6 +12,7 @@ from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from actors.value import Value, ValueConfig
+from ctrlrl.chat import ChatVariables
 from ctrlrl.config import Section
 from ctrlrl.models.sampler import SamplingConfig
 from ctrlrl.models.state import damaged, read_checked, write_checked
@@ -42,6 +43,7 @@ class PPORecipe(Section):
     keep_checkpoints: int = Field(2, gt=0)
     cluster: ClusterConfig = ClusterConfig()
     policy: PolicyConfig
+    chat: ChatVariables = {}
     value: ValueConfig = ValueConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardModels

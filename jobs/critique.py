@@ -19,6 +19,7 @@ from actors.crew import start_crew
 from actors.gauges import show
 from actors.placement import ClusterConfig
 from actors.rollout import Rollout, RolloutConfig
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_json
 from ctrlrl.data.critique import CritiqueLayout, Dialogues, Reply, Templates
@@ -44,6 +45,7 @@ class CritiqueRecipe(Section):
     out: str = "runs/critique"
     seed: int = 0
     policy: str
+    chat: ChatVariables = {}
     prompts: str
     max_prompts: int | None = Field(None, gt=0)
     skip_bad_rows: bool = False
@@ -106,7 +108,7 @@ class Critiquing:
         self._ids = [p.prompt_id for p in prompts]
         self._plan = Plan(len(prompts), config.samples_per_prompt, config.shard, config.seed)
         self._policy = model_fingerprint(config.policy)
-        self._tokenizer = load_tokenizer(config.policy)
+        self._tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
         self._fingerprint = {**drawn_from(config, self._policy, prompts), "templates": config.templates.model_dump(mode="json")}
         self._store = layout.critiques()
         self._pace, self._committed = Pace(), time.monotonic()

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from actors.placement import connect, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.reference import Reference, ReferenceConfig
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.critique import CritiqueLayout
@@ -81,6 +82,7 @@ class DPORecipe(OfflineRecipe):
     skip_long: bool = False
     skip_bad_rows: bool = False
     policy: PolicyConfig
+    chat: ChatVariables = {}
     reference: ReferenceConfig = ReferenceConfig()
 
     @model_validator(mode="after")
@@ -104,7 +106,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     check_policy(config.policy.model, trained=True)
     check_causal(config.reference_model, "reference")
     check_same_vocabulary(config.policy.model, config.reference_model, "reference")
-    tokenizer = load_tokenizer(config.policy.model)
+    tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)

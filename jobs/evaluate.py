@@ -18,6 +18,7 @@ from actors.crew import Crew, start_crew
 from actors.placement import ClusterConfig
 from actors.reward import RewardConfig, RewardModels
 from actors.rollout import RolloutConfig
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section, dump
 from ctrlrl.control import HIGH, LOW, grid
 from ctrlrl.data.atomic import write_atomically, write_json, write_text
@@ -66,6 +67,7 @@ class EvaluateRecipe(Section):
     name: str = ""
     seed: int = 0
     model: str
+    chat: ChatVariables = {}
     method: Literal["control", "prompting", "reranking", "system"] = "control"
     templates: tuple[Literal[1, 2, 3, 4], ...] = Field(TEMPLATES, min_length=1)
     samples: int = Field(3, gt=1)
@@ -107,7 +109,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
         asking = Asking(
             store,
             cells,
-            load_tokenizer(config.model),
+            with_variables(load_tokenizer(config.model), config.chat),
             {judge: {a: reward.load_calibration() for a, reward in models} for judge, models in config.judges.given.items()},
             samples=config.samples if config.method == "reranking" else 1,
             chunk=config.rollout.chunk,
@@ -164,7 +166,8 @@ def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
     read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
     templates = {"prompting": sorted(config.templates), "reranking": config.templates[:1]}.get(config.method, (None,))
     controls = SYSTEM_CONTROLS if config.method == "system" else grid(config.levels)
-    tokenizer, room = load_tokenizer(config.model), prompt_room(config.model, config.rollout.engine, config.sampling)
+    tokenizer = with_variables(load_tokenizer(config.model), config.chat)
+    room = prompt_room(config.model, config.rollout.engine, config.sampling)
     forms = lambda prompt: [cell.asked for cell in make_cells([prompt], controls, config.method, templates)]  # noqa: E731
     prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, forms)
     return make_cells(prompts, controls, config.method, templates), [*read.report.rejects, *aside]
@@ -181,7 +184,7 @@ def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
             judged[judge][a]["calibration"] = reward.load_calibration().content_hash
     prompts = {cell.prompt.prompt_id: cell.prompt for cell in cells}
     return {
-        **config.model_dump(mode="json", include={"method", "seed", "levels", "sampling"}),
+        **config.model_dump(mode="json", include={"method", "seed", "levels", "sampling", "chat"}),
         "templates": sorted({cell.template for cell in cells if cell.template is not None}),
         "samples": config.samples if config.method == "reranking" else 1,
         "engine": config.rollout.engine.model_dump(mode="json"),

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from actors.placement import connect, reserve
 from actors.policy import Policy, PolicyConfig
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.data.batches import Loss
 from ctrlrl.data.epochs import Subset, hold_out
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
@@ -48,18 +49,19 @@ class FinetuneRecipe(OfflineRecipe):
     skip_bad_rows: bool = False
     retokenise: bool = False
     policy: PolicyConfig
+    chat: ChatVariables = {}
     evaluation: InterimCrewConfig = InterimCrewConfig()
 
 
 def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
     check_policy(config.policy.model, trained=True)
-    tokenizer = load_tokenizer(config.policy.model)
+    tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []
     examples, kept, held_out = read_examples(config, tokenizer, rejects if config.skip_bad_rows else None)
     train = Subset(examples, kept)
-    interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows)
+    interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows, config.chat)
     epochs = epochs_of(config, train)
     with open_run(config, resume) as run:
         data = table_fingerprint(read_distilled(config.data))

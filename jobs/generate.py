@@ -22,6 +22,7 @@ from actors.gauges import show
 from actors.placement import ClusterConfig
 from actors.reward import RewardModels
 from actors.rollout import Rollout, RolloutConfig
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_json
 from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, Plan, prompts_fingerprint, samples_table
@@ -48,6 +49,7 @@ class GenerateRecipe(Section):
     out: str = "runs/generated"
     seed: int = 0
     policy: str
+    chat: ChatVariables = {}
     prompts: str
     max_prompts: int | None = Field(None, gt=0)
     skip_bad_rows: bool = False
@@ -91,7 +93,8 @@ def generate(config: GenerateRecipe) -> int:
 
 def fitting(config: GenerateRecipe, read: PromptSet, skip: bool) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
     """The prompts that leave room for an answer, their token ids without a control, and those that do not; DataError unless `skip`."""
-    tokenizer, room = load_tokenizer(config.policy), prompt_room(config.policy, config.rollout.engine, config.sampling)
+    tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
+    room = prompt_room(config.policy, config.rollout.engine, config.sampling)
     prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")])
     return prompts, [np.array(ids, np.int32) for (ids,) in rendered], aside
 
@@ -104,7 +107,7 @@ class Generation:
         self._ids = [p.prompt_id for p in prompts]
         self._plan = Plan(len(prompts), config.samples_per_prompt, config.shard, config.seed)
         self._policy = model_fingerprint(config.policy)
-        self._tokenizer = load_tokenizer(config.policy)
+        self._tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
         self._fingerprint = drawn_from(config, self._policy, prompts)
         self._samples = layout.samples()
         self._judges = {a: Judge.of(r, layout.scores(OPTIMISATION, a), self._fingerprint) for a, r in config.reward}
@@ -209,7 +212,7 @@ class Generation:
 def drawn_from(config: Section, policy: str, prompts: list[Prompt]) -> dict:
     """The fingerprint of what the shards of a generation or critique depend on. policy: the model's own fingerprint."""
     return {
-        **config.model_dump(mode="json", include={"seed", "samples_per_prompt", "shard", "sampling"}),
+        **config.model_dump(mode="json", include={"seed", "samples_per_prompt", "shard", "sampling", "chat"}),
         "engine": config.rollout.engine.model_dump(mode="json"),
         "policy": policy,
         "prompts": prompts_fingerprint(prompts),

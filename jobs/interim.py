@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -18,6 +19,7 @@ from actors.policy import Policy
 from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
 from ctrlrl.data.rejects import Reject
@@ -79,11 +81,12 @@ class Interim:
         seed: int,
         section: str = "rollout",
         skip_bad_rows: bool = False,
+        chat: ChatVariables = MappingProxyType({}),
     ):
         self._config, self._seed, self._cells = config, seed, []
         self.rejects: list[Reject] = []
         if config.every:
-            self._tokenizer = load_tokenizer(model)
+            self._tokenizer = with_variables(load_tokenizer(model), chat)
             read, controls = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count), grid(config.levels)
             room = prompt_room(model, rollout.engine, config.sampling, section)
             asked = lambda prompt: [cell.asked for cell in make_cells([prompt], controls)]  # noqa: E731
@@ -122,9 +125,17 @@ class Interim:
 class InterimCrew:
     """Looks of a job that has no rollout pool: a context that starts one, and two reward models, if `config.every` is above 0."""
 
-    def __init__(self, config: InterimCrewConfig, cluster: ClusterConfig, model: str, seed: int, skip_bad_rows: bool = False):
+    def __init__(
+        self,
+        config: InterimCrewConfig,
+        cluster: ClusterConfig,
+        model: str,
+        seed: int,
+        skip_bad_rows: bool = False,
+        chat: ChatVariables = MappingProxyType({}),
+    ):
         self._config, self._cluster, self._model = config, cluster, model
-        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows)
+        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat)
         self.rejects = self._interim.rejects
         if config.every:
             for _, reward in config.judges:

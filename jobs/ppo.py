@@ -18,6 +18,7 @@ from actors.gauges import show
 from actors.group import CHANGEABLE
 from actors.recovery import Restarts
 from actors.sync import publish
+from ctrlrl.chat import with_variables
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import Prompt, read_prompts
@@ -48,7 +49,9 @@ FREE = (
 def train(config: PPORecipe, resume: bool = False) -> int:
     """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
     prompts, tokenizer, rejects = check_inputs(config)
-    interim = Interim(config.evaluation, config.policy.model, config.rollout, config.seed, skip_bad_rows=config.skip_bad_rows)
+    interim = Interim(
+        config.evaluation, config.policy.model, config.rollout, config.seed, skip_bad_rows=config.skip_bad_rows, chat=config.chat
+    )
     with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE) as run:
         data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
         origins = same_origins(run.directory, config.models, {"prompts": data})
@@ -191,7 +194,7 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
     for model in (config.reward.helpful.model, config.reward.harmless.model):
         check_reward_model(model)
     room = prompt_room(policy, config.rollout.engine, config.sampling)
-    tokenizer, read = load_tokenizer(policy), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
+    tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
     check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, lambda prompt: [(prompt.messages, CORNERS[0].spell())])
     rejects = [*read.report.rejects, *aside]

@@ -8,9 +8,10 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ctrlrl.chat import literals, plain_chat_template
+from ctrlrl.chat import ChatVariables, literals, plain_chat_template, with_variables
+from ctrlrl.config import Section
 from ctrlrl.control import CORNERS, Control
-from ctrlrl.errors import CtrlrlError, DataError, ModelError
+from ctrlrl.errors import CtrlrlError, DataError, ModelError, RecipeError
 from ctrlrl.prompts import check_messages, control_chat_template, controlled, prompting_templates, render
 
 TEMPLATE = (
@@ -319,3 +320,28 @@ def test_named_templates_without_a_default_are_refused():
 def test_the_exported_template_refuses_what_it_would_drop(exported, message, variables, reason):
     with pytest.raises(jinja2.exceptions.TemplateError, match=reason):
         apply(exported, [{"role": "user", "content": "Hi", **message}], **variables)
+
+
+THINKING = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<none>{% endif %}"
+
+
+def test_variables_of_the_recipe_hold_in_render_and_in_the_export():
+    plain = with_variables(byte_tokenizer(THINKING), {"enable_thinking": False})
+    ids = render(plain, user("Hi"))
+    assert plain.decode(ids).endswith("assistant\n<none>") and "<none>" not in plain.decode(render(byte_tokenizer(THINKING), user("Hi")))
+    exported = byte_tokenizer(control_chat_template(plain.chat_template, literals(plain)))
+    assert apply(exported, user("Hi")) == ids == render(exported, user("Hi"))
+    assert apply(exported, user("Hi"), enable_thinking=True) == ids[: -len("<none>")]
+
+
+@pytest.mark.parametrize("name", ["messages", "helpful", "thinking", "a b"])
+def test_variables_that_no_template_reads_or_that_are_ours_are_refused(name):
+    with pytest.raises(RecipeError, match=f"chat.{name}"):
+        with_variables(byte_tokenizer(THINKING), {name: False})
+
+
+def test_a_recipe_without_variables_is_dumped_as_ever():
+    class Recipe(Section):
+        chat: ChatVariables = {}
+
+    assert Recipe().model_dump() == {} and Recipe(chat={"enable_thinking": False}).model_dump() == {"chat": {"enable_thinking": False}}
