@@ -1,5 +1,6 @@
 """DeepSpeed training through the policy's actors equals a plain PyTorch loop at every ZeRO stage, layout, cutting and number of ranks."""
 
+import subprocess
 from functools import partial
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from actors.placement import reserve
 from actors.policy import Policy, PolicyConfig
 from actors.value import Value, ValueConfig
+from ctrlrl.data.atomic import write_directory
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
-from ctrlrl.errors import RecipeError, RunError
+from ctrlrl.errors import RecipeError, RunError, StorageError
 from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
 from ctrlrl.models.loading import load_policy
 from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
@@ -63,6 +65,27 @@ def start_policy(model, cluster_config, ranks=1, **train):
     policy = Policy(config, place, cluster_config, temperature=1.0, seed=0)
     policy.wait_ready()
     return policy, place
+
+
+def test_a_checkpoint_of_a_worker_on_a_full_disk_is_told_and_the_one_before_stays(ray_cluster, models, cluster_config, tmp_path):
+    policy, place = start_policy(models["policy"], cluster_config)
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True)
+    try:
+        if mount.returncode:
+            pytest.skip(f"NO TMPFS CAN BE MOUNTED HERE, a full disk is not tried: {mount.stderr.strip()}")
+        (folder / "step-000001").mkdir()
+        (folder / "step-000001" / "state").write_text("whole")
+        (folder / "filler").write_bytes(b"x" * 900_000)
+        with pytest.raises(StorageError, match=f"small/step-000001 cannot be written: No space left .* of 1.0 MiB free on {folder}"):
+            write_directory(folder / "step-000001", lambda aside: policy.save(aside / "policy"))
+        assert sorted(path.name for path in folder.rglob("*")) == ["filler", "state", "step-000001"]
+    finally:
+        policy.close()
+        place.release()
+        if not mount.returncode:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def weights_of(policy, ray):
