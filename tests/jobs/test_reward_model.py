@@ -131,7 +131,7 @@ def test_a_run_is_bound_to_its_data_and_weights(finished, assert_bound_to_origin
     assert_bound_to_origins(train_reward_model, config, out, {"reward_model.model"}, "data")
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage", "tolerance"), [(1, 0, 0.0), (2, 3, 1e-6)], ids=["same-ranks", "more-ranks"])
+@pytest.mark.parametrize(("ranks", "zero_stage", "tolerance"), [(1, 0, 0.0), (2, 2, 1e-6)], ids=["same-ranks", "more-ranks"])
 def test_a_resumed_run_equals_an_undisturbed_one(finished, tmp_path, ranks, zero_stage, tolerance):
     out, config = finished
     shutil.copytree(out / "checkpoints" / "step-000004", tmp_path / "run" / "checkpoints" / "step-000004")
