@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from actors.ending import end_all
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
 from actors.reward import Reward, RewardConfig
 from actors.rollout import Rollout, RolloutConfig
@@ -34,9 +35,7 @@ class Crew:
         return self
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles():
-            handle.close()
-        self.placement.release()
+        end_all(*(handle.close for handle in self._handles()), self.placement.release)
 
     def _handles(self) -> list:
         return [*self.rewards.values(), *([self.rollout] if self.rollout else [])]

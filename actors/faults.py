@@ -1,5 +1,6 @@
 """What to do about a failure: a pure table of (what failed, how, how often) -> decision. Knows nothing of Ray."""
 
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -28,18 +29,24 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """How often a failure may be met before giving up: of one item (pool) or step (group), of all workers of a crowd within WINDOW_S."""
+    """How often a failure may be met before giving up: of one item (pool) or step (group), of all workers of a crowd within WINDOW_S.
+
+    node_losses: of a pool's item, whose nodes went without notice while it was being done. Machines are lost without its doing, so there
+    may be more of them than of its own failures; but one that takes its machine down every time must come to an end.
+    """
 
     item_attempts: int = 3
     replacements: int = 8
+    node_losses: int = 6
 
 
 def decide(crowd: Literal["pool", "group"], failure: Failure, item_failures: int, replaced: int, limits: Limits) -> Decision:
-    """The decision for a failure, given how often this item or step failed (this time included) and how many workers were replaced
-    lately (see `counts` and Losses)."""
+    """The decision for a failure, given how often this item failed in this way or this step at all (this time included) and how many
+    workers were replaced lately (see `counts` and Losses)."""
     if failure is Failure.USER_ERROR:
         return Decision.RAISE  # the same input would fail again
-    if item_failures >= limits.item_attempts or replaced >= limits.replacements:
+    attempts = limits.node_losses if crowd == "pool" and failure is Failure.NODE_LOST else limits.item_attempts
+    if item_failures >= attempts or replaced >= limits.replacements:
         return Decision.RAISE
     if crowd == "group":
         return Decision.RESTART
@@ -53,11 +60,14 @@ def counts(own_place: bool, items_done: int) -> bool:
 
 
 class Losses:
-    """The losses of one crowd: how many there were lately, and when the next replacement may be asked for. Times are in seconds."""
+    """The losses of one crowd: how many there were lately, and when the next replacement may be asked for. Times are in seconds.
+
+    replaced: all of them. recoveries: how long each took that was made good.
+    """
 
     def __init__(self):
-        self.pause_until = 0.0
-        self._times, self._in_a_row = [], 0
+        self.pause_until, self.replaced, self.recoveries = 0.0, 0, []
+        self._times, self._in_a_row, self._open = [], 0, deque()
 
     def lately(self, now: float) -> int:
         """Those that count and are in the window."""
@@ -67,7 +77,14 @@ class Losses:
         """One more."""
         self._times += [now] * counted
         self._in_a_row += 1
+        self.replaced += 1
+        self._open.append(now)
         self.pause_until = now + pause_s(self._in_a_row)
+
+    def made_good(self, now: float) -> None:
+        """A worker is at work that was not: the replacement of the first that was lost, if one was."""
+        if self._open:
+            self.recoveries.append(now - self._open.popleft())
 
     def progress(self) -> None:
         """Work was done since: the next loss is a first one again."""

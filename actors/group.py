@@ -1,7 +1,10 @@
 """A group of ranks in lockstep: one death is everyone's. The ranks of a trained model, and the calls that go to all of them."""
 
 import socket
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -11,12 +14,13 @@ from pydantic import Field
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from actors.ending import end_all
 from actors.placement import ClusterConfig, Placement, Resources
 from actors.waiting import first_lost, gather
 from actors.watch import Lifeline, locate
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
-from ctrlrl.errors import CtrlrlError, DeadlineExceeded, GroupLost, WorkerLost
+from ctrlrl.errors import DeadlineExceeded, GroupLost, WorkerLost
 from ctrlrl.models.scorer import in_order
 from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig, combine_shares, join_world
 
@@ -24,6 +28,7 @@ from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig,
 CHANGEABLE = ("ranks", "resources", "train.zero_stage")
 
 _COMPLAINT_S = 5.0
+_PORT_TAKEN = "EADDRINUSE"  # in the text of torch's error
 
 
 class GroupConfig(Section):
@@ -60,6 +65,18 @@ class TrainerRank:
         return call(self.trainer, *arguments)
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The actors of one start, in rank order, and what is known of them. A call that fails late ends its own, not those that came after."""
+
+    actors: list[ActorHandle]
+    lives: list[Lifeline]
+
+    def end(self) -> None:
+        """End all; once more does no harm."""
+        end_all(*(partial(ray.kill, actor) for actor in self.actors))
+
+
 class TrainerGroup:
     """Handle of all ranks of one model. The typed handles (Policy, Value, RewardTrainer) own one and bind what they share.
 
@@ -80,25 +97,34 @@ class TrainerGroup:
     ):
         self.name, self._cluster, self._config, self._placement = name, cluster, config, placement
         self._arguments = (kind, model, config.train, temperature, seed)
+        self._order = threading.Lock()  # of calls from several threads: collectives need the same one on every rank
         self._start()
 
     def _start(self) -> None:
-        """Fresh ranks in the reserved places, and the wish that they build their engines."""
-        config, cluster = self._config, self._cluster
+        """Fresh ranks in the reserved places, and the wish that they build their engines; wait_ready says if they are lost on the way."""
+        config = self._config
         options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT)
-        self._lives = [Lifeline(f"{self.name} rank {rank}") for rank in range(config.ranks)]
-        self._ranks: list[ActorHandle] = [
+        actors = [
             TrainerRank.options(scheduling_strategy=self._placement.at(self.name, rank), **options).remote() for rank in range(config.ranks)
         ]
+        self._ranks = Ranks(actors, [Lifeline(f"{self.name} rank {rank}") for rank in range(config.ranks)])
+        try:
+            self._starting, self._lost = self._meet(), None
+        except GroupLost as error:
+            self._starting, self._lost = [], error
+
+    def _meet(self) -> list[ray.ObjectRef]:
+        """Once all ranks have a place, have them meet and build their engines; the calls that do so."""
+        ranks, cluster = self._ranks, self._cluster
         # A place may first have to come back, on a node that replaces a lost one; then a process with its imports.
         placing_s = cluster.placement_deadline_s + cluster.start_deadline_s
-        for life, where in zip(self._lives, self._wait([locate(r) for r in self._ranks], placing_s, "getting a place"), strict=True):
+        places = self._wait(ranks, [locate(actor) for actor in ranks.actors], placing_s, "getting a place")
+        for life, where in zip(ranks.lives, places, strict=True):
             life.where = where
-        address, port = gather([self._ranks[0].meeting_point.remote()], cluster.start_deadline_s, f"{self.name} rank 0 starting")[0]
+        address, port = self._wait(ranks, [ranks.actors[0].meeting_point.remote()], cluster.start_deadline_s, "naming a meeting point")[0]
         patience_s = 2 * cluster.call_deadline_s  # of ranks with each other: it is the driver that says which of them is late
-        self._starting = [
-            rank.build.remote(i, config.ranks, address, port, patience_s, self._arguments) for i, rank in enumerate(self._ranks)
-        ]
+        size = len(ranks.actors)
+        return [actor.build.remote(i, size, address, port, patience_s, self._arguments) for i, actor in enumerate(ranks.actors)]
 
     def restart(self) -> None:
         """End all ranks and start fresh ones, with the model directory's weights; follow it with wait_ready and load."""
@@ -106,16 +132,21 @@ class TrainerGroup:
         self._start()
 
     def wait_ready(self) -> None:
-        """Return when every rank has built its engine."""
-        self._wait(self._starting, self._cluster.start_deadline_s, "loading the model")
+        """Return when every rank has built its engine; GroupLost if one died before, or another process took the port they were to meet
+        at."""
+        if self._lost:
+            raise self._lost
+        self._wait(self._ranks, self._starting, self._cluster.start_deadline_s, "loading the model")
 
     def refs(self, call: Callable, *arguments) -> list[ray.ObjectRef]:
         """Start `call(trainer, *arguments)` on every rank; `call` is an unbound method of Trainer."""
-        return [rank.do.remote(call, *arguments) for rank in self._ranks]
+        with self._order:
+            return [actor.do.remote(call, *arguments) for actor in self._ranks.actors]
 
     def call(self, call: Callable, *arguments) -> list:
         """`call(trainer, *arguments)` on every rank; the results in rank order."""
-        return self._wait(self.refs(call, *arguments), self._cluster.call_deadline_s, call.__name__)
+        ranks = self._ranks
+        return self._wait(ranks, self.refs(call, *arguments), self._cluster.call_deadline_s, call.__name__)
 
     def train(self, batch: TokenBatch, loss: Loss, steps: list[np.ndarray]) -> list[dict[str, float]]:
         """One optimiser step for each row selection of `steps`; the stats of each global batch."""
@@ -142,25 +173,26 @@ class TrainerGroup:
 
     def pids(self) -> list[int]:
         """Process ids, in rank order."""
-        return [life.where.pid for life in self._lives]
+        return [life.where.pid for life in self._ranks.lives]
 
     def close(self) -> None:
         """End all ranks."""
-        for rank in self._ranks:
-            ray.kill(rank)
+        self._ranks.end()
 
-    def _wait(self, refs: list[ray.ObjectRef], deadline_s: float, doing: str) -> list:
-        """The ranks' results. Whatever fails, all ranks are ended: one that lives waits in a collective for the one that failed."""
+    def _wait(self, ranks: Ranks, refs: list[ray.ObjectRef], deadline_s: float, doing: str) -> list:
+        """The results of `ranks`. Whatever fails, all of them are ended: one that lives waits in a collective for the one that failed."""
         try:
-            return gather(refs, deadline_s, f"{self.name} ranks, {doing}", self._lives)
+            return gather(refs, deadline_s, f"{self.name} ranks, {doing}", ranks.lives)
         except (WorkerLost, DeadlineExceeded) as error:
-            self.close()
+            ranks.end()
             raise GroupLost(str(error)) from error
-        except (CtrlrlError, RayTaskError):
+        except Exception as error:
             lost = first_lost(refs, _COMPLAINT_S)  # a rank complains of a dead peer before Ray knows of the death
-            self.close()
+            ranks.end()
             if lost:
-                raise GroupLost(f"{self.name} ranks, {doing}: {self._lives[lost[0]]}: {lost[1]}") from lost[1]
+                raise GroupLost(f"{self.name} ranks, {doing}: {ranks.lives[lost[0]]}: {lost[1]}") from lost[1]
+            if isinstance(error, RayTaskError) and _PORT_TAKEN in str(error):
+                raise GroupLost(f"{self.name} ranks, {doing}: another process took the port that they were to meet at") from None
             raise
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import ray
 from ray.actor import ActorHandle
 
+from actors.faults import Failure
 from actors.watch import Lifeline
-from ctrlrl.errors import DeadlineExceeded
+from ctrlrl.errors import CtrlrlError, DeadlineExceeded
 
 _ASK_S = 3.0  # without work
 _log = logging.getLogger("ctrlrl")
@@ -22,22 +23,45 @@ Entry = tuple[int, ray.ObjectRef, Callable[[object], None]]
 
 @dataclass(eq=False)
 class Item:
-    """One piece of work and who waits for it."""
+    """One piece of work and who waits for it. name: for messages. failures, node_losses: how often it was given up by a worker that did
+    it, and by a node that went without notice."""
 
     call: Call
     future: Future
+    name: str
     failures: int = 0
+    node_losses: int = 0
+
+    def note(self, failure: Failure, announced: bool) -> int:
+        """One more failure; how many of its kind there were. announced: its node was to be taken away, which is nobody's fault."""
+        if failure is Failure.NODE_LOST:
+            self.node_losses += not announced
+            return self.node_losses
+        self.failures += 1
+        return self.failures
+
+    def given_up(self, error: Exception) -> Exception:
+        """What its holder is told after the last attempt, which ended with `error`."""
+        tried = self.failures + self.node_losses
+        if tried < 2 or not isinstance(error, CtrlrlError):
+            return error
+        lost = f" ({self.node_losses} of them lost their node)" if self.node_losses else ""
+        told = type(error)(f"{self.name} was given up after {tried} attempts{lost}. The last: {error}")
+        told.__cause__ = error
+        return told
 
 
 @dataclass(eq=False)
 class Member:
-    """One worker. own_place: not one of the reserved ones. version: with which it has entered (None: it gets no items)."""
+    """One worker. own_place: not one of the reserved ones. version: with which it has entered (None: it gets no items).
+    barred: what keeps it from entering, until there is another version."""
 
     index: int
     own_place: bool
     actor: ActorHandle
     life: Lifeline
     version: int | None = None
+    barred: BaseException | None = None
     leaving: bool = False
     items_done: int = 0
     items: dict[Item, float] = field(default_factory=dict)  # since when
@@ -54,6 +78,18 @@ class Member:
     def expect(self, doing: str, limit_s: float = float("inf")) -> None:
         """It is `doing` something from now on, for `limit_s` seconds at most."""
         self._doing, self.since, self._limit_s = doing, time.monotonic(), limit_s
+
+    def entered(self, version: int) -> None:
+        """It gets items from now on."""
+        self.version = version
+        self.expect("waiting for work")
+        self.life.alive(f"it entered with version {version}")
+
+    def did_one(self) -> None:
+        """It has done an item."""
+        self.items_done += 1
+        self.since = time.monotonic()
+        self.life.alive("an item was done")
 
     def heed(self, draining: set[str]) -> bool:
         """Whether it leaves, because its node is one of those that are about to be taken away."""

@@ -1,34 +1,40 @@
 """A pool of interchangeable workers: one death is one retry of one item, and their number follows the work.
 
 Items are submitted from any thread and answered through ordinary futures. A worker that dies or overruns its deadline is replaced and
-its items are given to others; a worker's own error is raised at once. One thread owns the pool's state and handles its events in turn:
-Ray's callbacks only post to it, since they must not call Ray themselves.
+its items are given to others; a worker's own error is raised at once. One thread (owner.py) owns the pool's state and handles its events
+in turn: Ray's callbacks only post to it, since they must not call Ray themselves.
 
 A worker is asked for, gets a place and a process, builds its model, and *enters*: it is brought to the pool's version and checked.
-Only then does it get items. It leaves when it is idle beyond the pool's minimum, or when its node is about to be taken away.
+Only then does it get items. It leaves when it is idle beyond the pool's minimum, or when its node is about to be taken away. If what it
+enters with is gone (the node that published the weights was lost), it waits for the next version, and that is nobody's failure.
 """
 
 import logging
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
+from typing import NoReturn
 
 import ray
 from ray.actor import ActorHandle
 
+from actors.ending import end_all
 from actors.faults import Decision, Failure, Limits, Losses, counts, decide
 from actors.gauges import show_pool
 from actors.member import Call, Entry, Item, Member
+from actors.owner import Owner
 from actors.placement import ClusterConfig, draining_nodes, shortage
+from actors.renewals import Renewals, out_of_reach
 from actors.scaling import Workers, may_leave, workers_to_add
-from actors.waiting import classify, translate
+from actors.waiting import classify, input_lost, translate
 from actors.watch import Lifeline, locate
-from ctrlrl.errors import PlacementError, WorkerLost
+from ctrlrl.errors import DeadlineExceeded, PlacementError, WorkerLost
 
 _TICK_S = 1.0
+_CLOSE_S = 60.0
 _log = logging.getLogger("ctrlrl")
 
 
@@ -47,7 +53,7 @@ class Pool:
         per_worker: int = 2,
         item_attempts: int = 3,
     ):
-        self.name, self.replaced, self.recoveries = name, 0, []
+        self.name = name
         self._create, self._build, self._enter_call, self._size, self._per_worker = create, build, enter, size, per_worker
         self._limits, self._cluster = Limits(item_attempts, cluster.replacements), cluster
         self._todo: deque[Item] = deque()
@@ -56,23 +62,29 @@ class Pool:
         self._next_own = size.min
         self._node_of: dict[int, str] = {}  # reserved place -> node on which its last worker ran
         self._draining: set[str] = set()
-        self._losses, self._open_losses = Losses(), deque()  # open: those not made good yet, since when
+        self._losses = Losses()
         self._ticked = self._work_waited = self._placed = time.monotonic()
-        self._broken: Exception | None = None
-        self._all_ready: Future = Future()
-        if size.min == 0:
-            self._all_ready.set_result(None)
-        self._renewals: list[tuple[Future, set[Member]]] = []
         self._events: queue.Queue[Callable[[], None]] = queue.Queue()
-        for _ in range(size.min):
-            self._add()
-        threading.Thread(target=self._run, name=f"pool-{name}", daemon=True).start()
+        self._owner = Owner(f"pool-{name}", self._events, self._turn, _TICK_S, self._end_workers)
+        self._renewals = Renewals(self._owner)
+        self._least_ready, self._all_ready = False, self._owner.promise(lambda _: None)
+        self._events.put(self._tick)  # asks for the first workers
+        self._owner.start()
 
-    def submit(self, call: Call) -> Future:
-        """Queue one item; `call` makes the remote call on the worker that is chosen for it. Cancelling the future takes it back."""
-        item = Item(call, Future())
-        self._events.put(lambda: self._todo.append(item))
-        return item.future
+    @property
+    def replaced(self) -> int:
+        """How many workers were lost and replaced."""
+        return self._losses.replaced
+
+    @property
+    def recoveries(self) -> list[float]:
+        """Seconds from the loss of a worker to the entry of another."""
+        return self._losses.recoveries
+
+    def submit(self, call: Call, name: str = "an item") -> Future:
+        """Queue one item; `call` makes the remote call on the worker that is chosen for it, `name` is for messages. Cancelling the future
+        takes it back."""
+        return self._owner.promise(lambda future: self._todo.append(Item(call, future, name)))
 
     def wait_ready(self) -> None:
         """Return when the least number of workers is ready; raises what a worker raised in starting."""
@@ -80,37 +92,26 @@ class Pool:
 
     def renew(self, version: int) -> None:
         """Only workers that entered with `version` get items from now on; returns when those at work have done so or are lost."""
-        done: Future = Future()
-        self._events.put(lambda: self._begin_renewal(version, done))
-        done.result()
+        self._owner.promise(lambda done: self._begin_renewal(version, done)).result()
 
     def pids(self) -> list[int]:
         """Process ids of the workers that have a process."""
-        found: Future = Future()
-        self._events.put(lambda: found.set_result([w.life.where.pid for w in self._workers if w.placed]))
+        found = self._owner.promise(lambda found: self._owner.answer(found, [w.life.where.pid for w in self._workers if w.placed]))
         return found.result(60)
 
     def close(self) -> None:
-        """End all workers; items not answered yet get WorkerLost."""
-        done: Future = Future()
-        self._events.put(lambda: (self._break(WorkerLost(f"{self.name} workers were closed")), done.set_result(None)))
-        if not self._broken:
-            done.result(60)
+        """End all workers and the pool's thread; items not answered yet get WorkerLost."""
+        self._events.put(lambda: self._break(WorkerLost(f"{self.name} workers were closed")))
+        if not self._owner.join(_CLOSE_S):
+            raise DeadlineExceeded(f"{self.name} workers were not closed within {_CLOSE_S:g} s")
 
-    def _run(self) -> None:
-        while not self._broken:
-            try:
-                self._events.get(timeout=_TICK_S)()
-                self._dispatch()
-                if time.monotonic() - self._ticked >= _TICK_S:
-                    self._tick()
-            except queue.Empty:
-                self._events.put(self._tick)
-            except Exception as error:  # a bug of ours must not leave callers waiting for ever
-                self._break(error)
-        while True:  # answer those who come late
-            self._events.get()()
-            self._refuse_all()
+    def _turn(self) -> None:
+        """What follows every event, and every second without one."""
+        self._settle()
+        self._dispatch()
+        if time.monotonic() - self._ticked >= _TICK_S:
+            self._tick()
+            self._dispatch()
 
     def _add(self) -> None:
         taken = {w.index for w in self._workers}
@@ -122,14 +123,20 @@ class Pool:
         self._when(locate(worker.actor), worker, self._on_placed)
         self._when(self._build(worker.actor), worker, lambda worker, _: self._enter(worker))
 
-    def _when(self, ref: ray.ObjectRef, worker: Member, then: Callable[[Member, object], None]) -> None:
-        """Call `then(worker, result)` in the pool's thread, unless the call failed or the worker has been given up meanwhile."""
+    def _when(self, ref: ray.ObjectRef, worker: Member, then: Callable, without: Callable | None = None) -> None:
+        """Call `then(worker, result)` in the pool's thread, unless the call failed or the worker has been given up meanwhile; if what the
+        call was given is gone, `without(worker, error)`."""
 
         def done(future: Future) -> None:
-            if worker in self._workers and future.exception() is not None:
-                self._failed(worker, None, future.exception())
-            elif worker in self._workers:
+            error = future.exception()
+            if worker not in self._workers:
+                return
+            if error is None:
                 then(worker, future.result())
+            elif without and input_lost(error):
+                without(worker, error)
+            else:
+                self._failed(worker, None, error)
 
         ref.future().add_done_callback(lambda future: self._events.put(lambda: done(future)))
 
@@ -140,6 +147,7 @@ class Pool:
             self._node_of[worker.index] = where.node_id
 
     def _enter(self, worker: Member) -> None:
+        worker.barred = None
         entry = self._enter_call(worker.actor)
         if entry is None:
             self._admit(worker, 0)
@@ -151,75 +159,84 @@ class Pool:
             check(result)  # what it raises ends the pool
             self._admit(worker, version) if version == self._version else self._enter(worker)  # else overtaken by another
 
-        self._when(ref, worker, entered)
+        def barred(worker: Member, error: BaseException) -> None:
+            if version != self._version:
+                self._enter(worker)
+                return
+            _log.warning("%s waits for other weights: those of version %d are gone (%s)", worker.life, version, type(error).__name__)
+            worker.expect("waiting for other weights")
+            worker.barred = error
+
+        self._when(ref, worker, entered, barred)
 
     def _admit(self, worker: Member, version: int) -> None:
-        worker.version = version
-        worker.expect("waiting for work")
-        worker.life.alive(f"it entered with version {version}")
-        if self._open_losses:
-            self.recoveries.append(time.monotonic() - self._open_losses.popleft())
-        if sum(w.version is not None for w in self._workers) >= self._size.min and not self._all_ready.done():
-            self._all_ready.set_result(None)
-        self._settle()
+        worker.entered(version)
+        self._losses.made_good(time.monotonic())
 
     def _begin_renewal(self, version: int, done: Future) -> None:
         self._version = version
-        at_work = [w for w in self._workers if w.version is not None]
-        self._renewals.append((done, set(at_work)))
-        for worker in at_work:
+        again = [w for w in self._workers if w.version is not None or w.barred is not None]
+        self._renewals.begin(done, again)
+        for worker in again:
             worker.version = None
             self._enter(worker)
-        self._settle()
 
     def _settle(self) -> None:
-        for done, waiting in self._renewals:
-            waiting.intersection_update(w for w in self._workers if w.version is None)
-            if not waiting and not self._broken:
-                done.set_result(None)
-        self._renewals = [r for r in self._renewals if r[1] or self._broken]
+        """Answer whom there is an answer for: all who wait, if no worker can come to the present version."""
+        if gone := out_of_reach(self._workers, f"version {self._version} of {self.name}"):
+            self._renewals.refuse(gone)
+            while self._todo:
+                self._owner.answer(self._todo.popleft().future, error=gone)
+        self._renewals.settle(self._workers)
+        if not self._least_ready and sum(w.version is not None or w.barred is not None for w in self._workers) >= self._size.min:
+            self._least_ready = True
+            self._owner.answer(self._all_ready)
 
     def _dispatch(self) -> None:
-        while self._todo and not self._broken:
+        while self._todo:
             free = [w for w in self._workers if w.version is not None and not w.leaving and len(w.items) < self._per_worker]
             if not free:
                 return
             worker, item = min(free, key=lambda w: len(w.items)), self._todo.popleft()
-            if not item.future.running() and not item.future.set_running_or_notify_cancel():
+            if not self._owner.wanted(item.future):
+                continue
+            try:
+                ref = item.call(worker.actor)
+            except Exception as error:  # it cannot even be sent: the item's fault
+                self._owner.answer(item.future, error=translate(error, item.name))
                 continue
             worker.items[item] = time.monotonic()
-            done = item.call(worker.actor).future()
-            done.add_done_callback(lambda future, w=worker, i=item: self._events.put(lambda: self._on_done(w, i, future)))
+            ref.future().add_done_callback(lambda future, w=worker, i=item: self._events.put(lambda: self._on_done(w, i, future)))
 
     def _on_done(self, worker: Member, item: Item, future: Future) -> None:
-        if worker.items.pop(item, None) is None:
+        if item not in worker.items:
             return  # taken away meanwhile: the worker was given up
+        error = future.exception()
+        if error is not None and classify(error) is not Failure.USER_ERROR:
+            item = next(iter(worker.items))  # all its calls fail at once, and only the first was being done
+        del worker.items[item]
         for waiting in worker.items:
             worker.items[waiting] = time.monotonic()  # its turn begins now
-        if future.exception() is not None:
-            self._failed(worker, item, future.exception())
+        if error is not None:
+            self._failed(worker, item, error)
             return
-        worker.items_done += 1
-        worker.since = time.monotonic()
+        worker.did_one()
         self._losses.progress()
-        worker.life.alive("an item was done")
-        item.future.set_result(future.result())
+        self._owner.answer(item.future, future.result())
 
     def _failed(self, worker: Member, item: Item | None, error: BaseException) -> None:
+        """A call of `worker` failed, of the item that was being done if one was."""
         failure, now = classify(error), time.monotonic()
-        if item is not None:
-            item.failures += failure is not Failure.NODE_LOST  # which is not the item's doing
-        decision = decide("pool", failure, item.failures if item else 0, self._losses.lately(now), self._limits)
+        failures = item.note(failure, worker.leaving) if item else 0
         told = translate(error, str(worker.life))
-        if decision is Decision.RAISE:
+        if decide("pool", failure, failures, self._losses.lately(now), self._limits) is Decision.RAISE:
             if item is not None:
-                item.future.set_exception(told)
+                told = item.given_up(told)
+                self._owner.answer(item.future, error=told)
             if item is None or failure is not Failure.USER_ERROR:
                 self._break(told)  # else a bad item: the worker goes on
             return
         self._losses.note(now, counts(worker.own_place, worker.items_done))
-        self.replaced += 1
-        self._open_losses.append(now)
         _log.warning("%s; its work goes to others", told)
         if item is not None:
             self._todo.appendleft(item)
@@ -227,31 +244,17 @@ class Pool:
 
     def _remove(self, worker: Member) -> None:
         """End a worker; its items go back to the queue."""
-        if worker not in self._workers:
-            return
         self._workers.remove(worker)
         self._todo.extendleft(reversed(worker.items))
         worker.items.clear()
         ray.kill(worker.actor)
-        self._settle()
+        self._ticked = float("-inf")  # the next turn looks how many there should be
 
-    def _break(self, error: BaseException) -> None:
-        if self._broken:
-            return
-        self._broken = error
-        self._todo.extend(item for worker in self._workers for item in worker.items)
-        self._refuse_all()
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            ray.kill(worker.actor)
+    def _break(self, error: BaseException) -> NoReturn:
+        self._owner.end(error)
 
-    def _refuse_all(self) -> None:
-        """Answer everybody who waits with the error that ended the pool."""
-        for future in (self._all_ready, *(done for done, _ in self._renewals), *(item.future for item in self._todo)):
-            if not future.done():
-                future.set_exception(self._broken)
-        self._renewals.clear()
-        self._todo.clear()
+    def _end_workers(self) -> None:
+        end_all(*(partial(ray.kill, worker.actor) for worker in self._workers))
 
     def _tick(self) -> None:
         """Once a second: deadlines, nodes that are taken away, how many workers there should be."""
@@ -264,12 +267,11 @@ class Pool:
         self._check_places(now)
         self._heed_drains()
         self._resize(now)
-        self._dispatch()
         show_pool(self.name, [w.version is not None for w in self._workers], len(self._todo), self.replaced)
 
     def _check_places(self, now: float) -> None:
         """When somebody waits for workers and none has a place (or, in starting, one has not), there is an end."""
-        starting = not self._all_ready.done()
+        starting = not self._least_ready
         waited_for = self._todo or self._renewals or starting
         placed = [w.placed for w in self._workers]
         if not waited_for or all(placed if starting else [any(placed)]):
@@ -289,7 +291,7 @@ class Pool:
             self._work_waited = now
         staying = [w for w in self._workers if not w.leaving]
         coming = sum(w.version is None for w in staying)
-        if now >= self._losses.pause_until and not self._broken:
+        if now >= self._losses.pause_until:
             for _ in range(workers_to_add(self._size, len(staying), coming, len(self._todo), self._per_worker)):
                 self._add()
         for worker in staying:

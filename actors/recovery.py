@@ -20,6 +20,15 @@ class Restartable(Protocol):
     def wait_ready(self) -> None: ...  # noqa: D102
 
 
+def ready(groups: Sequence[Restartable], cluster: ClusterConfig) -> None:
+    """Return when all ranks of `groups` are ready; if a group is lost in starting all begin anew, as often as a step may."""
+    try:
+        for group in groups:
+            group.wait_ready()
+    except GroupLost as error:
+        Restarts(cluster).after(error, 0, groups)
+
+
 class Restarts:
     """The restarts of one job, and their end: too often at the same step, or too many in an hour. recoveries: seconds each took."""
 

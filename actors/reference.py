@@ -51,5 +51,6 @@ class Reference:
         """Logprobs of the scored tokens, one fp32 array a row, in the batch's order."""
         size = max(1, -(-len(batch) // self._workers))
         parts = [batch.select(np.arange(i, min(i + size, len(batch)))) for i in range(0, len(batch), size)]
-        futures = [self.pool.submit(lambda worker, part=part: worker.logprobs.remote(part)) for part in parts]
+        name = f"reference logprobs of {size} rows"
+        futures = [self.pool.submit(lambda worker, part=part: worker.logprobs.remote(part), name) for part in parts]
         return [row for future in futures for row in future.result()]

@@ -60,10 +60,15 @@ class Reward:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
         size = max(1, -(-len(conversations) // self._workers))
         parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
-        futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part)) for part in parts]
+        futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part), named(part)) for part in parts]
         return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> Future:
         """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs."""
         part = list(conversations)
-        return self.pool.submit(lambda worker: worker.raw.remote(part))
+        return self.pool.submit(lambda worker: worker.raw.remote(part), named(part))
+
+
+def named(part: list[tuple[Messages, str]]) -> str:
+    """What messages call the scoring of `part`."""
+    return f"scoring {len(part)} answers, the first of them {part[0][1][:60]!r}" if part else "scoring no answers"

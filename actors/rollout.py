@@ -52,6 +52,7 @@ class RolloutWorker:
 
     def load_weights(self, message, probe):
         self.sampler.load_weights(message)
+        self.message = message  # keeps it in this node's store too, for those that join after the publisher's node has died
         return message.nbytes, self.sampler.logprobs(probe)
 
 
@@ -91,7 +92,8 @@ class Rollout:
         for first in range(0, len(requests), self._config.chunk):
             part = list(requests[first : first + self._config.chunk])
             rows = np.arange(first, first + len(part))
-            futures[self.pool.submit(lambda worker, part=part: worker.generate.remote(part, sampling))] = rows
+            name = f"drawing responses {first} to {first + len(part) - 1}"
+            futures[self.pool.submit(lambda worker, part=part: worker.generate.remote(part, sampling), name)] = rows
         try:
             for future in as_completed(futures):
                 completions = future.result()
@@ -107,7 +109,8 @@ class Rollout:
     def generate_apart(self, requests: Sequence[Request], sampling: SamplingConfig) -> Future:
         """Completions, without logprobs, of one engine call that depends on nothing but its arguments and the weights."""
         part = list(requests)
-        return self.pool.submit(lambda worker: worker.generate_apart.remote(part, sampling))
+        name = f"drawing {len(part)} responses with the seeds {[request.seed for request in part[:2]]}…"
+        return self.pool.submit(lambda worker: worker.generate_apart.remote(part, sampling), name)
 
     def load(self, message: ray.ObjectRef, version: int, expected: Expectation) -> int:
         """Give every worker the weights of `message`, now and when it joins later, and check each against `expected` before it gets work.

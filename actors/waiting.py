@@ -56,7 +56,7 @@ def first_lost(refs: Sequence[ray.ObjectRef], wait_s: float) -> tuple[int, Excep
                 ray.get(ref)
         except LOST as error:
             return place, error
-        except RayTaskError:
+        except Exception:  # its worker lives
             continue
     return None
 
@@ -75,6 +75,11 @@ def translate(error: Exception, what: str) -> Exception:
     return error
 
 
+def input_lost(error: BaseException) -> bool:
+    """Whether a call failed because what it was given is gone, while its worker lives."""
+    return isinstance(error, ObjectLostError) or (isinstance(error, RayTaskError) and isinstance(error.cause, LOST))
+
+
 def classify(error: Exception) -> Failure:
     """The kind of failure that the table in faults.py speaks about; of one of ours, that of its cause."""
     while isinstance(error, WorkerLost) and error.__cause__ is not None:
@@ -83,8 +88,10 @@ def classify(error: Exception) -> Failure:
         return Failure.OUT_OF_MEMORY
     if isinstance(error, DeadlineExceeded):
         return Failure.TIMED_OUT
-    if isinstance(error, NodeDiedError):
+    if isinstance(error, NodeDiedError | ObjectLostError):
         return Failure.NODE_LOST
     if isinstance(error, LOST):
         return Failure.NODE_LOST if "its node" in str(error) else Failure.WORKER_DIED  # Ray: "died because its node has died"
+    if isinstance(error, WorkerLost):
+        return Failure.WORKER_DIED
     return Failure.USER_ERROR

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from actors.ending import end_all
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
 from actors.policy import Policy, PolicyConfig
+from actors.recovery import ready
 from actors.reference import Reference, ReferenceConfig
 from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
@@ -94,9 +96,7 @@ class Cast:
 
     def close(self) -> None:
         """End all actors and give their places back."""
-        for handle in (*self.groups, *self.pools.values()):
-            handle.close()
-        self.placement.release()
+        end_all(*(handle.close for handle in (*self.groups, *self.pools.values())), self.placement.release)
 
 
 def demands_of(config: PPORecipe) -> Demands:
@@ -116,21 +116,28 @@ def start_cast(config: PPORecipe) -> Cast:
     connect(config.cluster, {**demands, "spare": config.rollout.spare})
     place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
     policy, value = (group.scheduled(config.optimiser_steps) for group in (config.policy, config.value))
-    cast = Cast(
-        rollout=Rollout(config.rollout, model, place, cluster),
-        rewards={a: Reward(f"reward.{a}", reward, place, cluster) for a, reward in config.reward},
-        reference=Reference(
-            config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature
-        ),
-        policy=Policy(policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed),
-        value=Value(value, place, cluster, model=value.model or model, seed=config.seed) if config.has_value else None,
-        placement=place,
-    )
+    started = []  # to be ended if the next one cannot be started
+
+    def start(handle):
+        started.append(handle)
+        return handle
+
     try:
-        for handle in (*cast.groups, *cast.pools.values()):
-            handle.wait_ready()
+        cast = Cast(
+            rollout=start(Rollout(config.rollout, model, place, cluster)),
+            rewards={a: start(Reward(f"reward.{a}", reward, place, cluster)) for a, reward in config.reward},
+            reference=start(
+                Reference(config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature)
+            ),
+            policy=start(Policy(policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed)),
+            value=start(Value(value, place, cluster, model=value.model or model, seed=config.seed)) if config.has_value else None,
+            placement=place,
+        )
+        ready(cast.groups, cluster)
+        for pool in cast.pools.values():
+            pool.wait_ready()
     except BaseException:
-        cast.close()
+        end_all(*(handle.close for handle in started), place.release)
         raise
     return cast
 

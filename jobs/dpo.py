@@ -13,8 +13,10 @@ import numpy as np
 import typer
 from pydantic import Field, model_validator
 
+from actors.ending import end_all
 from actors.placement import connect, reserve
 from actors.policy import Policy, PolicyConfig
+from actors.recovery import ready
 from actors.reference import Reference, ReferenceConfig
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
@@ -120,7 +122,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
         place = reserve({"policy": config.policy.bundles}, config.cluster)
         policy = Policy(scheduled(config.policy, config, epochs.total), place, config.cluster, temperature=1.0, seed=config.seed)
         try:
-            policy.wait_ready()
+            ready([policy], config.cluster)
             held_out = partial(validate, policy, examples, reference, mixture, config.beta)
             loss = partial(dpo_loss, beta=config.beta, nll_weight=config.nll_weight)
             task = Task("dpo", train, loss, held_out, partial(policy.export_controllable, tokenizer))
@@ -129,8 +131,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
             write_rejects(run.directory, rejects)
             return train_offline(config, run, policy, task, epochs)
         finally:
-            policy.close()
-            place.release()
+            end_all(policy.close, place.release)
 
 
 def read_data(config: DPORecipe, tokenizer, rejects: list[Reject] | None = None) -> tuple[Mixture, TokenBatch]:
@@ -189,8 +190,7 @@ def reference_logprobs(config: DPORecipe, run: Run, batch: TokenBatch) -> np.nda
                 scored.append(summed(reference.logprobs(batch.select(part))))
                 progress.advance(f"{sum(map(len, scored)):,} pairs")
     finally:
-        reference.close()
-        place.release()
+        end_all(reference.close, place.release)
     output_directory(config.out)
     write_reference(path, np.concatenate(scored), fingerprint)
     return np.concatenate(scored)

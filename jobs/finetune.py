@@ -13,8 +13,10 @@ import pyarrow as pa
 import typer
 from pydantic import Field
 
+from actors.ending import end_all
 from actors.placement import connect, reserve
 from actors.policy import Policy, PolicyConfig
+from actors.recovery import ready
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.data.batches import Loss
 from ctrlrl.data.epochs import Subset, hold_out
@@ -73,7 +75,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
         policy = Policy(policy_config, place, config.cluster, temperature=1.0, seed=config.seed)
         try:
             with interim:
-                policy.wait_ready()
+                ready([policy], config.cluster)
                 task = Task(
                     config.objective,
                     train,
@@ -87,8 +89,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                 write_rejects(run.directory, [*rejects, *interim.rejects])
                 return train_offline(config, run, policy, task, epochs)
         finally:
-            policy.close()
-            place.release()
+            end_all(policy.close, place.release)
 
 
 def objective(config: FinetuneRecipe) -> Loss:

@@ -6,7 +6,6 @@ hand (Interim); fine-tuning jobs have not, and start them only if they are asked
 
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -29,6 +28,7 @@ from ctrlrl.evaluation.metrics import METRICS, measure
 from ctrlrl.models.loading import check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
 from jobs.asking import draw_seed, spoken
+from jobs.launch import background
 from jobs.reading import askable
 
 
@@ -110,7 +110,7 @@ class Interim:
                 texts[row], tokens[row] = text, len(ids)
             finished[rows] = completions.finished
         conversations = [(cell.prompt.messages, text) for cell, text in zip(self._cells, texts, strict=True)]
-        with ThreadPoolExecutor(len(ATTRIBUTES)) as both:
+        with background(len(ATTRIBUTES)) as both:
             scores = dict(zip(ATTRIBUTES, both.map(lambda a: rewards[a].score(conversations), ATTRIBUTES), strict=True))
         judge = JUDGES[0]
         table = make_table(self._cells, texts, tokens, finished, {judge: scores})

@@ -1,8 +1,12 @@
 """Starting a job from the command line: its options, its exit codes, and stopping it without losing work."""
 
+import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +26,8 @@ SkipBadRows = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
 
 EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+_GRACE_S = 3.0  # for an interrupted job to end its workers and close its files
 
 
 def run_job(
@@ -45,20 +51,54 @@ def run_job(
 
 
 class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():`)
-    """Context in which a CtrlrlError, or a disk's refusal, is printed without traceback and ends the process with exit code 2."""
+    """Context of a command: a CtrlrlError, or a disk's refusal, is printed without traceback and ends the process with exit code 2, an
+    interrupt with 130.
+
+    After an interrupt that is to stop at once the process ends within seconds, whatever it waits for: its workers end with it, and all
+    files are written so that a killed process leaves none half-written.
+    """
 
     def __enter__(self):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _stop_at_once)
         return self
 
     def __exit__(self, kind, error, traceback):
+        if signal.getsignal(signal.SIGINT) is _stop_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         error = storage_error(error) or error  # of whatever library or worker
         if isinstance(error, CtrlrlError):
             print(f"ctrlrl: {error}", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_MISTAKE) from None
+        if isinstance(error, KeyboardInterrupt):
+            print("ctrlrl: stopped at once; the same command (of a training: with --resume) goes on from what is there", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _stop_at_once(_number, _frame):
+    """Interrupt what the main thread does; should its end, or that of another thread, not come soon, end the process."""
+    end = threading.Timer(_GRACE_S, os._exit, [EXIT_INTERRUPTED])
+    end.daemon = True
+    end.start()
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def background(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for calls that go on beside the job's own. Calls under way are waited for at the end, but not after an interrupt; those
+    that have not begun are not begun after an error."""
+    executor = ThreadPoolExecutor(threads)
+    try:
+        yield executor
+    except BaseException as error:
+        executor.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+        raise
+    executor.shutdown()
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that the job's loop looks at; a second SIGINT interrupts at once."""
+    """Turns the first SIGINT or SIGTERM into a flag that the job's loop looks at; a second SIGINT interrupts at once, as one does outside
+    of this context."""
 
     def __init__(self, until: str = "this step"):
         self.signal, self._until = 0, until
@@ -81,8 +121,9 @@ class StopRequest:
         """The shell's code for a process that a signal ended, 0 if none came."""
         return 128 + self.signal if self.signal else 0
 
-    def _note(self, number, _frame):
+    def _note(self, number, frame):
         if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            before = self._previous[number]
+            (before if callable(before) else signal.default_int_handler)(number, frame)
         self.signal = number
         print(f"\nctrlrl: stopping after {self._until} (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)

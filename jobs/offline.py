@@ -4,7 +4,6 @@ The data position is a function of the step, so a resumed run does what an undis
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +20,7 @@ from ctrlrl.data.batches import Loss, TokenBatch
 from ctrlrl.data.epochs import BatchConfig, Epochs, Examples
 from ctrlrl.errors import GroupLost, RecipeError
 from ctrlrl.runs import Run
-from jobs.launch import StopRequest
+from jobs.launch import StopRequest, background
 from jobs.progress import Clock, Steps
 
 _TRAINER = "trainer"  # of a checkpoint
@@ -112,7 +111,7 @@ def _steps_from_checkpoint(
     """The steps that the last checkpoint leaves to do, unless a signal asks to stop."""
     done = _restore(run, trainer)
     progress.begin_at(done)
-    with ThreadPoolExecutor(1) as ahead:
+    with background(1) as ahead:
         coming = ahead.submit(_prepare, task, epochs, done)
         for step in range(done, epochs.total):
             clock, figures = Clock(), {}

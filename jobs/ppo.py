@@ -35,7 +35,7 @@ from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.runs import Run
 from jobs.cast import Cast, PPORecipe, restore, start_cast, write_checkpoint
 from jobs.interim import Interim
-from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, run_job
+from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
 from jobs.progress import Clock, Steps
 from jobs.reading import askable
 
@@ -80,9 +80,9 @@ def steps_from_checkpoint(
     """The steps that the last checkpoint leaves to do; GroupLost if one of the trained models loses a rank."""
     done, kl = restore(config, cast, run)
     progress.begin_at(done)
-    with ThreadPoolExecutor(32) as background:
+    with background(32) as beside:
         for step in range(done, config.steps):
-            stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, background)
+            stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, beside)
             stats |= interim.metrics(step + 1, cast.rollout, cast.rewards)
             run.log(step, stats)
             show(stats)
@@ -94,7 +94,7 @@ def steps_from_checkpoint(
 
 
 def ppo_step(
-    config: PPORecipe, cast: Cast, prompts: Sequence[Prompt], tokenizer, step: int, kl: AdaptiveKL, background: ThreadPoolExecutor
+    config: PPORecipe, cast: Cast, prompts: Sequence[Prompt], tokenizer, step: int, kl: AdaptiveKL, beside: ThreadPoolExecutor
 ) -> tuple[dict[str, float], AdaptiveKL]:
     """One step of the algorithm; returns its metrics and the next KL controller."""
     clock = Clock()
@@ -105,7 +105,7 @@ def ppo_step(
     chunks = []
     for rows, completions in cast.rollout.generate(requests, config.sampling):
         samples = collect(queries, rows, completions)
-        chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, background)))
+        chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, beside)))
     clock.start("score")  # what is left of it: chunks are scored while later ones are drawn
     scored = concatenate([(rows, Scored(samples, *(f.result() for f in futures))) for rows, samples, futures in chunks])
 
@@ -115,10 +115,10 @@ def ppo_step(
 
     clock.start("train")
     algorithm = config.algorithm
-    updates = [background.submit(cast.policy.train, experience.batch, partial(policy_loss, clip=algorithm.clip), steps)]
+    updates = [beside.submit(cast.policy.train, experience.batch, partial(policy_loss, clip=algorithm.clip), steps)]
     if cast.value:
         updates.append(
-            background.submit(
+            beside.submit(
                 cast.value.train, experience.batch, partial(value_loss, clip=algorithm.value_clip, factor=algorithm.value_factor), steps
             )
         )
@@ -152,17 +152,17 @@ def collect(queries: list[Query], rows: np.ndarray, completions: Completions) ->
     )
 
 
-def score_chunk(cast: Cast, samples: Samples, tokenizer, background: ThreadPoolExecutor) -> tuple[Future, ...]:
+def score_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor) -> tuple[Future, ...]:
     """Start all scoring of a chunk: the fields of Scored after `samples`, as futures."""
     batch = samples.token_batch()
     texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
     conversations = [(q.messages, text.strip()) for q, text in zip(samples.queries, texts, strict=True)]
     zeros = [np.zeros(len(r), np.float32) for r in samples.response_ids]
     return (
-        background.submit(lambda: np.stack([cast.rewards[a].score(conversations) for a in ATTRIBUTES], 1)),
-        background.submit(cast.policy.logprobs, batch),
-        background.submit(cast.reference.logprobs, batch),
-        background.submit(cast.value.values, batch) if cast.value else background.submit(lambda: zeros),
+        beside.submit(lambda: np.stack([cast.rewards[a].score(conversations) for a in ATTRIBUTES], 1)),
+        beside.submit(cast.policy.logprobs, batch),
+        beside.submit(cast.reference.logprobs, batch),
+        beside.submit(cast.value.values, batch) if cast.value else beside.submit(lambda: zeros),
     )
 
 

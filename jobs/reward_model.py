@@ -13,7 +13,9 @@ import torch
 import typer
 from pydantic import Field
 
+from actors.ending import end_all
 from actors.placement import connect, reserve
+from actors.recovery import ready
 from actors.reward_trainer import RewardTrainer, RewardTrainerConfig
 from ctrlrl.data.epochs import Subset
 from ctrlrl.data.preferences import PairExamples, longer_wins, share_interval, split_pairs
@@ -69,7 +71,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
         place = reserve(demands, config.cluster)
         trainer = RewardTrainer(trainer_config, place, config.cluster, seed=config.seed)
         try:
-            trainer.wait_ready()
+            ready([trainer], config.cluster)
             loss = partial(bradley_terry, centre=config.centre)
             held_out = [pairs[i] for i in held]
             task = Task(
@@ -80,8 +82,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
             write_rejects(run.directory, rejects)
             return train_offline(config, run, trainer, task, epochs)
         finally:
-            trainer.close()
-            place.release()
+            end_all(trainer.close, place.release)
 
 
 def encode_pairs(config: RewardModelRecipe, tokenizer, pairs: list[PreferencePair]) -> PairExamples:

@@ -65,9 +65,6 @@ def environment(engine: EngineConfig) -> dict[str, str]:
     """Environment variables of a process that will hold a Sampler; they must precede the import of vLLM."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Passive waiting: spinning OpenMP threads on a busy machine cut decoding from 24 to 1 tokens/s.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         # Even an eager engine compiles small functions at its first call: seconds, and a C++ compiler, for nothing.

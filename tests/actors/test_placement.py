@@ -42,5 +42,7 @@ def test_resources_become_a_bundle_and_an_environment():
     resources = Resources(cpus=4, gpus=1, threads=2)
     assert resources.bundle == {"CPU": 4, "GPU": 1}
     options = resources.environment({"A": "b"})
-    assert options["runtime_env"]["env_vars"] == {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "A": "b"}
+    assert options["runtime_env"]["env_vars"] == {
+        "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "A": "b"
+    }  # fmt: skip
     assert Resources(cpus=0.5).environment({})["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"

@@ -1,0 +1,75 @@
+"""Stopping a job: asked once it ends its step, asked twice it ends at once, whatever it waits for."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ctrlrl.errors import GroupLost
+from jobs.launch import StopRequest, background
+
+# A job that waits in one of its threads, or in what it does at its end.
+JOB = """
+import sys, time
+from jobs.launch import StopRequest, background, mistakes_told
+with mistakes_told():
+    try:
+        with background(1) as beside:
+            beside.submit(time.sleep, 60)
+            if sys.argv[1] == "starting":
+                print("ready", flush=True)
+                time.sleep(60)
+            with StopRequest() as stop:
+                print("ready", flush=True)
+                while not stop:
+                    time.sleep(0.01)
+                print("asked", flush=True)
+                time.sleep(60)
+    finally:
+        time.sleep(60 if sys.argv[1] == "ending" else 0)
+"""
+
+
+def test_an_interrupted_job_ends_whatever_it_waits_for():
+    jobs = {
+        where: subprocess.Popen(
+            [sys.executable, "-c", JOB, where], stdout=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        for where in ("starting", "running", "ending")
+    }  # fmt: skip
+    try:
+        for where, job in jobs.items():
+            for word in ("ready",) if where == "starting" else ("ready", "asked"):
+                assert job.stdout.readline() == f"{word}\n"
+                job.send_signal(signal.SIGINT)
+        for job in jobs.values():
+            assert job.wait(8) == 130
+    finally:
+        for job in jobs.values():
+            job.kill()
+            job.wait()
+
+
+def test_calls_beside_the_job_are_waited_for_and_not_begun_after_an_error():
+    done, begun = [], threading.Event()
+    with background(1) as beside:
+        beside.submit(lambda: (time.sleep(0.05), done.append(1)))
+    assert done == [1]
+    with pytest.raises(GroupLost), background(1) as beside:
+        beside.submit(lambda: (begun.set(), time.sleep(0.05), done.append(2)))
+        beside.submit(done.append, 3)
+        begun.wait()
+        raise GroupLost("a rank")
+    assert done == [1, 2]
+
+
+def test_a_second_interrupt_is_left_to_whoever_handled_the_first_kind_before():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop and stop.exit_code == 130
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
