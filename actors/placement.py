@@ -124,10 +124,37 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
     group = placement_group(bundles, strategy="PACK")
     end = time.monotonic() + config.placement_deadline_s
     while not group.wait(min(2.0, max(0.1, end - time.monotonic()))):
+        check_alive()
         if time.monotonic() >= end:
             remove_placement_group(group)
             raise PlacementError(f"{_explain(demands)} (waited {config.placement_deadline_s:g} s)")
     return Placement(group, offsets, counts)
+
+
+def check_alive() -> None:
+    """PlacementError if the cluster has lost its last node, so that nothing it is asked for will ever come."""
+    if ray.nodes() and not any(node["Alive"] for node in ray.nodes()):
+        raise PlacementError(
+            "the cluster is gone: its last node has died, as happens when a machine runs out of memory (lower the workers, ranks or sizes "
+            "of the largest of them). The same command (of a training: with --resume) starts another cluster and goes on from what is there"
+        )
+
+
+class PlaceWatch:
+    """How long a pool's workers have waited for a place while somebody waits for them; PlacementError when that was too long."""
+
+    def __init__(self, name: str, config: ClusterConfig, now: float):
+        self._name, self._since = name, now
+        self._limit_s = config.placement_deadline_s + config.start_deadline_s  # a place, and a process with its imports
+
+    def look(self, now: float, waited_for: bool, all_of_them: bool, placed: list[bool]) -> None:
+        """placed: of each worker whether it has a place; one of them is enough, in starting `all_of_them` are needed."""
+        if not waited_for or (all(placed) if all_of_them else any(placed)):
+            self._since = now
+            return
+        check_alive()
+        if now - self._since > self._limit_s:
+            raise PlacementError(f"no place for a {self._name} worker within {self._limit_s:g} s: {shortage()}")
 
 
 def draining_nodes() -> set[str]:

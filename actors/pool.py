@@ -26,12 +26,12 @@ from actors.faults import Decision, Failure, Limits, Losses, counts, decide
 from actors.gauges import show_pool
 from actors.member import Call, Entry, Item, Member
 from actors.owner import Owner
-from actors.placement import ClusterConfig, draining_nodes, shortage
+from actors.placement import ClusterConfig, PlaceWatch, draining_nodes
 from actors.renewals import Renewals, out_of_reach
 from actors.scaling import Workers, may_leave, workers_to_add
 from actors.waiting import classify, input_lost, translate
 from actors.watch import Lifeline, locate
-from ctrlrl.errors import DeadlineExceeded, PlacementError, WorkerLost
+from ctrlrl.errors import DeadlineExceeded, WorkerLost
 
 _TICK_S = 1.0
 _CLOSE_S = 60.0
@@ -63,7 +63,8 @@ class Pool:
         self._node_of: dict[int, str] = {}  # reserved place -> node on which its last worker ran
         self._draining: set[str] = set()
         self._losses = Losses()
-        self._ticked = self._work_waited = self._placed = time.monotonic()
+        self._ticked = self._work_waited = time.monotonic()
+        self._places = PlaceWatch(name, cluster, self._ticked)
         self._events: queue.Queue[Callable[[], None]] = queue.Queue()
         self._owner = Owner(f"pool-{name}", self._events, self._turn, _TICK_S, self._end_workers)
         self._renewals = Renewals(self._owner)
@@ -264,21 +265,11 @@ class Pool:
                 self._failed(worker, *late)
             elif worker.to_be_asked(now):  # so that the death of one without work is noticed before there is some
                 self._when(locate(worker.actor), worker, Member.answered)
-        self._check_places(now)
+        waited_for = bool(self._todo or self._renewals or not self._least_ready)
+        self._places.look(now, waited_for, not self._least_ready, [w.placed for w in self._workers])
         self._heed_drains()
         self._resize(now)
         show_pool(self.name, [w.version is not None for w in self._workers], len(self._todo), self.replaced)
-
-    def _check_places(self, now: float) -> None:
-        """When somebody waits for workers and none has a place (or, in starting, one has not), there is an end."""
-        starting = not self._least_ready
-        waited_for = self._todo or self._renewals or starting
-        placed = [w.placed for w in self._workers]
-        if not waited_for or all(placed if starting else [any(placed)]):
-            self._placed = now
-        limit = self._cluster.placement_deadline_s + self._cluster.start_deadline_s  # a place, and a process with its imports
-        if now - self._placed > limit:
-            self._break(PlacementError(f"no place for a {self.name} worker within {limit:g} s: {shortage()}"))
 
     def _heed_drains(self) -> None:
         self._draining = draining_nodes()

@@ -16,9 +16,11 @@ from ray.exceptions import (
 )
 
 from actors.faults import Failure
+from actors.placement import check_alive
 from actors.watch import Lifeline, reports
 from ctrlrl.errors import CtrlrlError, DeadlineExceeded, PlacementError, WorkerLost
 
+_LOOK_S = 5.0  # how soon the end of the whole cluster is seen
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
@@ -28,8 +30,11 @@ def gather(refs: Sequence[ray.ObjectRef], deadline_s: float, what: str, lives: S
     waiting, end = list(refs), time.monotonic() + deadline_s
     places = {ref: place for place, ref in enumerate(refs)}
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
-        if not done:
+        left_s = end - time.monotonic()
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, min(left_s, _LOOK_S)))
+        if not done and left_s > _LOOK_S:
+            check_alive()
+        elif not done:
             late = reports([lives[places[ref]] for ref in waiting]) if lives else ""
             raise DeadlineExceeded(f"{what}: no answer within {deadline_s:g} s from {len(waiting)} of {len(refs)} workers{late}")
         for ref in done:

@@ -161,12 +161,13 @@ class Cluster:
     """What the pool's modules take for Ray and the clock; see `put_in_place`."""
 
     def __init__(self):
-        self.clock, self.draining, self.actors, self.queues = Clock(), set(), [], []
+        self.clock, self.draining, self.actors, self.queues, self.gone = Clock(), set(), [], [], False
         self.ray = SimpleNamespace(kill=self.kill, ObjectRef=Ref)
 
     def put_in_place(self, monkeypatch) -> None:
         """Have the modules of actors/ use this cluster until the test ends."""
         import actors.member
+        import actors.placement
         import actors.pool
         import actors.watch
 
@@ -181,16 +182,19 @@ class Cluster:
         monkeypatch.setattr(actors.pool, "locate", lambda actor: actor.call("locate"))
         monkeypatch.setattr(actors.pool, "draining_nodes", lambda: set(self.draining))
         monkeypatch.setattr(actors.pool, "show_pool", lambda *_: None)
-        monkeypatch.setattr(actors.pool, "shortage", lambda: "there is nothing")
+        monkeypatch.setattr(actors.placement, "shortage", lambda: "there is nothing")
+        monkeypatch.setattr(actors.placement, "ray", SimpleNamespace(nodes=lambda: [{"Alive": not self.gone}]))
         monkeypatch.setattr(actors.watch.Lifeline, "report", lambda life: str(life))
 
     def put_group_in_place(self, monkeypatch, choices: "Choices") -> None:
         """Have the modules of groups use this cluster, in which things happen as `choices` say while a group waits."""
         import actors.group
+        import actors.placement
         import actors.recovery
         import actors.waiting
         import actors.watch
 
+        monkeypatch.setattr(actors.placement, "ray", SimpleNamespace(nodes=lambda: [{"Alive": not self.gone}]))
         ray = SimpleNamespace(kill=self.kill, get=lambda ref: ref.answer.result(0), put=lambda value: value, ObjectRef=Ref)
         ray.wait = partial(self.wait, choices)
         for module in (actors.waiting, actors.recovery, actors.watch):

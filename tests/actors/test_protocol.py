@@ -21,7 +21,7 @@ from actors.placement import ClusterConfig, Placement
 from actors.pool import Pool
 from actors.recovery import Restarts, ready
 from actors.scaling import Workers, fixed
-from ctrlrl.errors import CtrlrlError, DataError, GroupLost, WorkerLost
+from ctrlrl.errors import CtrlrlError, DataError, GroupLost, PlacementError, WorkerLost
 
 CLUSTER = ClusterConfig(placement_deadline_s=20, start_deadline_s=20, call_deadline_s=10, replacements=8)
 SIZES = (fixed(1), fixed(2), Workers(min=1, max=3, idle_s=5), Workers(min=0, max=2, idle_s=5))
@@ -238,7 +238,7 @@ def simulated_cluster(monkeypatch) -> Cluster:
     return cluster
 
 
-@settings(max_examples=1200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(min_size=4, max_size=60))
 def test_whatever_happens_everybody_gets_one_answer(simulated_cluster, data):
     explore(data, simulated_cluster)
@@ -260,6 +260,32 @@ def test_an_item_that_takes_its_node_down_every_time_ends_with_its_name_and_spar
     assert len(killer.sent) <= 12  # six times it was being done; else it waited behind another
     run.work += [killer, good]
     run.finish()
+
+
+def test_the_end_of_the_cluster_is_said_at_once(simulated_cluster, monkeypatch):
+    run = Exploration(Choices(bytes([0, 0])), simulated_cluster)
+    work = Work(0, "good")
+    work.future = run.pool.submit(work.call)
+    began, simulated_cluster.gone = simulated_cluster.clock.now, True
+    while not work.future.done():
+        run.pass_time(1)
+        run.step()
+    with pytest.raises(PlacementError, match=r"the cluster is gone.*memory.*The same command \(of a training: with --resume\)"):
+        work.future.result(0)
+    with pytest.raises(PlacementError, match="the cluster is gone"):
+        run.ready[1].result(5)
+    assert simulated_cluster.clock.now - began < 5
+
+    cluster = Cluster()
+    cluster.put_group_in_place(monkeypatch, Choices(b""))
+    group, began = start_group(), cluster.clock.now
+    group.wait_ready()
+    cluster.gone = True
+    for actor in cluster.actors:
+        actor.hangs = True
+    with pytest.raises(PlacementError, match="the cluster is gone"):
+        group.call(step_of, 0)
+    assert cluster.clock.now - began <= 10
 
 
 # --- groups ---
