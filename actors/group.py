@@ -15,8 +15,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from actors.ending import end_all
+from actors.faults import Failure
 from actors.placement import ClusterConfig, Placement, Resources
-from actors.waiting import first_lost, gather
+from actors.waiting import classify, explained, first_lost, gather
 from actors.watch import Lifeline, locate
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
@@ -184,8 +185,10 @@ class TrainerGroup:
         try:
             return gather(refs, deadline_s, f"{self.name} ranks, {doing}", ranks.lives)
         except (WorkerLost, DeadlineExceeded) as error:
+            sure = classify(error) is Failure.OUT_OF_MEMORY
+            reason = ranks.lives[0].shortage(sure) if sure else ""
             ranks.end()
-            raise GroupLost(str(error)) from error
+            raise explained(GroupLost(str(error)), reason) from error
         except Exception as error:
             lost = first_lost(refs, _COMPLAINT_S)  # a rank complains of a dead peer before Ray knows of the death
             ranks.end()

@@ -29,7 +29,7 @@ from actors.owner import Owner
 from actors.placement import ClusterConfig, PlaceWatch, draining_nodes
 from actors.renewals import Renewals, out_of_reach
 from actors.scaling import Workers, may_leave, workers_to_add
-from actors.waiting import classify, input_lost, translate
+from actors.waiting import classify, explained, input_lost, translate
 from actors.watch import Lifeline, locate
 from ctrlrl.errors import DeadlineExceeded, WorkerLost
 
@@ -231,6 +231,8 @@ class Pool:
         failures = item.note(failure, worker.leaving) if item else 0
         told = translate(error, str(worker.life))
         if decide("pool", failure, failures, self._losses.lately(now), self._limits) is Decision.RAISE:
+            if failure in (Failure.WORKER_DIED, Failure.OUT_OF_MEMORY):
+                told = explained(told, worker.life.shortage(sure=failure is Failure.OUT_OF_MEMORY))
             if item is not None:
                 told = item.given_up(told)
                 self._owner.answer(item.future, error=told)

@@ -80,6 +80,15 @@ def translate(error: Exception, what: str) -> Exception:
     return error
 
 
+def explained(error: Exception, reason: str) -> Exception:
+    """The same WorkerLost with a further reason, if there is one."""
+    if not reason or not isinstance(error, WorkerLost):
+        return error
+    further = type(error)(f"{error}; {reason}")
+    further.__cause__ = error.__cause__
+    return further
+
+
 def input_lost(error: BaseException) -> bool:
     """Whether a call failed because what it was given is gone, while its worker lives."""
     return isinstance(error, ObjectLostError) or (isinstance(error, RayTaskError) and isinstance(error.cause, LOST))

@@ -16,6 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.memory import shortage_on_machine
+
 _LOOK_S = 20.0  # for a process on the worker's node to start and look
 _DUMP_S = 5.0
 _STACK_LINES = 40
@@ -76,6 +78,10 @@ class Lifeline:
         text = f"{self}: last sign of life at {clock}, {time.time() - self._seen:.0f} s ago ({self._did})"
         return f"{text}; {_look(self.where)}" if self.where else text
 
+    def shortage(self, sure: bool) -> str:
+        """Whether its machine is short of memory, which worker takes how much, and what to lower; empty if not, takes seconds."""
+        return _ask(self.where, _shortage, self.name, sure) if self.where else ""
+
 
 def reports(lives: Sequence[Lifeline]) -> str:
     """The reports of all, each on a new line, made at the same time."""
@@ -85,11 +91,21 @@ def reports(lives: Sequence[Lifeline]) -> str:
 
 def _look(where: Whereabouts) -> str:
     """What a process that is started on the worker's node finds out about it."""
+    return _ask(where, _examine, where.pid) or "its node could not be asked"
+
+
+def _ask(where: Whereabouts, question, *arguments) -> str:
+    """The answer of a process on the worker's node; empty if there is none."""
     place = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
     try:
-        return ray.get(_examine.options(scheduling_strategy=place).remote(where.pid), timeout=_LOOK_S)
-    except (RayError, GetTimeoutError) as error:
-        return f"its node could not be asked ({type(error).__name__})"
+        return ray.get(question.options(scheduling_strategy=place).remote(*arguments), timeout=_LOOK_S)
+    except (RayError, GetTimeoutError):
+        return ""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _shortage(worker: str, sure: bool) -> str:
+    return shortage_on_machine(worker, sure)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

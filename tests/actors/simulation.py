@@ -185,6 +185,7 @@ class Cluster:
         monkeypatch.setattr(actors.placement, "shortage", lambda: "there is nothing")
         monkeypatch.setattr(actors.placement, "ray", SimpleNamespace(nodes=lambda: [{"Alive": not self.gone}]))
         monkeypatch.setattr(actors.watch.Lifeline, "report", lambda life: str(life))
+        monkeypatch.setattr(actors.watch.Lifeline, "shortage", lambda life, sure: "there is no memory" if sure else "")
 
     def put_group_in_place(self, monkeypatch, choices: "Choices") -> None:
         """Have the modules of groups use this cluster, in which things happen as `choices` say while a group waits."""
