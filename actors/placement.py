@@ -133,7 +133,8 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
 
 def check_alive() -> None:
     """PlacementError if the cluster has lost its last node, so that nothing it is asked for will ever come."""
-    if ray.nodes() and not any(node["Alive"] for node in ray.nodes()):
+    nodes = ray.nodes()
+    if nodes and not any(node["Alive"] for node in nodes):
         raise PlacementError(
             "the cluster is gone: its last node has died, as happens when a machine runs out of memory (lower the workers, ranks or sizes "
             "of the largest of them). The same command (of a training: with --resume) starts another cluster and goes on from what is there"
