@@ -254,7 +254,7 @@ def test_an_item_that_takes_its_node_down_every_time_ends_with_its_name_and_spar
         if number == 0:
             killer.future, good.future = run.pool.submit(killer.call, "shard 7"), run.pool.submit(good.call, "shard 8")
     with pytest.raises(WorkerLost, match=r"^shard 7 was given up after 6 attempts \(6 of them lost their node\). The last: p worker"):
-        while not killer.future.done():
+        while not killer.future.done() and simulated_cluster.clock.now < 1000 + LIMIT_S:
             run.settle()
         killer.future.result(0)
     assert len(killer.sent) <= 12  # six times it was being done; else it waited behind another
