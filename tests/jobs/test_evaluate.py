@@ -223,7 +223,7 @@ def test_interim_figures_are_those_of_the_evaluation(evaluated, recipe, crew, ov
         (["levels=[1, 1]"], RecipeError, "levels names one twice"),
         (["templates=[5]"], RecipeError, "templates"),
         (["measure.refusals=['(']"], RecipeError, "is not a pattern"),
-        (["rollout.engine.max_model_tokens=20"], DataError, "5 of 5 prompts exceed .*raise rollout.engine.*--skip-bad-rows"),
+        (["rollout.engine.max_model_tokens=20"], DataError, "5 of 5 prompts.*raise rollout.engine.max_model_tokens.*--skip-bad-rows"),
         (["rollout.engine.max_model_tokens=513"], RecipeError, "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
     ],
 )
