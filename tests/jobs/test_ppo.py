@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,16 +93,59 @@ def test_a_run_is_bound_to_its_data_and_weights(finished, assert_bound_to_origin
     assert_bound_to_origins(train, config, out, models, "prompts")
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(finished, ppo_overrides, tmp_path):
+# A process of its own that runs the recipe whose overrides it is given, and says which processes its workers are.
+RUN = """
+import sys
+import jobs.ppo, jobs.launch
+start = jobs.ppo.start_cast
+def told(config):
+    cast = start(config)
+    workers = [pid for handle in (*cast.groups, *cast.pools.values()) for pid in handle.pids()]
+    print("workers", cast.reference.pids()[0], *workers, flush=True)
+    return cast
+jobs.ppo.start_cast = told
+sys.exit(jobs.launch.run_job(jobs.ppo.PPORecipe, jobs.ppo.train, "", sys.argv[1:]))
+"""
+
+
+def interrupt_in_the_second_step(overrides, out, address):
+    """Run two steps in a process of its own; Ctrl-C twice when, after a checkpoint, a worker's call lasts."""
+    job = subprocess.Popen(
+        [sys.executable, "-c", RUN, *overrides, f"out={out}"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RAY_ADDRESS": address}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        reference, *workers = map(int, next(line for line in job.stdout if line.startswith("workers")).split()[1:])
+        latest = out / "checkpoints" / "latest"
+        while not latest.exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+        os.kill(reference, signal.SIGSTOP)  # its next call, of the second step, does not end
+        time.sleep(2)
+        job.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert job.poll() is None  # it was asked to stop after the step
+        job.send_signal(signal.SIGINT)
+        assert job.wait(5) == 128 + signal.SIGINT
+        end = time.monotonic() + 5
+        while alive := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]:
+            assert time.monotonic() < end, alive
+            time.sleep(0.05)
+    finally:
+        job.kill()
+        job.wait()
+
+
+def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(finished, ray_cluster, ppo_overrides, tmp_path):
     out, config = finished
-    half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}", "steps=1"])
-    assert train(half) == 0
+    half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}"])
+    interrupt_in_the_second_step(ppo_overrides, tmp_path / "run", ray_cluster.get_runtime_context().gcs_address)
     (tmp_path / "run" / "metrics.jsonl").open("a").write(json.dumps({"step": 1, "reward/mean": 9}) + "\n")  # of a step that was cut off
     with pytest.raises(RunError, match="add --resume"):
         train(half)
     with pytest.raises(RunError, match=r"another recipe \(algorithm.clip: 0.2 -> 0.3\)"):
         train(half.model_copy(update={"algorithm": AlgorithmConfig(**{**half.algorithm.model_dump(), "clip": 0.3})}), resume=True)
-    whole = half.model_copy(update={"steps": 2, "evaluation": config.evaluation})
+    whole = half.model_copy(update={"evaluation": config.evaluation})
     assert train(whole, resume=True) == 0
     for resumed, undisturbed in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
         timed = {key for key in undisturbed if "second" in key or "tokens_per_s" in key}
