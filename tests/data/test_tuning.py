@@ -67,7 +67,7 @@ def test_a_row_is_the_prompt_with_its_control_and_the_response(tokenizer, object
 
 def test_a_row_that_the_chat_template_refuses_is_named(tokenizer):
     rows, strict = table(tokenizer), copy.deepcopy(tokenizer)
-    strict.chat_template = "{% if '1 loaves' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    strict.chat_template = "{% if '1 loaves' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
     with pytest.raises(DataError, match="^row 1 of the table: the chat template .* of user: no: "):
         ControlledExamples(rows, response_ids(rows, tokenizer, END, False), strict, "clm", 1)
 
