@@ -19,6 +19,7 @@ from ctrlrl.evaluation.files import RECIPE, TRAINING, is_result, read_rows
 
 _STEP = re.compile(r"step-(\d{6,})")
 _MODEL = "model"
+_ALIKE = '.layout: "packed" -> "auto"'  # what had to be packed is packed by itself
 
 
 class Run:
@@ -49,7 +50,8 @@ class Run:
                 raise RunError(f"{out!r} holds a run already: add --resume to continue it, or give another out")
             if recipe.exists():
                 old, new = json.loads(recipe.read_text()), json.loads(dump(config))
-                changed = [d for d in differences(old, new) if not d.startswith(tuple(f"{key}{end}" for key in free for end in ":."))]
+                found = [d for d in differences(old, new) if not d.endswith(_ALIKE)]
+                changed = [d for d in found if not d.startswith(tuple(f"{key}{end}" for key in free for end in ":."))]
                 if changed:
                     raise RunError(f"{out!r} was started with another recipe ({'; '.join(changed)}): undo the change, or give another out")
         except BaseException:

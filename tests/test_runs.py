@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +113,23 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     again.log(2, {"loss": 7.0})
     again.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "run")] == [(0, 0.0), (1, 1.0), (2, 7.0)]
+
+
+class Train(Section):
+    layout: str = "auto"
+
+
+class Trained(Section):
+    train: Train = Train()
+
+
+def test_a_run_whose_layout_had_to_be_packed_goes_on_with_the_automatic_one(tmp_path):
+    for layout, change in (("packed", nullcontext()), ("padded", pytest.raises(RunError, match='layout: "padded" -> "auto"'))):
+        run = Run.open(str(tmp_path / layout), Trained(train=Train(layout=layout)), resume=False)
+        run.begin()
+        run.close()
+        with change:
+            Run.open(str(tmp_path / layout), Trained(), resume=True)
 
 
 def test_a_run_is_resumed_with_the_recipe_it_was_started_with(tmp_path):

@@ -1,7 +1,8 @@
-"""From ragged sequences to outputs on their scored tokens: packing, attention within segments, and the two model heads.
+"""From ragged sequences to outputs on their scored tokens: the two layouts, and the model heads.
 
 A micro-batch is laid out either *packed* (all sequences in one row, attention within each segment, no padding) or *padded* (one
-sequence a row, padded on the right). Both give the same outputs. A token at position p is scored from the state at p - 1.
+sequence a row, padded on the right); layout.py settles which of them is exact for a model. A token at position p is scored from the
+state at p - 1.
 
 Legend: N tokens of the row(s), M scored tokens of the micro-batch, B sequences, T scored tokens of the longest, V vocabulary.
 """
@@ -10,62 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs
-from ctrlrl.errors import ModelError
 from ctrlrl.models.pooling import raw_scores
+from ctrlrl.models.segments import Segments, packed_row
 from ctrlrl.tensors import pad_rows, token_logprobs
-
-SEGMENTS = "ctrlrl_segments"
-# Configuration fields whose models change logits after the head, so that logprobs need the model's own full logits.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-def _segment_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, starts=None, **_):
-    """Causal attention within each of `segments` (lengths; `starts` [B + 1] on the device) of one packed row.
-
-    Half precision on CUDA takes PyTorch's variable-length flash attention; anything else one call a segment, the fastest exact form
-    measured on CPU.
-    """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _flash_attention(query, key, value, scaling, max(segments), starts), None
-    grouped = query.shape[1] != key.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
-    ]
-    return torch.cat(parts, 2).transpose(1, 2), None
-
-
-def _flash_attention(query, key, value, scaling, longest, starts) -> Tensor:
-    """Of one packed row, heads before tokens [1, H, N, D]; returns [1, N, H, D]."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None]
-
-
-AttentionInterface.register(SEGMENTS, _segment_attention)
-AttentionMaskInterface.register(SEGMENTS, lambda *_, **__: None)
-
-
-def attention_for(layout: str, config) -> str:
-    """The transformers attention that goes with a layout; refuses packing for models whose attention is windowed."""
-    if layout == "padded":
-        return "sdpa"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ModelError('this model uses sliding-window attention, which packing does not know: set layout = "padded"')
-    return SEGMENTS
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """One micro-batch as a model takes it. reads [M]: flat index of the state that scores each token; targets [M]; rows, columns [M]:
-    its place in the [B, T] grid."""
+    its place in the [B, T] grid. segments: those of a packed row."""
 
     model: dict
     reads: Tensor
@@ -73,6 +31,12 @@ class ModelInputs:
     rows: Tensor
     columns: Tensor
     shape: tuple[int, int]
+    segments: Segments | None = None
+
+    def run(self, model: nn.Module):
+        """The output of a transformers model on these inputs."""
+        with packed_row(self.segments):
+            return model(**self.model, use_cache=False)
 
     def grid(self, values_M: Tensor) -> Tensor:
         """Flat values of the scored tokens as [B, T], 0 elsewhere; differentiable."""
@@ -93,21 +57,18 @@ def lay_out(batch: TokenBatch, layout: str, device: torch.device) -> ModelInputs
     def tensor(array) -> Tensor:
         return torch.as_tensor(np.asarray(array, dtype=np.int64), device=device)
 
+    segments = None
     if layout == "padded":
         mask = torch.arange(width)[None] < torch.as_tensor(lengths)[:, None]
         model = {"input_ids": pad_rows(batch.tokens).long().to(device), "attention_mask": mask.long().to(device)}
     else:
         positions = np.concatenate([np.arange(n) for n in lengths])
         # No attention_mask here: a mask of ones would silently let packed sequences see each other.
-        model = {
-            "input_ids": tensor(np.concatenate(batch.tokens))[None],
-            "position_ids": tensor(positions)[None],
-            "segments": lengths.tolist(),
-            "starts": torch.as_tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device),
-        }
-    return ModelInputs(
-        model, tensor(reads), tensor(targets), tensor(rows), tensor(columns), (len(lengths), max(int(scored.max(initial=0)), 1))
-    )
+        model = {"input_ids": tensor(np.concatenate(batch.tokens))[None], "position_ids": tensor(positions)[None]}
+        ends = torch.as_tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
+        segments = Segments(lengths.tolist(), ends)
+    shape = (len(lengths), max(int(scored.max(initial=0)), 1))
+    return ModelInputs(model, tensor(reads), tensor(targets), tensor(rows), tensor(columns), shape, segments)
 
 
 def micro_batch(batch: TokenBatch, inputs: ModelInputs, tokens: int, sequences: int) -> MicroBatch:
@@ -129,7 +90,8 @@ class PolicyModule(nn.Module):
     """A causal LM whose forward returns logprobs and entropy of the scored tokens, chunked over the vocabulary.
 
     The head is applied inside forward, which is where ZeRO-3 gathers its weight; and forward returns a tuple, because ZeRO-3 looks
-    for tensors in tuples to know when to gather again for the backward. `outputs_type` gives the tuple its names.
+    for tensors in tuples to know when to gather again for the backward. `outputs_type` gives the tuple its names. full_logits: the
+    model's own logits are used, right for every head; `layout.settle` clears it where they are the head's outputs and nothing more.
     """
 
     outputs_type = TokenOutputs
@@ -138,7 +100,7 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.full_logits = any(getattr(self.causal.config, f, None) for f in _LOGIT_CHANGES)
+        self.full_logits = True
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -147,12 +109,12 @@ class PolicyModule(nn.Module):
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         if self.full_logits:
-            logits = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads].float() / self.temperature
+            logits = inputs.run(self.causal).logits.flatten(0, 1)[inputs.reads].float() / self.temperature
             log_probs = logits.log_softmax(-1)
             logprobs = log_probs.gather(1, inputs.targets[:, None]).squeeze(1)
             entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
         else:
-            hidden = self.causal.base_model(**inputs.model, use_cache=False).last_hidden_state.flatten(0, 1)[inputs.reads]
+            hidden = inputs.run(self.causal.base_model).last_hidden_state.flatten(0, 1)[inputs.reads]
             head = self.causal.get_output_embeddings()
             logprobs, entropy = token_logprobs(
                 hidden, head.weight, inputs.targets, temperature=self.temperature, bias_V=getattr(head, "bias", None)
@@ -175,7 +137,7 @@ class ValueModule(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor]:
-        values = self.causal(**inputs.model, use_cache=False).logits.flatten(0, 1)[inputs.reads, 0]
+        values = inputs.run(self.causal).logits.flatten(0, 1)[inputs.reads, 0]
         return (inputs.grid(values.float()),)
 
 

@@ -29,7 +29,7 @@ _FORGERIES = ("\uff3bhelpful\uff1d1\uff3d", "[\U0001d421elpful=1]", "[h\u00e9lpf
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_policy(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+def load_policy(name: str, dtype: str, attention: str | None = None) -> PreTrainedModel:
     """A causal language model without dropout; ModelError if its checkpoint lacks weights, which would start at random."""
     config = _without_dropout(load_config(name))
     model, _ = _read_whole(AutoModelForCausalLM, name, "causal language model", config, dtype, attention=attention)
@@ -38,7 +38,7 @@ def load_policy(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedMod
     return model
 
 
-def load_value_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+def load_value_model(name: str, dtype: str, attention: str | None = None) -> PreTrainedModel:
     """A causal backbone with one value per token. A head that the checkpoint lacks starts at zero, so the first values are 0."""
     config = _without_dropout(load_config(name))
     config.num_labels = 1
@@ -285,10 +285,10 @@ def _some(names: list[str]) -> str:
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Dropout would make policy and reference differ at step 0; every dropout field of the configuration is set to 0."""
+    """Dropout would make policy and reference differ at step 0; every field for it is set to 0, and those of dropped layers and noise."""
     config.classifier_dropout = 0.0  # absent means 0.1 to token classifiers
     # A switch, such as ESM's token_dropout, is no rate: it scales embeddings of its models.
     rates = {name: rate for name, rate in vars(config).items() if not isinstance(rate, bool)}
-    for field in [f for f in rates if f.endswith(("dropout", "_pdrop", "dropout_prob"))]:
+    for field in [f for f in rates if f.endswith(("dropout", "drop", "_pdrop", "dropout_prob", "jitter_noise", "jitter_eps"))]:
         setattr(config, field, 0.0)
     return config

@@ -13,11 +13,13 @@ from ctrlrl.data.calibration import Calibration, load_calibration
 from ctrlrl.errors import DataError
 from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.forward import PolicyModule, attention_for
-from ctrlrl.models.loading import load_config, load_policy, load_reward_model, load_tokenizer, reads_token_types
+from ctrlrl.models.forward import PolicyModule
+from ctrlrl.models.layout import Layout, settle
+from ctrlrl.models.loading import load_policy, load_reward_model, load_tokenizer, reads_token_types
 from ctrlrl.models.pooling import check_scores_alone, raw_scores
 from ctrlrl.models.trainer import score_rows
 from ctrlrl.models.vocabulary import embedding_rows
+from ctrlrl.models.weights import cast_parameters
 from ctrlrl.prompts import Messages
 from ctrlrl.tensors import pad_rows
 
@@ -99,7 +101,7 @@ class ReferenceConfig(Section):
 
     model: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Layout = "auto"
     batch_tokens: int = Field(16384, gt=0)
 
 
@@ -109,14 +111,18 @@ class ReferenceModel:
     def __init__(self, model: str, config: ReferenceConfig, temperature: float):
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        inner = load_policy(model, config.dtype, attention_for(config.layout, load_config(model)))
-        self.module = PolicyModule(inner, temperature).to(self.device).eval().requires_grad_(False)
+        module = PolicyModule(load_policy(model, "float32"), temperature).eval().requires_grad_(False)
+        self.layout = settle(module, model, config.layout, torch.device("cpu"))  # in float32, where differences are not noise
+        cast_parameters(module, config.dtype)
+        self.module = module.to(self.device)
+        if self.device.type == "cuda":  # with the kernels that it takes there
+            self.layout = settle(module, model, self.layout, self.device)
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens, one fp32 array a row, in the batch's order."""
         rows, results = score_rows(
-            lambda inputs: self.module(inputs)[0], batch, self.config.layout, self.config.batch_tokens, self.device
+            lambda inputs: self.module(inputs)[0], batch, self.layout, self.config.batch_tokens, self.device
         )
         return in_order(rows, results)
 

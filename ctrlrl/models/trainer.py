@@ -19,12 +19,13 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.earlier_state import is_earlier, load_earlier
-from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, attention_for, lay_out, micro_batch
-from ctrlrl.models.loading import DTYPES, load_classifier, load_config, load_policy, load_value_model, reads_token_types, within_positions
+from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, lay_out, micro_batch
+from ctrlrl.models.layout import Layout, settle
+from ctrlrl.models.loading import DTYPES, load_classifier, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
 from ctrlrl.models.state import INDEX, load_state, save_state
-from ctrlrl.models.weights import WeightMessage, full_weights, model_weights, pack_weights, precise_buffers
+from ctrlrl.models.weights import WeightMessage, cast_parameters, full_weights, model_weights, pack_weights, precise_buffers
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
 CPU_ENVIRONMENT = {
@@ -33,7 +34,6 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "67108864",
 }
-
 
 Kind = Literal["policy", "value", "reward"]
 
@@ -50,7 +50,7 @@ class TrainerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Layout = "auto"
     micro_batch_tokens: int = Field(8192, gt=0)
     gradient_checkpointing: bool = False
     lora: LoraConfig = LoraConfig()
@@ -99,14 +99,17 @@ class Trainer:
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings = _engine_settings(config)
+        places = within_positions(model, 64) if kind == "reward" else 0  # before ZeRO-3's own way of loading is set up
         if config.zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
             self._zero3 = HfDeepSpeedConfig(settings)  # must stay alive: makes from_pretrained load shards
-        module = _module(kind, model, config, temperature)
+        module, self.layout = _module(kind, model, config, temperature), config.layout
         precise = precise_buffers(module)
-        if config.dtype == "bfloat16":
-            module.to(torch.bfloat16)
+        if config.zero_stage < 3:
+            if kind != "reward":  # in float32, where differences are not noise
+                self.layout = settle(module, model, self.layout, torch.device("cpu"))
+            cast_parameters(module, config.dtype)
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -117,10 +120,12 @@ class Trainer:
         if self._norm_is_ours:
             self.engine.enable_backward_allreduce = False  # else backward() or step() reduces as well as _gradient_norm
         self.module = module
+        if kind != "reward" and (config.zero_stage == 3 or self.device.type == "cuda"):  # with the engine's own weights and kernels
+            self.layout = settle(module, model, self.layout, self.device)
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.steps = 0
         if kind == "reward":
-            check_scores_alone(model, module.causal, self._scores_of, within_positions(model, 64))
+            check_scores_alone(model, module.causal, self._scores_of, places)
 
     @torch.no_grad()
     def _scores_of(self, encoded: list[Encoded]) -> list[float]:
@@ -137,7 +142,7 @@ class Trainer:
         tokens, sequences = int(batch.scored_lengths.sum()), len(batch)
         shares = []
         for part in self._mine(batch):
-            inputs = lay_out(part, self.config.layout, self.device)
+            inputs = lay_out(part, self.layout, self.device)
             value, stats = loss(self.module.outputs_type(*self.engine(inputs)), micro_batch(part, inputs, tokens, sequences))
             self.engine.backward(value * self.world)  # DeepSpeed averages gradients over ranks; shares have to be summed
             shares.append({"loss": float(value.detach()), **{name: float(stat) for name, stat in stats.items()}})
@@ -165,7 +170,7 @@ class Trainer:
     def _mine(self, batch: TokenBatch) -> list[TokenBatch]:
         """This rank's micro-batches. All ranks get the same number, if need be a masked one: ZeRO 2 and 3 communicate in each."""
         lengths = np.array([len(t) for t in batch.tokens])
-        plan = plan_micro_batches(lengths, self.config.micro_batch_tokens, batch.group, self.config.layout == "padded")
+        plan = plan_micro_batches(lengths, self.config.micro_batch_tokens, batch.group, self.layout == "padded")
         parts = [batch.select(rows) for rows in plan[self.rank :: self.world]]
         if len(parts) < math.ceil(len(plan) / self.world):
             parts.append(_masked(batch.select(np.arange(batch.group))))
@@ -178,7 +183,7 @@ class Trainer:
         return score_rows(
             lambda inputs: self.engine(inputs)[0].view(inputs.shape[0], -1),  # a reward model's outputs are [B]
             batch,
-            self.config.layout,
+            self.layout,
             self.config.micro_batch_tokens,
             self.device,
             self.rank,
@@ -263,10 +268,8 @@ def _masked(batch: TokenBatch) -> TokenBatch:
 
 def _module(kind: Kind, name: str, config: TrainerConfig, temperature: float):
     """The model `name` as a module of forward.py, in float32 where a copy in another dtype is made later."""
-    dtype = "float32" if config.zero_stage < 3 else config.dtype
-    attention = None if kind == "reward" else attention_for(config.layout, load_config(name))  # a classifier's own, as in scoring
     load = {"policy": load_policy, "value": load_value_model, "reward": load_classifier}[kind]
-    model = load(name, dtype, attention)
+    model = load(name, "float32" if config.zero_stage < 3 else config.dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank:

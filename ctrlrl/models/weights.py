@@ -200,3 +200,9 @@ def fingerprint(named: Iterator[tuple[str, Tensor]]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def cast_parameters(module: nn.Module, dtype: str) -> None:
+    """Weights in another dtype. Buffers keep theirs: rotary frequencies in bfloat16 would be wrong by more at every later position."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])

@@ -20,7 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctrlrl.data.batches import TokenBatch, plan_micro_batches
-from ctrlrl.models.forward import PolicyModule, attention_for, lay_out, micro_batch
+from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
+from ctrlrl.models.layout import settle
 from ctrlrl.models.loading import load_policy
 from ctrlrl.objectives.exmate import exmate, exmate_columns
 from ctrlrl.objectives.likelihood import likelihood
@@ -78,7 +79,7 @@ def packing(make, rounds):
         "padded, sorted": ("padded", plan_micro_batches(lengths, BUDGET, padded=True)),
         "padded, in order of arrival": ("padded", arrival_order(lengths)),
     }
-    modules = {layout: PolicyModule(make(layout), 1.0) for layout in ("packed", "padded")}
+    modules = {layout: make(layout) for layout in ("packed", "padded")}
     optimizers = {layout: torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True) for layout, module in modules.items()}
     batch = batch_of(lengths, modules["packed"].causal.config.vocab_size)
     seconds = {name: [] for name in plans}
@@ -94,7 +95,7 @@ def packing(make, rounds):
 
 def contrast(make, rounds):
     """ExMATE trains two sequences where CLM trains one."""
-    module = PolicyModule(make("packed"), 1.0)
+    module = make("packed")
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
     lengths = lengths_of(64, 2)
     clm = batch_of(lengths, module.causal.config.vocab_size)
@@ -149,8 +150,9 @@ def main():
 
     def make(layout):
         model = load_policy(arguments.model, "float32") if arguments.model else random_model()
-        model.set_attn_implementation(attention_for(layout, model.config))
-        return model.train()
+        module = PolicyModule(model, 1.0).train()
+        settle(module, "this model", layout, torch.device("cpu"))
+        return module
 
     packing(make, arguments.rounds)
     contrast(make, arguments.rounds)

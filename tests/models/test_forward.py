@@ -6,8 +6,9 @@ import torch
 
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.errors import ModelError
-from ctrlrl.models import forward
-from ctrlrl.models.forward import SEGMENTS, PolicyModule, ValueModule, attention_for, lay_out, micro_batch
+from ctrlrl.models import segments
+from ctrlrl.models.forward import PolicyModule, ValueModule, lay_out, micro_batch
+from ctrlrl.models.layout import settle
 from ctrlrl.models.loading import load_policy, load_value_model
 
 CPU = torch.device("cpu")
@@ -37,7 +38,8 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(models, layout, kin
     expected = [slow_logprobs(slow_model, t, int(p), 0.7) for t, p in zip(BATCH.tokens, BATCH.prompt_lengths, strict=True)]
     sum((torch.as_tensor(w) * e).sum() for w, e in zip(BATCH.per_token["weights"], expected, strict=True)).backward()
 
-    module = PolicyModule(load_policy(models[kind], "float32", attention_for(layout, slow_model.config)), 0.7)
+    module = PolicyModule(load_policy(models[kind], "float32"), 0.7)
+    assert settle(module, kind, layout, CPU) == layout and not module.full_logits
     inputs = lay_out(BATCH, layout, CPU)
     outputs, micro = TokenOutputs(*module(inputs)), micro_batch(BATCH, inputs, 26, 4)
     assert outputs.logprobs_BT.shape == (4, 27)
@@ -55,7 +57,8 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(models, layout, kin
 def test_values_read_the_state_before_each_token(models, layout):
     model = load_value_model(models["helpful"], "float32", "sdpa")
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
-    module = ValueModule(load_value_model(models["helpful"], "float32", attention_for(layout, model.config)))
+    module = ValueModule(load_value_model(models["helpful"], "float32"))
+    assert settle(module, "helpful", layout, CPU) == layout
     module.model.load_state_dict(model.state_dict())
     values_BT = module(lay_out(BATCH, layout, CPU))[0]
     for row, (tokens, prompt) in enumerate(zip(BATCH.tokens, BATCH.prompt_lengths, strict=True)):
@@ -70,7 +73,7 @@ def test_a_new_value_head_starts_at_zero(models):
 
 
 def test_later_tokens_and_neighbours_do_not_matter(models):
-    module = PolicyModule(load_policy(models["policy"], "float32", SEGMENTS), 1.0)
+    module = PolicyModule(load_policy(models["policy"], "float32", segments.SEGMENTS), 1.0)
     alone = module(lay_out(BATCH.select(np.array([1])), "packed", CPU))[0][0, :27]
     among = module(lay_out(BATCH, "packed", CPU))[0][1, :27]
     cut = TokenBatch([BATCH.tokens[1][:20]], np.array([3]), {}, {})
@@ -78,34 +81,38 @@ def test_later_tokens_and_neighbours_do_not_matter(models):
     assert torch.allclose(module(lay_out(cut, "packed", CPU))[0][0], alone[:17], atol=2e-6)
 
 
-def test_the_flash_kernel_of_cuda_is_asked_for_the_same_attention(monkeypatch):
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_flash_kernel_of_cuda_is_asked_for_the_same_attention(monkeypatch, window):
     """Its place is taken by what its documentation says, since it runs on a GPU only."""
 
     def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
         assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == cu_seq_q.diff().max()
-        assert window_size == (-1, 0) and enable_gqa
+        assert window_size == ((-1, 0) if window is None else (window - 1, 0)) and enable_gqa
         out = torch.empty_like(query)
         for start, end in zip(cu_seq_q[:-1], cu_seq_q[1:], strict=True):
             q, k, v = (x[start:end].transpose(0, 1) for x in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
-            scores = (q @ k.transpose(1, 2) * scale).masked_fill(torch.ones(end - start, end - start).triu(1).bool(), -torch.inf)
-            out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1)
+            hidden = torch.ones(end - start, end - start).triu(1).bool()
+            if window_size[0] >= 0:  # so many tokens before a token, and itself
+                hidden |= torch.ones_like(hidden).tril(-window_size[0] - 1)
+            out[start:end] = ((q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
         return out
 
-    monkeypatch.setattr(forward, "varlen_attn", documented)
-    laid_out = lay_out(BATCH, "packed", CPU).model
+    monkeypatch.setattr(segments, "varlen_attn", documented)
+    pattern = segments.Pattern(lay_out(BATCH, "packed", CPU).segments, window=window)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 61, 8, generator=generator) for heads in (4, 2, 2))
-    wanted, _ = forward._segment_attention(None, q, k, v, None, scaling=0.3, segments=laid_out["segments"])
-    found = forward._flash_attention(q, k, v, 0.3, max(laid_out["segments"]), laid_out["starts"])
-    assert torch.allclose(found, wanted, atol=1e-6)
+    wanted, _ = segments._segment_attention(None, q, k, v, pattern, scaling=0.3)
+    assert torch.allclose(segments._flash_attention(q, k, v, 0.3, pattern), wanted, atol=1e-6)
 
 
-def test_packing_is_refused_for_windowed_attention(models):
-    from transformers import MistralConfig
-
-    with pytest.raises(ModelError, match='layout = "padded"'):
-        attention_for("packed", MistralConfig(sliding_window=64))
-    assert attention_for("padded", MistralConfig(sliding_window=64)) == "sdpa"
+def test_attention_that_asks_for_more_than_packing_knows_is_refused():
+    pattern = segments.Pattern(lay_out(BATCH, "packed", CPU).segments)
+    q = torch.ones(1, 2, 61, 8)
+    for name, value in (("position_bias", q), ("dropout", 0.1), ("sliding_window", 8)):
+        with pytest.raises(ModelError, match=name):
+            segments._segment_attention(None, q, q, q, pattern, **{name: value})
+    with pytest.raises(ModelError, match="masks in a way of its own"):
+        segments._segment_attention(None, q, q, q, None)
 
 
 @pytest.mark.parametrize("load", [load_policy, load_value_model])

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ctrlrl.data.batches import TokenBatch
-from ctrlrl.models.forward import PolicyModule, RewardModule, attention_for, lay_out, micro_batch
-from ctrlrl.models.loading import load_classifier, load_config, load_policy
+from ctrlrl.models.forward import PolicyModule, RewardModule, lay_out, micro_batch
+from ctrlrl.models.layout import settle
+from ctrlrl.models.loading import load_classifier, load_policy
 from ctrlrl.objectives.exmate import exmate, exmate_columns
 from ctrlrl.objectives.likelihood import likelihood, sequence_likelihood
 from ctrlrl.objectives.preference import bradley_terry, dpo
@@ -41,10 +42,11 @@ LOSSES = {"clm": (likelihood, 1), "sequence": (sequence_likelihood, 1), "exmate"
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_do_not_depend_on_layout_and_cut(models, name):
     loss, group = LOSSES[name]
-    config, batch = load_config(models["policy"]), batch_of(group)
+    batch = batch_of(group)
 
     def result(layout, size):
-        module = PolicyModule(load_policy(models["policy"], "float32", attention_for(layout, config)), 1.0)
+        module = PolicyModule(load_policy(models["policy"], "float32"), 1.0)
+        settle(module, "policy", layout, torch.device("cpu"))
         return loss_and_gradient(module, loss, batch, layout, size)
 
     wanted, gradient = result("padded", ROWS)

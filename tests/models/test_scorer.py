@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.calibration import fit_quantile
 from ctrlrl.errors import DataError, ModelError
-from ctrlrl.models.forward import SEGMENTS, PolicyModule, lay_out
+from ctrlrl.models.forward import PolicyModule, lay_out
 from ctrlrl.models.loading import check_policy, check_reward_model, end_token_ids, load_policy, load_tokenizer
 from ctrlrl.models.scorer import ReferenceConfig, ReferenceModel, Scorer, ScorerConfig
+from ctrlrl.models.segments import SEGMENTS
 from ctrlrl.models.weights import fingerprint, full_weights, pack_weights
 
 CONVERSATIONS = [([{"role": "user", "content": f"How do I bake {n} loaves?"}], "Mix flour and water. " * n) for n in (1, 7, 3, 12, 2)]

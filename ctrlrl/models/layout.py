@@ -1,0 +1,212 @@
+"""In which layout a model is exact: judged by what the model declares, and proven once, when it is loaded, on a short ragged batch.
+
+The proof compares the layout with the model's own plain forward of one sequence at a time. Whatever a layout breaks (state along the
+sequence that runs on into the next one, positions or masks made from elsewhere, a head that does more than a matrix product, noise in
+training) shows there, and is a ModelError before anything is trained.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+
+from ctrlrl.data.batches import TokenBatch
+from ctrlrl.errors import ModelError
+from ctrlrl.models.forward import ModelInputs, PolicyModule, lay_out
+from ctrlrl.models.segments import SEGMENTS
+
+Layout = Literal["auto", "packed", "padded"]
+_ATTENTIONS = {"packed": (SEGMENTS,), "padded": ("sdpa", "eager")}  # in the order of their speed
+_LENGTHS = (23, 9, 2, 31, 17)  # the last repeats the start of the longest: what comes later must not matter
+# What a forward that was never meant for a layout may raise.
+_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError, ImportError)
+_FLOAT32, _BFLOAT16 = 1e-3, 0.15  # nats: the largest difference in float32, the mean one in bfloat16 (noise: 0.03 to 0.05)
+
+
+def settle(module: nn.Module, name: str, wanted: Layout, device: torch.device) -> str:
+    """Put the model `name` inside `module` into its fastest exact layout of those `wanted`; returns "packed" or "padded".
+
+    Also decides whether a policy's logprobs may be computed from its last hidden state, chunk by chunk. All ranks do the same forwards.
+    ModelError where no layout is exact.
+    """
+    batch = _batch(module.causal.config)
+    with _undisturbed(module):
+        alone, plain_head = _one_at_a_time(module, name, batch, device)
+        faults = {}
+        for layout in ("packed", "padded") if wanted == "auto" else (wanted,):
+            for attention in _ATTENTIONS[layout]:
+                fault = _fault(module, batch, layout, attention, torch.cat(alone))
+                if fault is None:
+                    break
+                faults[layout] = fault
+            else:
+                continue
+            if plain_head:
+                module.full_logits = False
+            return layout
+    if wanted == "packed":
+        raise ModelError(f'{name!r} cannot be packed ({faults["packed"]}): set layout = "auto" or layout = "padded"')
+    reasons = "; ".join(f"{layout}: {fault}" for layout, fault in faults.items())
+    raise ModelError(f"{name!r} cannot be trained: no layout gives what one sequence at a time gives ({reasons}); give another model")
+
+
+def _one_at_a_time(module: nn.Module, name: str, batch: TokenBatch, device: torch.device) -> tuple[list[Tensor], bool]:
+    """Outputs of each sequence by the model's own plain forward, and whether its logits are its head's outputs and nothing more."""
+    policy = isinstance(module, PolicyModule)
+    if policy:
+        module.full_logits = True
+    try:
+        _attend_by(module.causal, "eager")
+        with _watched_head(module.causal) if policy else nullcontext({}) as seen:
+            alone = [_outputs(module, _alone(batch.select(np.array([row])), device)) for row in range(len(batch))]
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS as error:
+        raise ModelError(f"{name!r} cannot be run on tokens alone: {_first_line(error)}; give a causal language model of text") from error
+    longest = alone[_LENGTHS.index(max(_LENGTHS))]
+    if _difference(alone[-1], longest[: len(alone[-1])], module) is not None:
+        raise ModelError(f"{name!r} is not causal: later tokens change what it says of earlier ones; give a causal language model")
+    plain = bool(seen) and torch.equal(seen["hidden"], seen["read"]) and torch.equal(seen["written"].float(), seen["logits"].float())
+    return alone, plain
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """What the model itself declares that forbids packing: state along the sequence, attention of its own; None if nothing."""
+    if any(part._is_stateful for part in model.modules() if hasattr(part, "_is_stateful")):
+        return "its layers carry state along the sequence"
+    if any(isinstance(part, nn.Conv1d) for part in model.modules()):
+        return "its layers convolve along the sequence"
+    strange = _strange_layers(model.config.get_text_config())
+    return strange or (None if model._supports_attention_backend else "its class does not support attention from outside")
+
+
+def _strange_layers(config: PretrainedConfig) -> str | None:
+    kinds = {"full_attention", "sliding_attention", "chunked_attention"}
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - kinds)
+    known = all(kind in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING for kind in strange)
+    return f"it has layers of {'another' if known else 'an unknown'} kind: {', '.join(strange)}" if strange else None
+
+
+def _fault(module: nn.Module, batch: TokenBatch, layout: str, attention: str, wanted: Tensor) -> str | None:
+    """Why this layout is not exact for the model; None if it is."""
+    declared = why_not_packed(module.causal) if layout == "packed" else None
+    if declared:
+        return declared
+    try:
+        if not _attend_by(module.causal, attention):
+            return f"its class does not take {attention} attention"
+        module.train()  # what is random in training shows as a difference
+        found = _outputs(module, lay_out(batch, layout, wanted.device))
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS as error:
+        return _first_line(error)
+    finally:
+        module.eval()
+    difference = _difference(found, wanted, module)
+    return None if difference is None else f"outputs differ by {difference:.2g} from those of one sequence at a time"
+
+
+def _attend_by(model: PreTrainedModel, attention: str) -> bool:
+    """Let the model use an attention of transformers; False where its class takes none from outside, and keeps its own."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(attention)
+    return model.config._attn_implementation == attention
+
+
+def _outputs(module: nn.Module, inputs: ModelInputs) -> Tensor:
+    """What is compared: logprobs [M] of a policy, last hidden states [M, H] of a value model (its head may be zero)."""
+    if isinstance(module, PolicyModule):
+        return module(inputs)[0][inputs.rows, inputs.columns]
+    kept = []
+    hook = module.causal.base_model.register_forward_hook(lambda _, __, output: kept.append(output[0]))
+    try:
+        module(inputs)
+    finally:
+        hook.remove()
+    return kept[-1].flatten(0, 1)[inputs.reads].float()
+
+
+def _difference(found: Tensor, wanted: Tensor, module: nn.Module) -> float | None:
+    """How far the outputs are apart, None if not beyond the noise of their numbers; hidden states in their own unit."""
+    unit = 1.0 if isinstance(module, PolicyModule) else float(wanted.abs().max().clamp_min(1e-6))
+    apart = (found - wanted).abs().float() / unit
+    half = any(p.dtype != torch.float32 for p in module.parameters())
+    value, bound = (apart.mean(), _BFLOAT16) if half else (apart.max(), _FLOAT32)
+    if torch.distributed.is_initialized():  # one judgement for all ranks
+        value = value.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return None if float(value) <= bound else float(value)
+
+
+def _batch(config: PretrainedConfig) -> TokenBatch:
+    """Fixed ragged tokens, all but the first scored, without the special tokens that the configuration names."""
+    special = np.unique([i for part in (config, config.get_text_config()) for i in _special_ids(part)])
+    ordinary = np.setdiff1d(np.arange(min(config.get_text_config().vocab_size, 4096)), special)
+    rng = np.random.default_rng(0)
+    tokens = [ordinary[rng.integers(0, len(ordinary), length)] for length in _LENGTHS]
+    tokens[-1] = tokens[_LENGTHS.index(max(_LENGTHS))][: _LENGTHS[-1]]
+    return TokenBatch(tokens, np.ones(len(tokens), np.int64), {}, {})
+
+
+def _special_ids(config: PretrainedConfig) -> list[int]:
+    named = [value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index"))]
+    return [i for value in named for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+
+def _alone(one: TokenBatch, device: torch.device) -> ModelInputs:
+    """One sequence as the model takes it by itself: its tokens and nothing else."""
+    inputs = lay_out(one, "padded", device)
+    return replace(inputs, model={"input_ids": inputs.model["input_ids"]})
+
+
+@contextmanager
+def _watched_head(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What goes through the model's head in a forward: the base model's last hidden state, what the head reads and writes, the logits.
+
+    Stays empty where the head is no plain matrix: an adapter's weights would be missing from it.
+    """
+    seen, head = {}, model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        yield seen
+        return
+
+    def keep(name, output):
+        if isinstance(output, Tensor):
+            seen[name] = output.detach()
+
+    hooks = [
+        model.base_model.register_forward_hook(lambda _, __, output: keep("hidden", getattr(output, "last_hidden_state", None))),
+        head.register_forward_hook(lambda _, read, written: (keep("read", read[0]), keep("written", written)) and None),
+        model.register_forward_hook(lambda _, __, output: keep("logits", getattr(output, "logits", None))),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if len(seen) < 4:
+            seen.clear()
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Forwards inside leave the module's mode and the random numbers as they were."""
+    training = module.training
+    with torch.no_grad(), torch.random.fork_rng():
+        module.eval()
+        try:
+            yield
+        finally:
+            module.train(training)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
