@@ -45,7 +45,9 @@ CHANGES = {
     **dict.fromkeys(_LATENT, dict(num_key_value_heads=4)),
     **dict.fromkeys(_ENCODERS, dict(is_decoder=True)),
     "bamba": dict(attn_layer_indices=[1, 3]),
-    "cohere_compass_text": dict(head_dim=128, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}, sliding_window=None),
+    "cohere_compass_text": dict(
+        head_dim=128, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}, sliding_window=None
+    ),
     "dots1": dict(n_shared_experts=1),
     "dbrx": dict(attn_config={"kv_n_heads": 2, "rope_theta": 1e4}, ffn_config={"hidden_size": 32, "ffn_hidden_size": 16}),
     "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=0),
