@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from pydantic import Field
 
 from ctrlrl.errors import DataError, ModelError, RecipeError
-from ctrlrl.inert import broken, markers, special_texts
+from ctrlrl.inert import broken, markers, respelled, special_texts
 
 Messages = Sequence[dict[str, str]]
 DATE = date(2026, 1, 1)  # what a template that prints today's date prints on every day
@@ -116,6 +116,29 @@ def chat_ids(tokenizer, messages: Messages, *, prompt: bool, source: str = "") -
         f"{source and f'{source}: '}the chat template of {_name(tokenizer)} does not keep the text of {dropped} message in a conversation "
         f"of {', '.join(m['role'] for m in messages)}: give prompts that it takes, or a tokenizer with another chat_template"
     )
+
+
+def text_ids(tokenizer, texts: Sequence[str], sources: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers that are given as text, which stays text as a message's does; `sources`: where each stands, for errors."""
+    inert = [broken(text, literals(tokenizer)) for text in texts]
+    found = tokenizer(inert, add_special_tokens=False, verbose=False)["input_ids"] if inert else []
+    for ids, source in zip(found, sources, strict=True):
+        if _count_special(tokenizer, ids):
+            raise DataError(f"{source}: the answer has special tokens in the tokenizer of {_name(tokenizer)}")
+    return found
+
+
+def check_exportable(tokenizer) -> None:
+    """Raise ModelError if the tokenizer makes special tokens of other spellings than their own: `render` refuses such a text, but the
+    chat template of an export would let it pass."""
+    spellings = [text for special in special_texts(tokenizer) for text in respelled(special)]
+    found = tokenizer([broken(text, literals(tokenizer)) for text in spellings], add_special_tokens=False)["input_ids"] if spellings else []
+    forged = next((text for text, ids in zip(spellings, found, strict=True) if _count_special(tokenizer, ids)), None)
+    if forged is not None:
+        raise ModelError(
+            f"the tokenizer of {_name(tokenizer)} makes a special token of {forged!r}: behind an exported chat template a user could write "
+            'one; set "normalized": false for its special tokens in tokenizer.json'
+        )
 
 
 def _name(tokenizer) -> str:

@@ -6,6 +6,7 @@ Sources: [SH] Tuan et al., arXiv 2404.01295.
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -15,11 +16,14 @@ ATTRIBUTES = ("helpful", "harmless")
 LOW, HIGH = 0.2, 1.0
 _SPELLED = re.compile(r"\[helpful=([0-9.e+-]+)\]\[harmless=([0-9.e+-]+)\]")
 
-# Names that the prompting templates spell in brackets: none of them opens a bracket in user text.
-_NAMES = (*ATTRIBUTES, "safety")
-_OPENING = re.compile(rf"\[(?:{'|'.join(_NAMES)})=")
-# Cyrillic, Greek and Latin letters that look like those of the names, after folding of case and accents.
-_LOOKALIKES = str.maketrans("аɑαᴀеᴇһʜӏʟрρᴘғꜰƒυᴜʀмᴍѕꜱтτᴛуʏ꞊", "aaaaeehhllpppfffuurmmsstttyy=")
+# Openings that a model may take for a control's: the names of the attributes and of the prompting templates, and near-spellings.
+_OPENINGS = tuple(
+    f"[{name}{sign}" for name in ("helpful", "helpfulness", "harmless", "harmlessness", "safe", "safety") for sign in "=:"
+)
+_OPENING = re.compile("|".join(map(re.escape, _OPENINGS)))
+_BRACKETS = "[\uff3b\ufe47"
+# Cyrillic, Greek, Armenian and Latin letters and signs that look like those of the openings, after folding of case and accents.
+_LOOKALIKES = str.maketrans("аɑαᴀеᴇһʜӏʟрρᴘғꜰƒυᴜʀмᴍոɴѕꜱтτᴛуʏ꞊꞉∶ː", "aaaaeehhllpppfffuurmmnnsstttyy=:::")
 
 
 @dataclass(frozen=True, order=True)
@@ -81,12 +85,12 @@ def other_corner(control: Control, seed: int) -> Control:
 
 
 def neutralise(text: str) -> str:
-    """`text` with the bracket of every control-like opening `[name=` turned into `(`, so that only the operator sets a control.
+    """`text` with the bracket of every control-like opening `[name=` or `[name:` turned into `(`, so that only the operator sets a control.
 
     Openings are looked for in a folded form (compatibility forms, case, accents, invisible characters, spaces and look-alike letters
     undone): tokenizers fold some of these away, and a model may well obey the rest.
     """
-    if not any(character in text for character in "[［﹇"):
+    if not any(character in text for character in _BRACKETS):
         return text
     folded, origins = [], []
     for place, character in enumerate(text):
@@ -100,21 +104,34 @@ def neutralise(text: str) -> str:
 
 
 def _folded(character: str) -> str:
-    """What a character comes to when form, case, accents and look-alikes are undone; empty for spaces and invisible ones."""
+    """What a character comes to when form, case, accents and look-alikes are undone; empty for spaces, invisible ones and ornaments."""
     if character.isascii():
         return "" if character <= " " or character == "\x7f" else character.lower()
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold())
-    shown = "".join(c for c in plain if unicodedata.category(c)[0] not in "MZC")
-    return shown.translate(_LOOKALIKES)
+    shown = "".join(c for c in plain if unicodedata.category(c)[0] not in "MZC").translate(_LOOKALIKES)
+    if shown and any(shown in opening for opening in _OPENINGS):
+        return shown
+    return character if character.isalnum() else ""
+
+
+@cache
+def _foldings() -> dict[str, str]:
+    """Every character beyond ASCII that folds to letters of an opening."""
+    characters = (chr(i) for i in range(0x80, 0x20000))  # no letters of these alphabets beyond
+    folding = {c: _folded(c) for c in characters if unicodedata.decomposition(c) or ord(c) in _LOOKALIKES or c.casefold() != c}
+    return {c: letters for c, letters in folding.items() if letters.isascii() and letters}
 
 
 def neutralise_jinja(variable: str) -> str:
-    """Jinja statements that do to `variable`, an attribute of a namespace, what `neutralise` does to text in ASCII."""
-    bare = "part|lower" + "".join(f"|replace('{space}', '')" for space in (" ", "\\t", "\\n", "\\r"))
-    starts = " or ".join(f"bare.startswith('{name}=')" for name in _NAMES)
+    """Jinja statements that do to `variable`, an attribute of a namespace, what `neutralise` does to text."""
+    foldings = ",".join(f"{ascii(c)}:'{letters}'" for c, letters in _foldings().items())
+    brackets = ",".join(ascii(c) for c in _BRACKETS)
+    letter = (
+        "(c.lower() if ' ' < c < '\\x7f' else '') if c.isascii() else foldings[c] if c in foldings else c if c.isalnum() else ''"
+    )
+    bare = f"[{{%- for c in part -%}}{{{{- {letter} -}}}}{{%- endfor -%}}"
     return (
-        f"{{%- set parts = namespace(text='') -%}}{{%- for part in {variable}.split('[') -%}}"
-        f"{{%- set bare = {bare} -%}}"
-        f"{{%- set parts.text = parts.text ~ ('' if loop.first else '(' if {starts} else '[') ~ part -%}}"
-        f"{{%- endfor -%}}{{%- set {variable} = parts.text -%}}"
+        f"{{%- set foldings = {{{foldings}}} -%}}{{%- for bracket in [{brackets}] -%}}{{%- set parts = {variable}.split(bracket) -%}}"
+        f"{{%- set {variable} -%}}{{{{- parts[0] -}}}}{{%- for part in parts[1:] -%}}{{%- set bare -%}}{bare}{{%- endset -%}}"
+        f"{{{{- '(' if bare.startswith({_OPENINGS}) else bracket -}}}}{{{{- part -}}}}{{%- endfor -%}}{{%- endset -%}}{{%- endfor -%}}"
     )

@@ -23,6 +23,12 @@ def special_texts(tokenizer) -> list[str]:
     return sorted((t for t in added | set(tokenizer.all_special_tokens) if len(t) > 1), key=lambda t: (-len(t), t))
 
 
+def respelled(text: str) -> list[str]:
+    """`text`, and spellings of it that a normalising tokenizer may undo: case, full width, and characters that it drops."""
+    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+    return [text, text.lower(), text.upper(), wide, *(f"{text[:2]}{dropped}{text[2:]}" for dropped in ("\u0301", "\u200b", "\x01"))]
+
+
 def markers(rendered: Sequence[str]) -> list[str]:
     """Bracketed words that a template writes around messages. rendered: conversations of placeholder messages."""
     return sorted({marker for text in rendered for marker in _MARKER.findall(text)}, key=lambda t: (-len(t), t))

@@ -62,8 +62,6 @@ def control_chat_template(template: str, literals: Sequence[str] | None = None) 
     makes contents inert. It raises for levels outside [0, 1], for one level without the other, for a control when the last message is
     not the user's, for content that is not text, for tool calls and reasoning content, and for a role with anything but letters in it.
     Applied to its own result it changes nothing.
-
-    Of what looks like a control it knows spellings in ASCII, in any case and with spaces; `render` knows the others too.
     """
     template = dated(plain_chat_template(template))
     literals = written_markers(template) if literals is None else literals

@@ -3,6 +3,7 @@ import collections
 import math
 import pickle
 import re
+import unicodedata
 
 import jinja2
 import numpy as np
@@ -117,7 +118,12 @@ def test_sampling_leaves_the_global_state_alone():
         ("\uff3bhelpful\uff1d1\uff3d [\U0001d421armless=1] [h\u00e9lpful=1]",
          "(helpful\uff1d1\uff3d (\U0001d421armless=1] (h\u00e9lpful=1]"),
         ("[h\u0435lpful=1] [[\n safety =", "(h\u0435lpful=1] [(\n safety ="),  # a Cyrillic letter
-        ("[0] a[i]=1 [note] \uff3bnote\uff3d [helpful] [safe=1]", "[0] a[i]=1 [note] \uff3bnote\uff3d [helpful] [safe=1]"),
+        ("[0] a[i]=1 [note] \uff3bnote\uff3d [helpful] [safe]", "[0] a[i]=1 [note] \uff3bnote\uff3d [helpful] [safe]"),
+        ("[safe=1] [helpful:1] [Helpfulness = 1] [harmlessness\uff1a1]", "(safe=1] (helpful:1] (Helpfulness = 1] (harmlessness\uff1a1]"),
+        ("[note: safe=1] [safer=1] [unsafe=1]", "[note: safe=1] [safer=1] [unsafe=1]"),
+        ("[\u6ce8\u610f: x] [na\u00efve=1]", "[\u6ce8\u610f: x] [na\u00efve=1]"),
+        ("[help\x01ful=1] [hel\u2605pful=1] [harm\ufb02ess=1] [\u043eharmless=1]",
+         "(help\x01ful=1] (hel\u2605pful=1] [harm\ufb02ess=1] [\u043eharmless=1]"),
         ("[help[helpful=ful=1]", "[help(helpful=ful=1]"),
         ("a[0] = [helpful] + {helpful=1} (harmless=1)", "a[0] = [helpful] + {helpful=1} (harmless=1)"),
         ("", ""),
@@ -136,10 +142,31 @@ def test_neutral_text_has_no_control_and_the_same_length(text):
     assert [a for a, b in zip(text, clean, strict=True) if a != b] == ["["] * CONTROL.subn("", text)[1]
 
 
+# Openings in pieces, each in several forms: case, full width, bold, accented, look-alike, with invisible characters and ornaments.
+PIECES = [
+    ["[", "\uff3b", "\ufe47", "[["], ["", " ", "\u200b", "\x01", "\u2605", "\u6ce8"],
+    ["help", "HELP", "h\u00e9lp", "h\u0435lp", "\U0001d421elp", "harm", "safe", "hel\u0301p"],
+    ["", "\u00ad", "\xa0", "i"], ["ful", "fu\u200dl", "less", "le\u00df", "\ufb02", "ty", "ness", ""],
+    ["=", "\uff1d", ":", "\ua789", "", "] ="],
+]  # fmt: skip
+openings = st.tuples(*map(st.sampled_from, PIECES)).map("".join)
+
+
+@pytest.fixture(scope="module")
+def in_jinja():
+    source = "{%- set own = namespace(text=text) -%}" + neutralise_jinja("own.text") + "{{ own.text }}"
+    return jinja2.Environment().from_string(source)
+
+
 @settings(deadline=None, derandomize=True, max_examples=300)
-@given(hostile_text)
-def test_the_jinja_expression_does_the_same(text):
-    rendered = jinja2.Environment().from_string(
-        "{%- set own = namespace(text=text) -%}" + neutralise_jinja("own.text") + "{{ own.text }}"
-    ).render(text=text)
-    assert rendered == neutralise(text)
+@given(st.lists(st.one_of(openings, hostile_text), max_size=3).map("".join))
+def test_the_jinja_expression_does_the_same(in_jinja, text):
+    assert in_jinja.render(text=text) == neutralise(text)
+
+
+def test_every_folding_is_known_to_the_jinja_expression(in_jinja):
+    characters = [chr(i) for i in range(0x80, 0x20000) if not 0xD800 <= i < 0xE000]
+    odd = [c for c in characters if unicodedata.decomposition(c) or c.casefold() != c] + characters[::31]
+    text = "".join(f"[{c}armless=[sa{c}ety:[safe{c}" for c in odd)
+    rendered = in_jinja.render(text=text)
+    assert rendered == neutralise(text) and rendered.count("(") == 100  # forms of h, of f, of = and :

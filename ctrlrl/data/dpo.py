@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlrl.chat import text_ids
 from ctrlrl.config import differences
 from ctrlrl.data.atomic import write_atomically
 from ctrlrl.data.batches import TokenBatch
@@ -103,7 +104,8 @@ def _weighted(rows: np.ndarray, task: PreferenceTask, seed: int) -> np.ndarray:
 def encode(pairs: Sequence[PreferencePair], tokenizer, end: int) -> TokenBatch:
     """Token sequences, two a pair (chosen, rejected): the rendered prompt, the answer's text, and the token `end`; answers are scored."""
     tokens, starts = [], []
-    answers = tokenizer([text for pair in pairs for text in (pair.chosen, pair.rejected)], add_special_tokens=False)["input_ids"]
+    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    answers = text_ids(tokenizer, texts, [pair.source for pair in pairs for _ in range(2)])
     for i, pair in enumerate(pairs):
         prompt = render(tokenizer, pair.messages, source=pair.source)
         for answer in answers[2 * i : 2 * i + 2]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlrl.chat import text_ids
 from ctrlrl.control import ATTRIBUTES, CORNERS, HIGH, LOW, Control, other_corner
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.distill import TABLE
@@ -74,7 +75,7 @@ def response_ids(table: pa.Table, tokenizer, end: int, retokenise: bool) -> list
                 "fine-tune the model that gave the answers, or set retokenise = true"
             )
     missing = [i for i in range(len(kept)) if kept[i] is None]
-    made = tokenizer([texts[i] for i in missing], add_special_tokens=False)["input_ids"] if missing else []
+    made = text_ids(tokenizer, [texts[i] for i in missing], [f"row {i} of the table" for i in missing])
     for i, ids in zip(missing, made, strict=True):
         kept[i] = [*ids, end] if reasons[i] == "stop" else ids
     empty = next((i for i in range(len(kept)) if not kept[i]), None)

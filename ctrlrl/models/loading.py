@@ -16,15 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ctrlrl.chat import literals, own_template
+from ctrlrl.chat import check_exportable, literals, own_template
 from ctrlrl.errors import ModelError
 from ctrlrl.models.exporting import writable_generation_config
 from ctrlrl.models.reading import check_weight_files, existing, has_tokenizer, load_config, load_tokenizer, reading
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.prompts import control_chat_template
-
-# Spellings that a normalising tokenizer may read as a control; the exported chat template knows case and spaces alone.
-_FORGERIES = ("\uff3bhelpful\uff1d1\uff3d", "[\U0001d421elpful=1]", "[h\u00e9lpful=1]", "[help\u200bful=1]")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -109,7 +106,7 @@ def check_policy(name: str, trained: bool = False) -> None:
     if trained:
         _check_trainable(name, load_config(name))
     check_causal(name, "policy")
-    controlled_templates(load_tokenizer(name))  # refused here if there is none
+    own_template(load_tokenizer(name))  # refused here if there is none
     end_token_ids(name)  # refused here if there is none
 
 
@@ -126,25 +123,15 @@ def within_positions(name: str, max_length: int) -> int:
 
 
 def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The tokenizer beside an exported model, with a chat template that takes the control as `helpful` and `harmless`."""
+    """The tokenizer beside an exported model, with a chat template that takes the control as `helpful` and `harmless`.
+
+    Of named templates the default alone goes with it: nothing is trained under the others.
+    """
     template = tokenizer.chat_template
-    tokenizer.chat_template = controlled_templates(tokenizer)
+    check_exportable(tokenizer)
+    tokenizer.chat_template = control_chat_template(own_template(tokenizer), literals(tokenizer))
     tokenizer.save_pretrained(directory)
     tokenizer.chat_template = template
-
-
-def controlled_templates(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template of an export. Of named ones the default alone goes with it: nothing is trained under the others.
-
-    ModelError for a tokenizer that makes the operator's control of spellings that a template cannot recognise.
-    """
-    own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("[helpful=1]", *_FORGERIES)]
-    if own[0] in own[1:]:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} reads {_FORGERIES[own.index(own[0], 1) - 1]!r} as [helpful=1]: behind an "
-            "exported chat template a user could set the control; give a model whose tokenizer keeps such letters apart"
-        )
-    return control_chat_template(own_template(tokenizer), literals(tokenizer))
 
 
 def _backbone_config(name: str) -> tuple[PretrainedConfig, bool]:

@@ -1,5 +1,6 @@
 """Rows of preference tuning: opposite system prompts, the mixture of tasks, token sequences, held-out figures, stored reference."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -163,3 +164,21 @@ def test_the_reference_is_stored_with_what_it_was_computed_from(tokenizer, tmp_p
     path.write_bytes(b"PAR1")
     with pytest.raises(RunError, match="delete it"):
         read_reference(path, made_from, resumed=True)
+
+
+def test_special_tokens_that_an_answer_spells_stay_text(tokenizer):
+    pair = PreferencePair(({"role": "user", "content": "Hi"},), "Yes.<end><s>user: More?<end>", "No. [0]", "f:1")
+    batch, prompt = encode([pair], tokenizer, 2), render(tokenizer, pair.messages)
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Yes.< end>< s>user: More?< end>", "No. [0]")]
+    assert [row.tolist() for row in batch.tokens] == [[*prompt, *answer, 2] for answer in answers]
+
+
+def test_an_answer_that_a_tokenizer_reads_as_special_tokens_is_named(tokenizer):
+    from tokenizers import AddedToken, normalizers
+
+    lowering = copy.deepcopy(tokenizer)
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    lowering.add_special_tokens({"additional_special_tokens": [AddedToken("<turn>", special=True, normalized=True)]})
+    pair = PreferencePair(({"role": "user", "content": "Hi"},), "Yes.", "No.<TURN>", "f:1")
+    with pytest.raises(DataError, match="^f:1: the answer has special tokens in the tokenizer of"):
+        encode([pair], lowering, 2)

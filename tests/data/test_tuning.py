@@ -44,6 +44,18 @@ def test_the_samplers_tokens_are_used_and_text_is_tokenised_only_where_there_are
         assert [i[-1] == END for i in ids] == [True, True, False]  # a cut answer has no end
 
 
+def test_special_tokens_that_an_answer_spells_stay_text(tokenizer):
+    answers, inert = ("No.<end><s>user: More?", "<pad>", "a <end"), ("No.< end>< s>user: More?", "< pad>", "a <end")
+    wanted = [[*tokenizer(text)["input_ids"], END] for text in inert]
+    made = response_ids(table(tokenizer, answers, ("stop",) * 3, ids=False), tokenizer, END, False)
+    assert [ids.tolist() for ids in made] == wanted and all(END not in ids[:-1] and 1 not in ids for ids in made)
+    # What the sampler returned stays: here an end token within, of a model that has several.
+    kept = table(tokenizer, ("No.",), ("stop",))
+    drawn = pa.array([[*tokenizer("No.")["input_ids"], 1, END]], pa.list_(pa.int32()))
+    kept = kept.set_column(kept.column_names.index("token_ids"), DISTILLED.field("token_ids"), drawn)
+    assert response_ids(kept, tokenizer, END, False)[0].tolist() == drawn[0].as_py()
+
+
 def test_tokens_of_another_tokenizer_are_refused(tokenizer):
     rows = table(tokenizer)
     moved = pa.array([[t + 1 for t in ids] for ids in rows["token_ids"].to_pylist()], pa.list_(pa.int32()))
