@@ -15,6 +15,7 @@ from actors.scaling import Workers, fixed
 from ctrlrl.config import Section
 from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.probe import Expectation
+from ctrlrl.models.proof import check_computes
 from ctrlrl.models.sampler import Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
 
 
@@ -43,6 +44,7 @@ class RolloutWorker:
 
     def build(self, model, engine):
         self.sampler = Sampler(model, engine)
+        check_computes(model, engine.dtype, self.sampler.logprobs)
 
     def generate(self, requests, sampling):
         return self.sampler.generate(requests, sampling)

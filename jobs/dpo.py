@@ -45,6 +45,7 @@ from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_causal, check_policy, load_tokenizer, save_control_tokenizer, within_positions
+from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, same_origins
 from ctrlrl.models.vocabulary import check_same_vocabulary, final_token_id
 from ctrlrl.objectives.preference import dpo as dpo_loss
@@ -106,6 +107,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
     absolute_out(config.out)  # refused now rather than after reading
     check_policy(config.policy.model, trained=True)
+    check_adapters(config.policy.model, config.policy.train.lora)
     check_causal(config.reference_model, "reference")
     check_same_vocabulary(config.policy.model, config.reference_model, "reference")
     tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)

@@ -25,6 +25,7 @@ from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distil
 from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_policy, load_tokenizer, save_control_tokenizer, within_positions
+from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, same_origins, table_fingerprint
 from ctrlrl.models.vocabulary import final_token_id
 from ctrlrl.objectives.exmate import exmate
@@ -58,6 +59,7 @@ class FinetuneRecipe(OfflineRecipe):
 def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
     check_policy(config.policy.model, trained=True)
+    check_adapters(config.policy.model, config.policy.train.lora)
     tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []

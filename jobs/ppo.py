@@ -25,6 +25,7 @@ from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import GroupLost
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
+from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.sampler import Completions, Request, prompt_room
 from ctrlrl.models.vocabulary import check_same_vocabulary
@@ -186,10 +187,12 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
     """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
     policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
     check_policy(policy, trained=True)
+    check_adapters(policy, config.policy.train.lora)
     check_causal(reference, "reference")
     check_same_vocabulary(policy, reference, "reference")
     if config.has_value:
         check_value(value)
+        check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")
     for model in (config.reward.helpful.model, config.reward.harmless.model):
         check_reward_model(model)

@@ -24,6 +24,7 @@ from ctrlrl.data.sources import PreferencePair, read_pairs
 from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_backbone, load_tokenizer, reads_token_types
+from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.objectives.preference import bradley_terry
@@ -49,6 +50,7 @@ class RewardModelRecipe(OfflineRecipe):
 def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
     check_backbone(config.reward_model.model)
+    check_adapters(config.reward_model.model, config.reward_model.train.lora, "reward")
     tokenizer = load_tokenizer(config.reward_model.model)
     check_export(config.reward_model.model, config.out, tokenizer.save_pretrained)
     rejects: list[Reject] = []

@@ -7,6 +7,7 @@ transformers, architecture by architecture.
 import ast
 import importlib.util
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import transformers
@@ -15,8 +16,23 @@ from transformers import PreTrainedModel
 from ctrlrl.errors import ModelError
 from ctrlrl.models.reading import check_weight_files, existing, load_config
 
-# Architectures of which the engine computes something else than transformers, with its figures: see tests/benchmarks/families.py.
-_WRONG = {"gpt_bigcode": "1.0 nats", "ernie4_5_moe": "0.09 nats"}
+# Architectures of which the engine computes something else than transformers, or nothing: see tests/benchmarks/families.py.
+_WRONG = {
+    "gpt_bigcode": "logprobs are up to 1.0 nats off",
+    "ernie4_5_moe": "logprobs are up to 0.09 nats off",
+    "deepseek_v3": "logprobs are up to 0.1 nats off",
+    "phimoe": "first forward pass fails",
+}
+# ... and of which it computes the same, at the start and after a publish.
+_RIGHT = frozenset(
+    """llama qwen2 qwen3 mistral gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox gptj opt granite glm glm4 cohere cohere2 stablelm
+    nemotron olmo olmo2 olmo3 smollm3 starcoder2 exaone4 ernie4_5 hunyuan_v1_dense seed_oss arcee bitnet helium persimmon falcon
+    bloom apertus mixtral qwen2_moe qwen3_moe gpt_oss granitemoe olmoe flex_olmo hunyuan_v1_moe glm4_moe
+    gemma4_text llama4_text
+    mamba2 falcon_h1 granitemoehybrid""".split()
+)
+_LATENT = 576  # what vLLM's kernels of latent attention on CPUs are compiled for: its get_supported_head_sizes
+_STATEFUL = {"HasInnerState", "IsHybrid", "IsAttentionFree"}  # vLLM's interfaces of models with convolutions, state spaces and the like
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -26,13 +42,24 @@ def check_engine_takes(model: str) -> None:
     by_transformers = _runs_by_transformers(architecture) and not carries_state(model)
     if config.model_type in _WRONG:
         raise ModelError(
-            f"{model!r} is a {config.model_type}: the rollout engine's logprobs of this architecture are up to "
-            f"{_WRONG[config.model_type]} off: use a model of another architecture"
+            f"{model!r} is a {config.model_type}: with this architecture the rollout engine's {_WRONG[config.model_type]}: "
+            "use a model of another one"
         )
     known = engine_architectures()
     if known and architecture not in known and not by_transformers:
         raise ModelError(
             f"{model!r} is a {architecture}, which the rollout engine (vLLM) does not know: use a model of another architecture"
+        )
+    if carries_state(model) and engine_on_cpu() and not compared(model):
+        raise ModelError(
+            f"{model!r} is a {config.model_type}, whose layers carry a state along the sequence: the rollout engine (vLLM) does not run "
+            "such an architecture rightly on this device (CPU): use a model with attention alone, or an engine for GPUs"
+        )
+    latent = (getattr(config, "kv_lora_rank", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    if latent and latent != _LATENT and engine_on_cpu() and known.get(architecture, ("",))[0] == "deepseek_v2":
+        raise ModelError(
+            f"{model!r} has latent attention of kv_lora_rank + qk_rope_head_dim = {latent} numbers a token: on this device (CPU) the "
+            f"rollout engine (vLLM) computes it for {_LATENT} alone: use a model of another architecture"
         )
     folder = Path(existing(model))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -48,26 +75,59 @@ def architecture_of(model: str) -> str:
 
 def carries_state(model: str) -> bool:
     """Whether layers of a model carry a state along the sequence (convolution, state space, linear attention)."""
-    kind = getattr(transformers, architecture_of(model), None)
+    architecture = architecture_of(model)
+    kind = getattr(transformers, architecture, None)
     layers = set(load_config(model).to_dict().get("layer_types") or ())
-    return kind is not None and kind._is_stateful or bool(layers - _ATTENTION)
+    engines = engine_architectures().get(architecture)
+    return kind is not None and kind._is_stateful or bool(layers - _ATTENTION) or bool(engines and _STATEFUL & _made_from(*engines))
+
+
+def compared(model: str) -> bool:
+    """Whether the engine was found to compute what transformers does for models of this architecture."""
+    return load_config(model).model_type in _RIGHT
 
 
 @lru_cache
-def engine_architectures() -> frozenset[str]:
-    """Architectures that vLLM has code for; empty where it is not installed. Read from its registry's source, since importing it takes
-    eight seconds."""
-    package = importlib.util.find_spec("vllm")
-    if package is None:
-        return frozenset()
-    source = Path(package.submodule_search_locations[0], "model_executor", "models", "registry.py").read_text()
+def engine_architectures() -> dict[str, tuple[str, str]]:
+    """Module and class of vLLM's own code for each architecture that it has some for; {} where it is not installed. Read from its
+    registry's source, since importing it takes eight seconds."""
     tables = {
         node.targets[0].id: node.value
-        for node in ast.parse(source).body
+        for node in _source("vllm.model_executor.models.registry").body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Dict)
     }
-    parts = [part.id for part in tables["_VLLM_MODELS"].values if isinstance(part, ast.Name)]  # a dictionary of dictionaries
-    return frozenset(key.value for part in parts for key in tables[part].keys if isinstance(key, ast.Constant))
+    parts = [part.id for part in tables["_VLLM_MODELS"].values if isinstance(part, ast.Name)] if tables else []  # dictionaries in one
+    entries = [entry for part in parts for entry in zip(tables[part].keys, tables[part].values, strict=True)]
+    return {key.value: tuple(part.value for part in value.elts) for key, value in entries if isinstance(value, ast.Tuple)}
+
+
+@lru_cache
+def _source(module: str) -> ast.Module:
+    """The source of a module of vLLM's; empty where there is none."""
+    package = importlib.util.find_spec("vllm")
+    path = Path(package.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py") if package else None
+    return ast.parse(path.read_text()) if path and path.is_file() else ast.Module([], [])
+
+
+@lru_cache
+def _made_from(module: str, kind: str) -> frozenset[str]:
+    """Names of all classes that a class of vLLM's is made from, as far as its own modules of models have them."""
+    full = module if module.startswith("vllm.") else f"vllm.model_executor.models.{module}"
+    found = frozenset({kind})
+    for node in _source(full).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and kind in [alias.name for alias in node.names]:
+            found |= _made_from(node.module, kind) if node.module != "interfaces" else frozenset()
+        if isinstance(node, ast.ClassDef) and node.name == kind:
+            found |= {name for base in node.bases if isinstance(base, ast.Name) for name in _made_from(module, base.id)}
+    return found
+
+
+def engine_on_cpu() -> bool:
+    """Whether the engine that is installed is one for CPUs alone: vLLM tells it by the package's name or version, too."""
+    try:
+        return "cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return importlib.util.find_spec("vllm") is not None
 
 
 def _runs_by_transformers(architecture: str) -> bool:

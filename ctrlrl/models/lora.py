@@ -5,12 +5,25 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from ctrlrl.config import Section
 from ctrlrl.errors import RecipeError
+from ctrlrl.models.reading import load_config, reading
+
+_CLASSES = {
+    "tokens": AutoModelForCausalLM,
+    "value": AutoModelForTokenClassification,
+    "reward": AutoModelForSequenceClassification,
+}
 
 
 class LoraConfig(Section):
@@ -49,6 +62,16 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig):
                 "adapters do not train here: name other layers, or use 'all-linear', which leaves it out"
             )
     return adapted
+
+
+def check_adapters(name: str, config: LoraConfig, head: Literal["tokens", "value", "reward"] = "tokens") -> None:
+    """RecipeError, as of with_adapters, for targets that the model `name`, with this head, cannot have; reads its configuration alone."""
+    if not config.rank:
+        return
+    with torch.device("meta"):
+        with reading(name, "model"):
+            model = _CLASSES[head].from_config(load_config(name), trust_remote_code=False)
+        with_adapters(model, config)
 
 
 def save_adapter(model, directory: Path, writes: bool, gather: Callable[[list[Tensor]], AbstractContextManager] | None) -> None:

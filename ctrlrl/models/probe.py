@@ -58,7 +58,7 @@ class Expectation:
     def check(self, logprobs: list[np.ndarray], version: int) -> None:
         """VersionMismatch if a sampler given `version` is further from it than engines differ, or clearly nearer to the weights before."""
         error = mean_difference(logprobs, self.published)
-        allowed = self.tolerance * float(np.abs(np.concatenate(self.published)).mean())
+        allowed = allowed_difference(self.published, self.tolerance)
         # A right sampler is the engines' noise n from `published` and no less from `before`. One that ignored the publish is n from
         # `before` and about the shift from `published`: refused, however small both are, once the shift exceeds about 2 n. Where the
         # publish changed nothing both differences are equal.
@@ -70,6 +70,11 @@ class Expectation:
             f"a sampler that was given policy version {version} differs from the trainer by {error:.3g} in the mean logprob of the probe "
             f"(engines may by {allowed:.3g}): {what}; resume from the last checkpoint, and report this"
         )
+
+
+def allowed_difference(logprobs: Sequence[np.ndarray], tolerance: float) -> float:
+    """Mean difference from `logprobs` that another engine may show: a share of their mean size."""
+    return tolerance * float(np.abs(np.concatenate(list(logprobs))).mean())
 
 
 def mean_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:

@@ -20,8 +20,8 @@ from ctrlrl.models.loading import end_token_ids, existing, load_config, within_p
 from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
 from ctrlrl.models.weights import WeightMessage
 
-# What vLLM's start raises for a model or settings that it cannot take.
-_START_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+# What vLLM raises for a model or settings that it cannot take.
+ENGINE_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class SamplingConfig(Section):
@@ -124,8 +124,8 @@ class Sampler:
         )
         try:
             self._llm = LLM(**settings)
-        except _START_ERRORS as error:
-            raise ModelError(f"the rollout engine cannot start with {model!r}: {_reason(error)}") from None
+        except ENGINE_ERRORS as error:
+            raise ModelError(f"the rollout engine cannot start with {model!r}: {reason_of(error)}") from None
         self._llm.apply_model(leave_transformers_usable)
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
@@ -194,7 +194,7 @@ class Sampler:
         cleanup_dist_env_and_memory()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The line of an error that says most; pydantic's begin with a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if line.startswith(("Value error", "Assertion failed"))), lines[0] if lines else "")

@@ -25,7 +25,7 @@ from ctrlrl.models.loading import DTYPES, load_classifier, load_policy, load_val
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
 from ctrlrl.models.state import INDEX, load_state, save_state
-from ctrlrl.models.weights import WeightMessage, cast_parameters, full_weights, model_weights, pack_weights, precise_buffers
+from ctrlrl.models.weights import WeightMessage, cast_parameters, message_of, model_weights, precise_buffers
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
 CPU_ENVIRONMENT = {
@@ -201,7 +201,7 @@ class Trainer:
     def weights(self, dtype: str, version: int) -> WeightMessage | None:
         """All weights as one message on rank 0 (None on the others); LoRA is merged."""
         if self.rank == 0:
-            return pack_weights(full_weights(self.module.model, self._gatherer(), DTYPES[dtype]), dtype, version)
+            return message_of(self.module.model, dtype, version, self._gatherer())
         for _ in model_weights(self.module.model, self._gatherer()):
             pass  # the gathers of ZeRO-3 are collective
         return None

@@ -7,7 +7,7 @@ import hashlib
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -56,11 +56,14 @@ class WeightMessage:
             yield name, (flat.view(torch.bfloat16) if flat.dtype == torch.uint16 else flat).view(shape)
 
 
-def pack_weights(named: Iterator[tuple[str, Tensor]], dtype: str, version: int) -> WeightMessage:
-    """Cast to `dtype` (what counts in whole numbers stays as it is), move to the host, and make one message."""
+def pack_weights(
+    named: Iterator[tuple[str, Tensor]], dtype: str, version: int, exact: Collection[str] = ()
+) -> WeightMessage:
+    """Cast to `dtype` (but for what counts in whole numbers, and those named in `exact`), move to the host, and make one message."""
     names, shapes, arrays = [], [], []
     for name, tensor in named:
-        flat = tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None).contiguous().view(-1)
+        cast = tensor.is_floating_point() and name not in exact
+        flat = tensor.detach().to("cpu", DTYPES[dtype] if cast else None).contiguous().view(-1)
         names.append(name)
         shapes.append(tuple(tensor.shape))
         arrays.append((flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy())
@@ -89,12 +92,25 @@ def full_weights(
     """model_weights in the names and shapes of the model's checkpoint files, which other engines read too: where the model has all
     experts in one tensor, the files may have each apart. Done for the tensors that belong together (save_pretrained: for all at once),
     so that the model is never there twice."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = _causal(model)
     group_of = {name: group for group in _groups(causal, list(_stored(model))) for name in group.patterns}
     for name, tensor in model_weights(model, gather, merged):
         group_of[name].have[name] = tensor
         if len(group_of[name].have) == len(group_of[name].patterns):
             yield from group_of[name].converted(causal)
+
+
+def message_of(model: nn.Module, dtype: str, version: int, gather: Gather | None = None) -> WeightMessage:
+    """full_weights as one message, adapters merged; float32 buffers stay what they are."""
+    return pack_weights(full_weights(model, gather, DTYPES[dtype]), dtype, version, _exact_names(model))
+
+
+def _exact_names(model: nn.Module) -> set[str]:
+    """Names in the model's files of the float32 buffers that they hold: no weights, but what must not be rounded, such as the bias by
+    which a router chooses its experts, whose steps (1e-3) are less than bfloat16 can tell apart above 0.25."""
+    stored = _stored(model)
+    kept = {name for name, (tensor, _) in stored.items() if not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.float32}
+    return {group.target for group in _groups(_causal(model), list(stored)) if kept >= group.patterns.keys()}
 
 
 def dithered(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -109,6 +125,11 @@ def dithered(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     draw = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
     below = torch.randint(2**16, tensor.shape, generator=draw, dtype=torch.int32, device=tensor.device)
     return ((tensor.contiguous().view(torch.int32) + below) & -(2**16)).view(torch.float32).to(dtype)
+
+
+def _causal(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside, without the adapters' wrapping."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _stored(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module | None]]:
@@ -186,7 +207,8 @@ def _groups(model: PreTrainedModel, names: list[str]) -> list[_Group]:
 
 
 def precise_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Owner, name and value of a module's float32 buffers, which stay in float32 when its parameters do not.
+    """Owner, name and value of a module's float32 buffers, which stay in float32 when its parameters do not. (At ZeRO stage 3 the model
+    is read in the parameters' dtype already, and these are the ones that transformers keeps in float32 when it does that.)
 
     Rotary frequencies in bfloat16 are .2 % off: at position 500 a whole radian; transformers, too, keeps them as they are.
     """

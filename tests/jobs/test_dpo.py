@@ -128,6 +128,7 @@ def test_the_baseline_is_one_line_away(dpo_overrides, critiqued, models):
         ("max_length=20", "preference pairs exceed 20 tokens"),
         ("beta=0", "beta: Input should be greater than 0"),
         ("method=dpo", "method: Input should be 'cst' or 'plain'"),
+        ('policy.train.lora={{rank = 2, targets = ["nothing"]}}', "lora.targets = ['nothing'] cannot be adapted"),
         ("policy.model={helpful}", "give a causal language model"),
         ("reference.model={helpful}", "is a LlamaForSequenceClassification: give a causal language model"),
         ("reference.model=./gone", "model directory './gone' does not exist"),

@@ -156,6 +156,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_an_undisturbed_one(finished, t
         ("policy.train.warmup_steps=3", "both ask for a warm-up"),
         ("max_length=20", r"80 of 80 rows of .* exceed 20 tokens.*set skip_long = true"),
         ("policy.model={helpful}", "give a causal language model"),
+        ('policy.train.lora={{rank = 2, targets = ["lm_head"]}}', "lora.targets = .'lm_head'. has the output head"),
         ("policy.train.lora.export=both", "policy.train.lora.export"),
     ],
 )

@@ -1,11 +1,15 @@
 """The weight handshake: which samplers are let in."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 
-from ctrlrl.errors import VersionMismatch
-from ctrlrl.models.loading import load_tokenizer
+from ctrlrl.errors import ModelError, VersionMismatch
+from ctrlrl.models.loading import load_policy, load_tokenizer
 from ctrlrl.models.probe import TOLERANCE, Expectation, mean_difference, probe_batch, probe_of
+from ctrlrl.models.proof import check_computes, prove
 
 NEW = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
 OLD = [a - 0.3 for a in NEW]
@@ -66,3 +70,26 @@ def test_unlikely_tokens_may_differ_more_and_a_half_stale_sampler_is_refused():
     expected.check([text + 0.05], 2)
     with pytest.raises(VersionMismatch, match="its weights are wrong"):
         expected.check([text + 0.21], 2)  # measured: a tied head that stayed behind
+
+
+def test_an_engine_must_compute_what_transformers_does(models, monkeypatch):
+    model = load_policy(models["policy"], "float32")
+
+    def answer(sequences, shift=0.0):
+        logits = [model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1) for ids in sequences]
+        return [x[torch.arange(len(ids) - 1), list(ids[1:])].detach().numpy() + shift for x, ids in zip(logits, sequences, strict=True)]
+
+    prove(models["policy"], "float32", answer)
+    prove(models["policy"], "bfloat16", answer)
+    with pytest.raises(ModelError, match="differ by 0.01 in the mean from transformers"):
+        prove(models["policy"], "float32", partial(answer, shift=0.01))
+    check_computes(models["policy"], "float32", partial(answer, shift=0.01))  # a llama, of which the engine is known to be right
+    monkeypatch.setattr("ctrlrl.models.architectures._RIGHT", frozenset())
+    with pytest.raises(ModelError, match="differ by 0.01"):
+        check_computes(models["policy"], "float32", partial(answer, shift=0.01))
+
+    def fail(_):
+        raise AttributeError("no such kernel")
+
+    with pytest.raises(ModelError, match="cannot run .*: AttributeError: no such kernel"):
+        check_computes(models["policy"], "float32", fail)

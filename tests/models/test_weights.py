@@ -5,13 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ctrlrl.errors import ModelError, RecipeError
 from ctrlrl.models.architectures import check_engine_takes, engine_architectures
 from ctrlrl.models.loading import load_classifier, load_config, load_policy
-from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
-from ctrlrl.models.weights import full_weights, model_weights
-from tests.benchmarks.families import tiny_model
+from ctrlrl.models.lora import LoraConfig, check_adapters, save_adapter, with_adapters
+from ctrlrl.models.weights import full_weights, message_of, model_weights
+from tests.benchmarks.families import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmo3", "gemma3_text"])
@@ -23,6 +24,18 @@ def test_full_weights_are_what_the_model_writes_into_its_files(kind, tmp_path):
     assert all(torch.equal(named[name], written[name]) for name in written)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)  # which may know other forms of its files
     assert full_weights_equal(again, written)
+
+
+@pytest.mark.parametrize(("kind", "renamed"), [("deepseek_v3", "mlp.gate"), ("minimax_m2", "block_sparse_moe")])
+def test_buffers_that_files_hold_are_published_as_they_are(kind, renamed):
+    model = tiny_model(kind)
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.copy_(1 + torch.arange(4) * 1e-3)  # bfloat16 makes this four times 1
+    sent = dict(message_of(model, "bfloat16", 1).tensors())
+    exact = {name: tensor for name, tensor in sent.items() if tensor.dtype != torch.bfloat16}
+    assert exact and all(name.endswith(f"{renamed}.e_score_correction_bias") for name in exact)
+    assert all(torch.equal(tensor, 1 + torch.arange(4) * 1e-3) for tensor in exact.values())
 
 
 def full_weights_equal(model, written) -> bool:
@@ -80,6 +93,15 @@ def test_the_head_of_a_classifier_is_trained_beside_adapters_and_survives_both_e
 def test_targets_that_adapters_cannot_train_are_refused(models, model, targets, told):
     with pytest.raises(RecipeError, match=rf"lora.targets = .*{told}"):
         with_adapters(load_policy(models[model], "float32"), LoraConfig(rank=4, targets=targets))
+    with pytest.raises(RecipeError, match=rf"lora.targets = .*{told}"):  # and by the configuration alone
+        check_adapters(models[model], LoraConfig(rank=4, targets=targets))
+
+
+def test_targets_that_adapters_can_train_pass(models):
+    check_adapters(models["policy"], LoraConfig(rank=0, targets=["no_such_layer"]))
+    for head in ("tokens", "value", "reward"):
+        check_adapters(models["tied"], LoraConfig(rank=4), head)
+        check_adapters(models["policy"], LoraConfig(rank=4, targets=["embed_tokens"]), head)
 
 
 def test_untied_embeddings_are_adapted_and_merged(models, tmp_path):
@@ -117,11 +139,23 @@ def named(directory, models, **changes) -> str:
 
 def test_models_that_the_engine_cannot_take_are_refused_by_name(models, tmp_path):
     check_engine_takes(models["policy"])
-    assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"} < engine_architectures()
+    assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"} < engine_architectures().keys()
     with pytest.raises(ModelError, match="is a XGLMForCausalLM, which the rollout engine .* does not know"):
         check_engine_takes(named(tmp_path, models, architectures=["XGLMForCausalLM"]))
     with pytest.raises(ModelError, match="no safetensors weights"):  # the class is known, but only its configuration is there
         check_engine_takes(named(tmp_path, models, architectures=["LlamaForCausalLM"]))
     tiny_model("gpt_bigcode").config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is a gpt_bigcode: the rollout engine's logprobs .* off"):
+    with pytest.raises(ModelError, match="is a gpt_bigcode: .* the rollout engine's logprobs are up to 1.0 nats off"):
+        check_engine_takes(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "jamba", "mamba", "qwen3_next", "qwen3_5_text"])
+def test_models_with_a_state_are_refused_where_the_engine_has_no_kernels_for_it(kind, tmp_path, monkeypatch):
+    config = tiny_config(kind)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"is a {kind}, whose layers carry a state .*CPU"):
+        check_engine_takes(str(tmp_path))
+    monkeypatch.setattr("ctrlrl.models.architectures.engine_on_cpu", lambda: False)
+    with pytest.raises(ModelError, match="no safetensors weights"):
         check_engine_takes(str(tmp_path))
