@@ -91,7 +91,7 @@ def refusals_told(tokenizer, messages: Messages, source: str = "") -> Iterator[N
             raise
         raise DataError(
             f"{source and f'{source}: '}the chat template of {tokenizer.name_or_path!r} refuses a conversation of "
-            f"{', '.join(m['role'] for m in messages)}: {error}: give prompts that it takes, or a tokenizer with another chat_template"
+            f"{', '.join(m['role'] for m in messages)}: {error}: {_remedy(messages)}"
         ) from None
 
 
@@ -114,8 +114,13 @@ def chat_ids(tokenizer, messages: Messages, *, prompt: bool, source: str = "") -
     dropped = messages[missing or 0]["role"] if missing is not None else "a"
     raise DataError(
         f"{source and f'{source}: '}the chat template of {_name(tokenizer)} does not keep the text of {dropped} message in a conversation "
-        f"of {', '.join(m['role'] for m in messages)}: give prompts that it takes, or a tokenizer with another chat_template"
+        f"of {', '.join(m['role'] for m in messages)}: {_remedy(messages)}"
     )
+
+
+def _remedy(messages: Messages) -> str:
+    moved = " (the system text at the head of the user's message)" if any(m["role"] == "system" for m in messages) else ""
+    return f"give prompts that it takes{moved}, or a tokenizer with another chat_template"
 
 
 def text_ids(tokenizer, texts: Sequence[str], sources: Sequence[str]) -> list[list[int]]:

@@ -169,7 +169,8 @@ def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
     tokenizer = with_variables(load_tokenizer(config.model), config.chat)
     room = prompt_room(config.model, config.rollout.engine, config.sampling)
     forms = lambda prompt: [cell.asked for cell in make_cells([prompt], controls, config.method, templates)]  # noqa: E731
-    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, forms)
+    judges = [reward.model for reward in reward_workers(config).values()]
+    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, forms, judges)
     return make_cells(prompts, controls, config.method, templates), [*read.report.rejects, *aside]
 
 

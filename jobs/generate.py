@@ -8,6 +8,7 @@ Run the same command again after any interruption: what is there stays, what is 
 
 import re
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -79,7 +80,7 @@ def generate(config: GenerateRecipe) -> int:
     layout = Layout(absolute_out(config.out))
     check_policy(config.policy)
     read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
-    prompts, rendered, long = fitting(config, read, config.skip_bad_rows)
+    prompts, rendered, long = fitting(config, read, config.skip_bad_rows, [reward.model for _, reward in config.reward])
     print(report(read, len(prompts), len(long)), flush=True)
     work = Generation(config, layout, prompts, rendered)
     with only_writer(config.out), closing(work):
@@ -91,11 +92,14 @@ def generate(config: GenerateRecipe) -> int:
         return code
 
 
-def fitting(config: GenerateRecipe, read: PromptSet, skip: bool) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
-    """The prompts that leave room for an answer, their token ids without a control, and those that do not; DataError unless `skip`."""
+def fitting(
+    config: GenerateRecipe, read: PromptSet, skip: bool, judges: Iterable[str] = ()
+) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
+    """The prompts that leave room for an answer and that the reward models `judges` can read, their token ids without a control, and
+    the others; DataError unless `skip`."""
     tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
     room = prompt_room(config.policy, config.rollout.engine, config.sampling)
-    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")])
+    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")], judges)
     return prompts, [np.array(ids, np.int32) for (ids,) in rendered], aside
 
 

@@ -5,7 +5,7 @@ hand (Interim); fine-tuning jobs have not, and start them only if they are asked
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -71,7 +71,7 @@ class InterimCrewConfig(InterimConfig):
 
 class Interim:
     """The grid of a run's looks, checked at once. model: whose tokenizer renders it; rollout: whose engine must have room for it
-    (`section` of the recipe). rejects: the rows set aside, if `skip_bad_rows`."""
+    (`section` of the recipe); judges: the reward models that are to read it. rejects: the rows set aside, if `skip_bad_rows`."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class Interim:
         section: str = "rollout",
         skip_bad_rows: bool = False,
         chat: ChatVariables = MappingProxyType({}),
+        judges: Iterable[str] = (),
     ):
         self._config, self._seed, self._cells = config, seed, []
         self.rejects: list[Reject] = []
@@ -90,7 +91,7 @@ class Interim:
             read, controls = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count), grid(config.levels)
             room = prompt_room(model, rollout.engine, config.sampling, section)
             asked = lambda prompt: [cell.asked for cell in make_cells([prompt], controls)]  # noqa: E731
-            prompts, rendered, aside = askable(self._tokenizer, read, room, skip_bad_rows, asked)
+            prompts, rendered, aside = askable(self._tokenizer, read, room, skip_bad_rows, asked, judges)
             self._cells, self._rendered = make_cells(prompts, controls), [tuple(ids) for forms in rendered for ids in forms]
             self.rejects = [*read.report.rejects, *aside]
 
@@ -135,11 +136,11 @@ class InterimCrew:
         chat: ChatVariables = MappingProxyType({}),
     ):
         self._config, self._cluster, self._model = config, cluster, model
-        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat)
+        judges = [reward.model for _, reward in config.judges] if config.every else []
+        for judge in judges:
+            check_reward_model(judge)
+        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat, judges)
         self.rejects = self._interim.rejects
-        if config.every:
-            for _, reward in config.judges:
-                check_reward_model(reward.model)
         self._crew, self._open = None, ExitStack()
 
     def __enter__(self) -> "InterimCrew":

@@ -51,7 +51,13 @@ def train(config: PPORecipe, resume: bool = False) -> int:
     """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
     prompts, tokenizer, rejects = check_inputs(config)
     interim = Interim(
-        config.evaluation, config.policy.model, config.rollout, config.seed, skip_bad_rows=config.skip_bad_rows, chat=config.chat
+        config.evaluation,
+        config.policy.model,
+        config.rollout,
+        config.seed,
+        skip_bad_rows=config.skip_bad_rows,
+        chat=config.chat,
+        judges=judges_of(config),
     )
     with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE) as run:
         data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
@@ -194,16 +200,22 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
         check_value(value)
         check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")
-    for model in (config.reward.helpful.model, config.reward.harmless.model):
+    for model in judges_of(config):
         check_reward_model(model)
     room = prompt_room(policy, config.rollout.engine, config.sampling)
     tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
     check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
-    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, lambda prompt: [(prompt.messages, CORNERS[0].spell())])
+    asked = lambda prompt: [(prompt.messages, CORNERS[0].spell())]  # noqa: E731
+    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, asked, judges_of(config))
     rejects = [*read.report.rejects, *aside]
     if rejects:
         print(aside_line(rejects), flush=True)
     return prompts, tokenizer, rejects
+
+
+def judges_of(config: PPORecipe) -> list[str]:
+    """The reward models."""
+    return [reward.model for _, reward in config.reward]
 
 
 def headline(stats: dict[str, float]) -> str:

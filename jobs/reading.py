@@ -1,27 +1,31 @@
 """Prompts as a job can ask them: rendered, and, where that is allowed, without those that its chat template or its engine does not take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ctrlrl.data.rejects import BadRows, Reject
 from ctrlrl.data.sources import PreferencePair, Prompt, PromptSet
 from ctrlrl.errors import DataError
+from ctrlrl.models.conversations import reader_of
 from ctrlrl.prompts import Messages, render
 
 Asked = Callable[[Prompt], Sequence[tuple[Messages, str]]]  # every form in which a prompt will be asked: messages and their suffix
 
 
 def askable(
-    tokenizer, read: PromptSet, room: int, skip: bool, asked: Asked
+    tokenizer, read: PromptSet, room: int, skip: bool, asked: Asked, judges: Iterable[str] = ()
 ) -> tuple[list[Prompt], list[list[list[int]]], list[Reject]]:
-    """The prompts of which every form can be rendered and has at most `room` tokens; the token ids of their forms; and the others.
+    """The prompts of which every form can be rendered and has at most `room` tokens, and which the reward models `judges` can read; the
+    token ids of their forms; and the others.
 
     DataError if there are others, unless `skip`; and if no prompt is left.
     """
     prompts, rendered, aside, long = [], [], [], []
-    refused = BadRows(aside if skip else None)
+    refused, readers = BadRows(aside if skip else None), [reader_of(model) for model in dict.fromkeys(judges)]
     for prompt in read:
         try:
             forms = [render(tokenizer, messages, suffix, source=prompt.source) for messages, suffix in asked(prompt)]
+            for reader in readers:
+                reader(prompt.messages, prompt.source)
         except DataError as error:
             refused.add(prompt.source, str(error).removeprefix(f"{prompt.source}: "))
             continue

@@ -22,6 +22,7 @@ from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.generation import OPTIMISATION, Layout, scores_table
 from ctrlrl.data.shards import SOURCE, ShardStore
 from ctrlrl.errors import RunError
+from ctrlrl.models.conversations import reader_of
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_reward_model
 from ctrlrl.prompts import Messages
@@ -123,10 +124,14 @@ def score(config: ScoreRecipe) -> int:
     manifest = samples.manifest()
     given = config.reward.given
     judges = {a: Judge.of(reward, layout.scores(config.name, a), manifest["fingerprint"]) for a, reward in given.items()}
+    messages = layout.messages()
+    for reader in [reader_of(reward.model) for reward in given.values()]:
+        for prompt, turns in messages.items():
+            reader(turns, f"prompt {prompt}")
     try:
         for judge in judges.values():
             judge.store.open_or_create(judge.fingerprint, shards=len(manifest["shards"]))
-        code = score_missing(config, judges, samples, layout.messages())
+        code = score_missing(config, judges, samples, messages)
         print(f"{layout.directory / 'scores' / config.name}: {', '.join(judges)} of {manifest['rows']} answers" if not code else "stopped")
         return code
     finally:

@@ -1,11 +1,14 @@
 """What a reward model reads: a conversation and its last answer as token ids, the same in training and in scoring."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerBase
 
 from ctrlrl.chat import Messages, chat_ids
 from ctrlrl.control import neutralise
+from ctrlrl.errors import DataError
 from ctrlrl.inert import broken, special_texts
-from ctrlrl.models.loading import within_positions
+from ctrlrl.models.loading import load_tokenizer, within_positions
 
 
 def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -35,3 +38,24 @@ def encode_conversation(
         return encoded
     kept = int(encoded["input_ids"][0] in tokenizer.all_special_ids and limit > 1)
     return {name: [*values[:kept], *values[kept - limit :]] for name, values in encoded.items()}
+
+
+def reader_of(model: str) -> Callable[[Messages, str], None]:
+    """A function of a prompt and of where it stands, which raises DataError if the reward model's chat template does not take it.
+
+    It tries the first prompt of each sequence of roles; the others are as that one.
+    """
+    tokenizer, refusals = load_tokenizer(model), {}
+
+    def read(messages: Messages, source: str) -> None:
+        roles = tuple(m["role"] for m in messages)
+        if roles not in refusals:
+            refusals[roles] = ""
+            try:
+                encode_conversation(tokenizer, messages, "An answer.", tokenizer.model_max_length)
+            except DataError as error:
+                refusals[roles] = str(error)
+        if refusals[roles]:
+            raise DataError(f"{source}: the reward model cannot read it: {refusals[roles]}")
+
+    return read

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
+from ctrlrl.data.generation import Layout
+from ctrlrl.data.sources import read_prompts
 from ctrlrl.doctor import examine
 from ctrlrl.models.loading import load_tokenizer
 
@@ -119,7 +121,42 @@ def test_a_prompt_that_the_chat_template_refuses(models, tmp_path, command):
     output = " ".join(result.output.split())
     assert result.exit_code == 2 and "Traceback" not in output, output
     assert f"{data}:2: the chat template of '{strict}' refuses a conversation of system, user" in output
-    assert "System role not supported: give prompts that it takes" in output and not (tmp_path / "run").exists()
+    assert "System role not supported: give prompts that it takes (the system text at the head" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["ppo", "generate", "evaluate", "score", "reward-model"])
+def test_a_conversation_that_a_reward_models_chat_template_refuses(models, tmp_path, command):
+    strict, data, out = tmp_path / "strict", tmp_path / "data.jsonl", tmp_path / "run"
+    shutil.copytree(models["harmless"], strict)
+    tokenizer = load_tokenizer(models["policy"])
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}<s>{{ m.content }}<end>{% endfor %}"  # drops it
+    tokenizer.save_pretrained(strict)
+    asked = [{"prompt": "Hello"}, {"system": "Be brief.", "prompt": "Hello"}]
+    data.write_text("".join(json.dumps(row | {"chosen": "Hi", "rejected": "No"}) + "\n" for row in asked))
+    room = [f"prompts={data}", "rollout.engine.max_model_tokens=512", "sampling.max_new_tokens=12"]
+    judged = [f"helpful.model={models['helpful']}", f"harmless.model={strict}"]
+    if command == "score":
+        out.mkdir()
+        layout = Layout(out)
+        layout.write_prompts(list(read_prompts(data)))
+        with layout.samples().open_or_create({"x": 1}, shards=0) as store:
+            store.finish({})
+    settings = {
+        "ppo": [*room, f"policy.model={models['policy']}", *(f"reward.{setting}" for setting in judged)],
+        "generate": [*room, f"policy={models['policy']}", *(f"reward.{setting}" for setting in judged)],
+        "evaluate": [*room, f"model={models['policy']}", *(f"judges.optimisation.{setting}" for setting in judged)],
+        "score": [f"reward.{setting}" for setting in judged],
+        "reward-model": [f"data={data}", f"reward_model.model={strict}", "validation.share=0"],
+    }[command]
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = CliRunner().invoke(app, [command, *([str(out)] if command == "score" else ["--out", str(out)]), *options])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and "Traceback" not in output, output
+    place = f"{data}:2" if command != "score" else f"prompt {list(read_prompts(data))[1].prompt_id}"
+    reader = "" if command == "reward-model" else "the reward model cannot read it: "
+    assert f"{place}: {reader}the chat template of '{strict}' does not keep the text of system message" in output
+    assert "(the system text at the head of the user's message)" in output
 
 
 def test_doctor_finds_everything_here():
