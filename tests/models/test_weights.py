@@ -149,12 +149,16 @@ def test_models_that_the_engine_cannot_take_are_refused_by_name(models, tmp_path
         check_engine_takes(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "jamba", "mamba", "qwen3_next", "qwen3_5_text"])
-def test_models_with_a_state_are_refused_where_the_engine_has_no_kernels_for_it(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(kind, "whose layers carry a state") for kind in ("lfm2", "jamba", "mamba", "qwen3_next", "qwen3_5_text")]
+    + [("deepseek_v3", "latent attention")],
+)
+def test_models_that_the_engine_does_not_compute_rightly_on_cpus_are_refused(kind, told, tmp_path, monkeypatch):
     config = tiny_config(kind)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"is a {kind}, whose layers carry a state .*CPU"):
+    with pytest.raises(ModelError, match=rf"is a {kind}, .*{told}.*CPU"):
         check_engine_takes(str(tmp_path))
     monkeypatch.setattr("ctrlrl.models.architectures.engine_on_cpu", lambda: False)
     with pytest.raises(ModelError, match="no safetensors weights"):
