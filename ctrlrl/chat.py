@@ -124,20 +124,49 @@ def _remedy(messages: Messages) -> str:
 
 
 def text_ids(tokenizer, texts: Sequence[str], sources: Sequence[str]) -> list[list[int]]:
-    """Token ids of answers that are given as text, which stays text as a message's does; `sources`: where each stands, for errors."""
-    inert = [broken(text, literals(tokenizer)) for text in texts]
-    found = tokenizer(inert, add_special_tokens=False, verbose=False)["input_ids"] if inert else []
+    """Token ids of answers that are given as text, as they stand behind a prompt; the text stays text as a message's does.
+
+    `sources`: where each answer stands, for errors.
+    """
+    inert, before = [broken(text, literals(tokenizer)) for text in texts], _before_answers(tokenizer, own_template(tokenizer))
+    found = [_ids_after(tokenizer, before, text) for text in inert] if before else _plain_ids(tokenizer, inert)
     for ids, source in zip(found, sources, strict=True):
         if _count_special(tokenizer, ids):
             raise DataError(f"{source}: the answer has special tokens in the tokenizer of {_name(tokenizer)}")
     return found
 
 
+@lru_cache(maxsize=64)
+def _before_answers(tokenizer, template: str) -> str:
+    """The last character of a rendered prompt if an answer's tokens depend on it (tokenizers that put a space before a text that
+    stands alone), as the template's own rendering of an answer tells; else nothing."""
+    asked, answer = [{"role": "user", "content": "Hello"}], "Hello"
+    try:
+        prompt = chat_ids(tokenizer, asked, prompt=True)
+        whole = chat_ids(tokenizer, [*asked, {"role": "assistant", "content": answer}], prompt=False)
+        last = _written(tokenizer, template, asked, True)[-1:]
+    except DataError:
+        return ""  # no template for answers, so nothing tells
+    alone, after = _plain_ids(tokenizer, [answer])[0], _ids_after(tokenizer, last, answer)
+    starts = [whole[: len(prompt) + len(ids)] == [*prompt, *ids] for ids in (alone, after)]
+    return last if starts == [False, True] else ""
+
+
+def _ids_after(tokenizer, before: str, text: str) -> list[int]:
+    """Token ids of `text` behind `before`; of `text` alone where the two share a token."""
+    first, both, alone = _plain_ids(tokenizer, [before, before + text, text])
+    return both[len(first) :] if both[: len(first)] == first else alone
+
+
+def _plain_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
 def check_exportable(tokenizer) -> None:
     """Raise ModelError if the tokenizer makes special tokens of other spellings than their own: `render` refuses such a text, but the
     chat template of an export would let it pass."""
     spellings = [text for special in special_texts(tokenizer) for text in respelled(special)]
-    found = tokenizer([broken(text, literals(tokenizer)) for text in spellings], add_special_tokens=False)["input_ids"] if spellings else []
+    found = _plain_ids(tokenizer, [broken(text, literals(tokenizer)) for text in spellings])
     forged = next((text for text, ids in zip(spellings, found, strict=True) if _count_special(tokenizer, ids)), None)
     if forged is not None:
         raise ModelError(

@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ctrlrl.chat import check_exportable, literals
+from ctrlrl.chat import chat_ids, check_exportable, literals, text_ids
 from ctrlrl.control import Control
 from ctrlrl.errors import ModelError
+from ctrlrl.models.vocabulary import template_end
 from ctrlrl.prompts import control_chat_template, render
 
 CONTROL = Control(1, 0.2)
@@ -134,6 +135,18 @@ def test_no_text_becomes_a_control_or_a_special_token(family):
         assert ids_of(shipped, text, helpful=1, harmless=0.2) == ids
 
     holds()
+
+
+# Of the others: BERT's template has no prompt for an answer. Llama 2's puts a space behind it, before its end.
+@pytest.mark.parametrize("family", ["ChatML", "Llama 3", "Llama 2", "Gemma", "Phi", "NFKC"])
+def test_prompt_and_answer_begin_as_the_templates_own_rendering_of_both(family):
+    tokenizer, answer = FAMILIES[family](), "Help [0] yourself."
+    asked = [{"role": "user", "content": "Hi"}]
+    whole = chat_ids(tokenizer, [*asked, {"role": "assistant", "content": answer}], prompt=False)
+    begun = [*render(tokenizer, asked), *text_ids(tokenizer, [answer], ["here"])[0]]
+    assert whole[: len(begun)] == begun
+    rest = whole[len(begun) :]
+    assert rest[int(family == "Llama 2")] == template_end(tokenizer) is not None
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), NFKC])
