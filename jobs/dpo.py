@@ -44,6 +44,7 @@ from ctrlrl.data.sources import read_pairs
 from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.fingerprint import model_fingerprint
+from ctrlrl.models.layout import check_layout
 from ctrlrl.models.loading import check_causal, check_policy, load_tokenizer, save_control_tokenizer, within_positions
 from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, same_origins
@@ -108,7 +109,9 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     absolute_out(config.out)  # refused now rather than after reading
     check_policy(config.policy.model, trained=True)
     check_adapters(config.policy.model, config.policy.train.lora)
+    check_layout(config.policy.model, config.policy.train.layout)
     check_causal(config.reference_model, "reference")
+    check_layout(config.reference_model, config.reference.layout)
     check_same_vocabulary(config.policy.model, config.reference_model, "reference")
     tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)

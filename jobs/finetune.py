@@ -24,6 +24,7 @@ from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids, without_bad_rows
 from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
+from ctrlrl.models.layout import check_layout
 from ctrlrl.models.loading import check_policy, load_tokenizer, save_control_tokenizer, within_positions
 from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, same_origins, table_fingerprint
@@ -60,6 +61,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
     check_policy(config.policy.model, trained=True)
     check_adapters(config.policy.model, config.policy.train.lora)
+    check_layout(config.policy.model, config.policy.train.layout)
     tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []

@@ -24,6 +24,7 @@ from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import GroupLost
 from ctrlrl.models.exporting import check_export
+from ctrlrl.models.layout import check_layout
 from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
 from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
@@ -194,7 +195,9 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
     policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
     check_policy(policy, trained=True)
     check_adapters(policy, config.policy.train.lora)
+    check_layout(policy, config.policy.train.layout)
     check_causal(reference, "reference")
+    check_layout(reference, config.reference.layout)
     check_same_vocabulary(policy, reference, "reference")
     if config.has_value:
         check_value(value)

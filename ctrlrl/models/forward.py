@@ -7,16 +7,18 @@ state at p - 1.
 Legend: N tokens of the row(s), M scored tokens of the micro-batch, B sequences, T scored tokens of the longest, V vocabulary.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs
+from ctrlrl.errors import ModelError
 from ctrlrl.models.pooling import raw_scores
-from ctrlrl.models.segments import Segments, packed_row
+from ctrlrl.models.segments import SEGMENTS, Segments, packed_row, why_not_packed
 from ctrlrl.tensors import pad_rows, token_logprobs
 
 
@@ -84,6 +86,18 @@ def micro_batch(batch: TokenBatch, inputs: ModelInputs, tokens: int, sequences: 
     for name, column in batch.per_sequence.items():
         columns[name] = torch.as_tensor(np.ascontiguousarray(column), device=device)
     return MicroBatch(mask, columns, tokens, sequences)
+
+
+def attention_for(layout: str, config: PretrainedConfig) -> str:
+    """The transformers attention of a layout, for a model of this configuration, judged by what its class declares; what a declaration
+    does not tell, `layout.settle` finds when the model is loaded. ModelError if the model cannot be packed."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if layout == "padded":
+        return "sdpa" if model._supports_sdpa else "eager"
+    if reason := why_not_packed(model):
+        raise ModelError(f'a {config.model_type} cannot be packed ({reason}): set layout = "auto" or layout = "padded"')
+    return SEGMENTS
 
 
 class PolicyModule(nn.Module):

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import ModelError
-from ctrlrl.models.forward import ModelInputs, PolicyModule, lay_out
-from ctrlrl.models.segments import SEGMENTS
+from ctrlrl.models.forward import ModelInputs, PolicyModule, attention_for, lay_out
+from ctrlrl.models.reading import load_config
+from ctrlrl.models.segments import SEGMENTS, why_not_packed
 
 Layout = Literal["auto", "packed", "padded"]
 _ATTENTIONS = {"packed": (SEGMENTS,), "padded": ("sdpa", "eager")}  # in the order of their speed
@@ -76,21 +76,10 @@ def _one_at_a_time(module: nn.Module, name: str, batch: TokenBatch, device: torc
     return alone, plain
 
 
-def why_not_packed(model: PreTrainedModel) -> str | None:
-    """What the model itself declares that forbids packing: state along the sequence, attention of its own; None if nothing."""
-    if any(part._is_stateful for part in model.modules() if hasattr(part, "_is_stateful")):
-        return "its layers carry state along the sequence"
-    if any(isinstance(part, nn.Conv1d) for part in model.modules()):
-        return "its layers convolve along the sequence"
-    strange = _strange_layers(model.config.get_text_config())
-    return strange or (None if model._supports_attention_backend else "its class does not support attention from outside")
-
-
-def _strange_layers(config: PretrainedConfig) -> str | None:
-    kinds = {"full_attention", "sliding_attention", "chunked_attention"}
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - kinds)
-    known = all(kind in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING for kind in strange)
-    return f"it has layers of {'another' if known else 'an unknown'} kind: {', '.join(strange)}" if strange else None
+def check_layout(name: str, layout: Layout) -> None:
+    """Raise ModelError if the model `name` is to be packed and declares that it cannot be; reads its configuration alone."""
+    if layout == "packed":
+        attention_for(layout, load_config(name))
 
 
 def _fault(module: nn.Module, batch: TokenBatch, layout: str, attention: str, wanted: Tensor) -> str | None:

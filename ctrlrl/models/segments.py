@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, AttentionMaskInterface
 
 from ctrlrl.errors import ModelError
 
@@ -166,3 +166,20 @@ def _flash_attention(query, key, value, scaling, pattern: Pattern) -> Tensor:
 
 AttentionInterface.register(SEGMENTS, _segment_attention)
 AttentionMaskInterface.register(SEGMENTS, _read_mask)
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """What the model itself declares that forbids packing: state along the sequence, attention of its own; None if nothing."""
+    if any(part._is_stateful for part in model.modules() if hasattr(part, "_is_stateful")):
+        return "its layers carry state along the sequence"
+    if any(isinstance(part, nn.Conv1d) for part in model.modules()):
+        return "its layers convolve along the sequence"
+    strange = _strange_layers(model.config.get_text_config())
+    return strange or (None if model._supports_attention_backend else "its class does not support attention from outside")
+
+
+def _strange_layers(config: PretrainedConfig) -> str | None:
+    kinds = {"full_attention", "sliding_attention", "chunked_attention"}
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - kinds)
+    known = all(kind in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING for kind in strange)
+    return f"it has layers of {'another' if known else 'an unknown'} kind: {', '.join(strange)}" if strange else None

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import ModelError
 from ctrlrl.models.forward import PolicyModule, lay_out
-from ctrlrl.models.layout import settle
+from ctrlrl.models.layout import check_layout, settle
 from ctrlrl.models.loading import _without_dropout
 
 CPU, README = torch.device("cpu"), Path(__file__).parents[2] / "jobs" / "README.md"
@@ -152,6 +152,14 @@ def outcome(kind: str) -> str:
 def test_a_layout_is_exact_or_the_model_is_refused(kind):
     found = outcome(kind)
     assert found.startswith("not built") == (kind in UNBUILT), found
+
+
+@pytest.mark.parametrize("kind", ("bloom", "lfm2", "mamba", "gptj"))
+def test_what_cannot_be_packed_is_refused_by_its_configuration(kind, tmp_path):
+    configuration(kind).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"a {kind} cannot be packed"):
+        check_layout(str(tmp_path), "packed")
+    check_layout(str(tmp_path), "auto")
 
 
 def table() -> str:
