@@ -15,7 +15,7 @@ from actors.scaling import Workers, fixed
 from ctrlrl.config import Section
 from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.probe import Expectation
-from ctrlrl.models.proof import check_computes
+from ctrlrl.models.proof import proof_of
 from ctrlrl.models.sampler import Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
 
 
@@ -43,8 +43,9 @@ class RolloutWorker:
     """Shell around one Sampler."""
 
     def build(self, model, engine):
+        proof = proof_of(model, engine)
         self.sampler = Sampler(model, engine)
-        check_computes(model, engine.dtype, self.sampler.logprobs)
+        proof.check(self.sampler.logprobs)
 
     def generate(self, requests, sampling):
         return self.sampler.generate(requests, sampling)

@@ -8,42 +8,51 @@ import torch
 from ctrlrl.errors import ModelError
 from ctrlrl.models.architectures import compared
 from ctrlrl.models.loading import load_policy
-from ctrlrl.models.probe import TOLERANCE, Probe, allowed_difference, mean_difference, probe_of
-from ctrlrl.models.sampler import ENGINE_ERRORS, reason_of
-
-Logprobs = Callable[[Sequence[Sequence[int]]], list[np.ndarray]]
+from ctrlrl.models.probe import TOLERANCE, allowed_difference, mean_difference, probe_of
+from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, reason_of
 
 
-def check_computes(model: str, dtype: str, logprobs: Logprobs) -> None:
-    """prove, but for models of an architecture that was compared with transformers already: usual ones pay nothing."""
-    if not compared(model):
-        prove(model, dtype, logprobs)
+class Proof:
+    """transformers' logprobs of a few sentences. To be made before the engine starts: vLLM changes classes of transformers', and so the
+    model is never there twice."""
+
+    def __init__(self, model: str, engine: EngineConfig):
+        self._model, self._tolerance = model, TOLERANCE[engine.dtype]
+        self._probe = [ids[: engine.max_model_tokens - 1] for ids in probe_of(model)]  # and one is drawn
+        self._expected = self._by_transformers(engine.dtype)
+
+    @torch.no_grad()
+    def _by_transformers(self, dtype: str) -> list[np.ndarray]:
+        """On the CPU, one sequence at a time, without padding, which not every model ignores."""
+        truth, found = load_policy(self._model, dtype, "eager").eval(), []
+        for ids in self._probe:
+            logits = truth(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+            found.append(logits.log_softmax(-1)[torch.arange(len(ids) - 1), list(ids[1:])].numpy())
+        return found
+
+    def check(self, logprobs: Callable[[Sequence[Sequence[int]]], list[np.ndarray]]) -> None:
+        """ModelError if an engine's `logprobs`, at temperature 1, fail or differ by more than rounding does."""
+        try:
+            given = logprobs(self._probe)
+        except ENGINE_ERRORS as error:
+            raise ModelError(
+                f"the rollout engine cannot run {self._model!r}: {reason_of(error)}: use a model of another architecture"
+            ) from None
+        error, allowed = mean_difference(given, self._expected), allowed_difference(self._expected, self._tolerance)
+        if error > allowed:
+            raise ModelError(
+                f"the rollout engine's logprobs of {self._model!r} differ by {error:.3g} in the mean from transformers' (rounding may by "
+                f"{allowed:.3g}): it does not compute this architecture rightly: use a model of another one"
+            )
 
 
-def prove(model: str, dtype: str, logprobs: Logprobs) -> None:
-    """ModelError if an engine's `logprobs`, at temperature 1, of a few sentences are further from transformers' than rounding in `dtype`.
+class Compared:
+    """In place of a Proof where the architecture was compared with transformers already: usual models pay nothing."""
 
-    transformers' model is loaded beside the engine, on the CPU, and freed again.
-    """
-    probe = probe_of(model)
-    expected = _by_transformers(model, dtype, probe)
-    try:
-        given = logprobs(probe)
-    except ENGINE_ERRORS as error:
-        raise ModelError(f"the rollout engine cannot run {model!r}: {reason_of(error)}: use a model of another architecture") from None
-    error, allowed = mean_difference(given, expected), allowed_difference(expected, TOLERANCE[dtype])
-    if error > allowed:
-        raise ModelError(
-            f"the rollout engine's logprobs of {model!r} differ by {error:.3g} in the mean from transformers' (rounding may by "
-            f"{allowed:.3g}): it does not compute this architecture rightly: use a model of another one"
-        )
+    def check(self, logprobs: Callable) -> None:
+        pass
 
 
-@torch.no_grad()
-def _by_transformers(model: str, dtype: str, probe: Probe) -> list[np.ndarray]:
-    """One sequence at a time, without padding, which not every model ignores."""
-    truth, found = load_policy(model, dtype, "eager").eval(), []
-    for ids in probe:
-        logits = truth(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
-        found.append(logits.log_softmax(-1)[torch.arange(len(ids) - 1), list(ids[1:])].numpy())
-    return found
+def proof_of(model: str, engine: EngineConfig) -> Proof | Compared:
+    """What an engine with this model has to pass at its start."""
+    return Compared() if compared(model) else Proof(model, engine)

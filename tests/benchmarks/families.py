@@ -97,7 +97,7 @@ def measure(kind: str) -> dict:
     import torch
 
     from ctrlrl.errors import ModelError
-    from ctrlrl.models.proof import prove
+    from ctrlrl.models.proof import Proof
     from ctrlrl.models.sampler import EngineConfig, Request, Sampler, SamplingConfig
     from ctrlrl.models.weights import message_of
 
@@ -114,9 +114,10 @@ def measure(kind: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         _tokenizer().save_pretrained(folder)
-        sampler = Sampler(folder, EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05))
+        engine = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05)
+        proof, sampler = Proof(folder, engine), Sampler(folder, engine)
         try:
-            prove(folder, "float32", sampler.logprobs)
+            proof.check(sampler.logprobs)
             proved = True
         except ModelError as error:
             proved = False

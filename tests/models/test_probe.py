@@ -9,7 +9,8 @@ import torch
 from ctrlrl.errors import ModelError, VersionMismatch
 from ctrlrl.models.loading import load_policy, load_tokenizer
 from ctrlrl.models.probe import TOLERANCE, Expectation, mean_difference, probe_batch, probe_of
-from ctrlrl.models.proof import check_computes, prove
+from ctrlrl.models.proof import Proof, proof_of
+from ctrlrl.models.sampler import EngineConfig
 
 NEW = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
 OLD = [a - 0.3 for a in NEW]
@@ -75,21 +76,25 @@ def test_unlikely_tokens_may_differ_more_and_a_half_stale_sampler_is_refused():
 def test_an_engine_must_compute_what_transformers_does(models, monkeypatch):
     model = load_policy(models["policy"], "float32")
 
+    def fail(_):
+        raise AttributeError("no such kernel")
+
+    def short(sequences):
+        assert [len(ids) for ids in sequences] == [7, 7, 7]  # of an engine with 8 tokens, one of which is drawn
+        return answer(sequences)
+
     def answer(sequences, shift=0.0):
         logits = [model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1) for ids in sequences]
         return [x[torch.arange(len(ids) - 1), list(ids[1:])].detach().numpy() + shift for x, ids in zip(logits, sequences, strict=True)]
 
-    prove(models["policy"], "float32", answer)
-    prove(models["policy"], "bfloat16", answer)
+    proof = Proof(models["policy"], EngineConfig(dtype="float32"))
+    proof.check(answer)
     with pytest.raises(ModelError, match="differ by 0.01 in the mean from transformers"):
-        prove(models["policy"], "float32", partial(answer, shift=0.01))
-    check_computes(models["policy"], "float32", partial(answer, shift=0.01))  # a llama, of which the engine is known to be right
-    monkeypatch.setattr("ctrlrl.models.architectures._RIGHT", frozenset())
-    with pytest.raises(ModelError, match="differ by 0.01"):
-        check_computes(models["policy"], "float32", partial(answer, shift=0.01))
-
-    def fail(_):
-        raise AttributeError("no such kernel")
-
+        proof.check(partial(answer, shift=0.01))
     with pytest.raises(ModelError, match="cannot run .*: AttributeError: no such kernel"):
-        check_computes(models["policy"], "float32", fail)
+        proof.check(fail)
+    Proof(models["policy"], EngineConfig(dtype="bfloat16", max_model_tokens=8)).check(short)
+    proof_of(models["policy"], EngineConfig(dtype="float32")).check(fail)  # a llama, known to be right: not asked
+    monkeypatch.setattr("ctrlrl.models.architectures._RIGHT", frozenset())
+    with pytest.raises(ModelError, match="cannot run"):
+        proof_of(models["policy"], EngineConfig(dtype="float32")).check(fail)
