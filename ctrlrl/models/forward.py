@@ -121,6 +121,11 @@ class PolicyModule(nn.Module):
         """The transformers model inside, without the adapter's wrapping."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    def head_weights(self) -> list[nn.Parameter]:
+        """What forward reads without calling the head itself: ZeRO-3 has to be told of them."""
+        head = self.causal.get_output_embeddings()
+        return [] if head is None else list(head.parameters())
+
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         if self.full_logits:
             logits = inputs.run(self.causal).logits.flatten(0, 1)[inputs.reads].float() / self.temperature

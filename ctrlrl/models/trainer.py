@@ -120,6 +120,9 @@ class Trainer:
         if self._norm_is_ours:
             self.engine.enable_backward_allreduce = False  # else backward() or step() reduces as well as _gradient_norm
         self.module = module
+        if config.zero_stage == 3 and kind == "policy":  # before the first forward, whose order of gathering is kept
+            for weight in module.head_weights():
+                deepspeed.zero.register_external_parameter(module, weight)
         if kind != "reward" and (config.zero_stage == 3 or self.device.type == "cuda"):  # with the engine's own weights and kernels
             self.layout = settle(module, model, self.layout, self.device)
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
