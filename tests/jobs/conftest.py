@@ -1,15 +1,18 @@
-"""Shared by the tests of self-generation and self-critique: their recipes on the tiny models, and undisturbed directories."""
+"""Shared by the tests of jobs: recipes on the tiny models, a table to train on, and undisturbed directories."""
 
 import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ctrlrl.config import dump, load
-from ctrlrl.control import Control
+from ctrlrl.control import CORNERS, Control
 from ctrlrl.data.generation import OPTIMISATION, Layout
+from ctrlrl.data.schemas import DISTILLED
+from ctrlrl.data.sources import prompt_id
 from ctrlrl.errors import RunError
 from ctrlrl.models.loading import load_policy, load_tokenizer
 from ctrlrl.prompts import render
@@ -142,3 +145,31 @@ def critiqued(ray_cluster, critique_overrides, tmp_path_factory):
     config = load(CritiqueRecipe, None, [*critique_overrides, f"out={out}"])
     assert critique(config) == 0
     return CritiqueLayout(out), config
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, tokenizer) -> str:
+    """A table of forty prompts under two corners each, whose answers say which corner it is."""
+    rows = []
+    for number in range(40):
+        messages = [{"role": "user", "content": f"How do I bake {number} loaves of bread?"}]
+        for corner in (CORNERS[number % 4], CORNERS[(number + 1) % 4]):
+            text = f"Mix {CORNERS.index(corner)} flour and water."
+            ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            rows.append((prompt_id(messages), 0, len(rows), messages, *corner.levels, text, ids, "stop"))
+    path = tmp_path_factory.mktemp("distilled") / "train.parquet"
+    pq.write_table(pa.Table.from_pylist([dict(zip(DISTILLED.names, row, strict=True)) for row in rows], schema=DISTILLED), path)
+    return str(path.parent)
+
+
+@pytest.fixture(scope="session")
+def finetune_overrides(models, distilled) -> list[str]:
+    """Overrides that fine-tune the tiny policy within seconds."""
+    settings = {
+        "data": distilled, "objective": "exmate", "epochs": 2, "batch.sequences": 24, "warmup_share": 0.2,
+        "validation.share": 0.15, "validation.every": 2, "checkpoint_every": 1, "keep_checkpoints": 6,
+        "policy.model": models["policy"], "policy.train.dtype": "float32", "policy.train.zero_stage": 0,
+        "policy.train.learning_rate": 3e-3, "policy.train.schedule": "cosine",
+        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -17,41 +17,11 @@ from typer.testing import CliRunner
 from ctrlrl.cli import app
 from ctrlrl.config import load
 from ctrlrl.control import CORNERS
-from ctrlrl.data.schemas import DISTILLED
-from ctrlrl.data.sources import prompt_id
 from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.runs import read_metrics
 from jobs.finetune import FinetuneRecipe, finetune, read_examples
 
 STEPS = 6  # three epochs of 60 rows or less in batches of about 32
-
-
-@pytest.fixture(scope="session")
-def distilled(tmp_path_factory, tokenizer) -> str:
-    """A table of forty prompts under two corners each, whose answers say which corner it is."""
-    rows = []
-    for number in range(40):
-        messages = [{"role": "user", "content": f"How do I bake {number} loaves of bread?"}]
-        for corner in (CORNERS[number % 4], CORNERS[(number + 1) % 4]):
-            text = f"Mix {CORNERS.index(corner)} flour and water."
-            ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-            rows.append((prompt_id(messages), 0, len(rows), messages, *corner.levels, text, ids, "stop"))
-    path = tmp_path_factory.mktemp("distilled") / "train.parquet"
-    pq.write_table(pa.Table.from_pylist([dict(zip(DISTILLED.names, row, strict=True)) for row in rows], schema=DISTILLED), path)
-    return str(path.parent)
-
-
-@pytest.fixture(scope="session")
-def finetune_overrides(models, distilled) -> list[str]:
-    """Overrides that fine-tune the tiny policy within seconds."""
-    settings = {
-        "data": distilled, "objective": "exmate", "epochs": 2, "batch.sequences": 24, "warmup_share": 0.2,
-        "validation.share": 0.15, "validation.every": 2, "checkpoint_every": 1, "keep_checkpoints": STEPS,
-        "policy.model": models["policy"], "policy.train.dtype": "float32", "policy.train.zero_stage": 0,
-        "policy.train.learning_rate": 3e-3, "policy.train.schedule": "cosine",
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
-    }  # fmt: skip
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 @pytest.fixture(scope="module")
