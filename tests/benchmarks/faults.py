@@ -3,6 +3,7 @@
 Used by chaos.py and, in short, by tests/jobs/test_chaos.py. Processes are found by their title and by RAY_TMPDIR in their environment.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -123,7 +124,7 @@ class Faults:
 def run(job: Job, faults: Faults, count: int, dice: random.Random, kinds: tuple[str, ...]) -> list[dict]:
     """Run the job to its end under `count` faults; returns what happened and how long it took until work went on."""
     report, began = [], time.monotonic()
-    planned = [*kinds * (count // len(kinds)), *dice.sample(kinds, count % len(kinds))]
+    planned = [kind for kind, _ in zip(itertools.cycle(dice.sample(kinds, len(kinds))), range(count))]  # noqa: B905 (one is endless)
     dice.shuffle(planned)
     moments = sorted(dice.uniform(0, job.total - 1) for _ in range(count))
     job.start()
