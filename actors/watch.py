@@ -1,6 +1,7 @@
 """Where a worker runs, when it last gave a sign of life, and, when it is late, what its process is doing."""
 
 import ctypes
+import logging
 import os
 import shutil
 import subprocess
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.memory import shortage_on_machine
 
+_log = logging.getLogger("ctrlrl")
 _LOOK_S = 20.0  # for a process on the worker's node to start and look
 _DUMP_S = 5.0
 _STACK_LINES = 40
@@ -95,11 +96,12 @@ def _look(where: Whereabouts) -> str:
 
 
 def _ask(where: Whereabouts, question, *arguments) -> str:
-    """The answer of a process on the worker's node; empty if there is none."""
-    place = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
+    """The answer of a process on the worker's node; empty if there is none: whoever asks has a failure to tell, which must not be lost."""
     try:
+        place = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
         return ray.get(question.options(scheduling_strategy=place).remote(*arguments), timeout=_LOOK_S)
-    except (RayError, GetTimeoutError):
+    except Exception as error:  # noqa: BLE001 (see above)
+        _log.debug("%s could not be asked: %s", where, error)
         return ""
 
 
