@@ -133,7 +133,10 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
 
 def check_alive() -> None:
     """PlacementError if the cluster has lost its last node, so that nothing it is asked for will ever come."""
-    nodes = ray.nodes() if ray.is_initialized() else []
+    try:
+        nodes = ray.nodes()
+    except RaySystemError:  # not connected: then there is nothing to know, and calls will say so
+        return
     if nodes and not any(node["Alive"] for node in nodes):
         raise PlacementError(
             "the cluster is gone: its last node has died, as happens when a machine runs out of memory (lower the workers, ranks or sizes "
