@@ -35,14 +35,32 @@ class ModelInputs:
     shape: tuple[int, int]
     segments: Segments | None = None
 
-    def run(self, model: nn.Module):
-        """The output of a transformers model on these inputs."""
+    def run(self, model: PreTrainedModel):
+        """The output of a transformers model on these inputs; ModelError if they would depend on each other."""
+        longest = max(self.segments.lengths) if self.segments else self.model["input_ids"].shape[1]
+        if (limit := steady_length(model.config)) and longest > limit:
+            raise ModelError(
+                f"a sequence has {longest} tokens, and the rotary positions of this model change for all of a batch beyond {limit}: "
+                f"keep prompt and answer within {limit} tokens"
+            )
         with packed_row(self.segments):
             return model(**self.model, use_cache=False)
 
     def grid(self, values_M: Tensor) -> Tensor:
         """Flat values of the scored tokens as [B, T], 0 elsewhere; differentiable."""
         return values_M.new_zeros(self.shape).index_put((self.rows, self.columns), values_M)
+
+
+def steady_length(config: PretrainedConfig) -> int | None:
+    """Up to how many tokens a model's rotary frequencies are fixed (LongRoPE, dynamic NTK); None: always. Beyond, those of each
+    sequence depend on the longest one beside it, and of each token on how long its sequence becomes."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def lay_out(batch: TokenBatch, layout: str, device: torch.device) -> ModelInputs:

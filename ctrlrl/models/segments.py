@@ -52,6 +52,11 @@ class Pattern:
             seen = seen & (read // self.chunk == reader // self.chunk)
         return seen
 
+    def __getattr__(self, name: str):
+        """What models do with masks of their own: none of it can be done with this."""
+        kind = AttributeError if name.startswith("__") else ModelError
+        raise kind(f"the model works on its attention masks itself ({name})")
+
     def limits(self, length: int) -> bool:
         """Whether it hides any earlier token in a segment of `length`."""
         return any(limit is not None and limit < length for limit in (self.window, self.chunk))

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.errors import ModelError
 from ctrlrl.models import segments
 from ctrlrl.models.forward import PolicyModule, ValueModule, lay_out, micro_batch
 from ctrlrl.models.layout import settle
-from ctrlrl.models.loading import load_policy, load_value_model
+from ctrlrl.models.loading import load_config, load_policy, load_value_model
 
 CPU = torch.device("cpu")
 
@@ -121,3 +122,15 @@ def test_nothing_drops_out_in_training(models, load):
     torch.nn.init.normal_(model.get_parameter("score.weight" if load is load_value_model else "lm_head.weight"))
     ids = torch.arange(3, 40)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "longrope", "original_max_position_embeddings": 17}, {"rope_type": "dynamic"}])
+def test_sequences_whose_positions_would_depend_on_the_longest_are_refused(models, rope):
+    config = load_config(models["policy"])
+    config.max_position_embeddings = 512 if rope["rope_type"] == "longrope" else 17
+    config.rope_parameters = {"rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, **rope}
+    module = PolicyModule(LlamaForCausalLM(config), 1.0)
+    for layout in ("packed", "padded"):
+        with pytest.raises(ModelError, match="30 tokens.* within 17 tokens"):
+            module(lay_out(BATCH, layout, CPU))
+    module(lay_out(BATCH.select(np.array([0, 2, 3])), "padded", CPU))
