@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -88,6 +89,11 @@ def check_value(name: str) -> None:
     """Raise ModelError unless a value model can be trained from `name`, which may lack the head."""
     config = load_config(name)
     config.num_labels = 1
+    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"transformers has no token classifier, which a value model is, for {config.model_type} models such as {name!r}: set "
+            'algorithm.advantage = "rloo" and algorithm.samples_per_query to 2 or more, or give a value.model of another architecture'
+        )
     _check_trainable(name, config)
     _check_whole(AutoModelForTokenClassification, name, "value model", config, new_head=True)
 

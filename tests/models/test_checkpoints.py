@@ -30,6 +30,7 @@ from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.models.reading import existing, load_config, load_tokenizer
 from ctrlrl.models.scorer import Scorer, ScorerConfig
 from ctrlrl.models.vocabulary import check_same_vocabulary, end_token_ids, final_token_id
+from tests.models.tiny import tiny_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -231,3 +232,9 @@ def test_scores_do_not_depend_on_what_pads(changed, models, pad, tokenizers):
     batch = conversation_batch([scorer._encode(*talk) for talk in talks], typed=False)
     module = RewardModule(load_classifier(name, "float32"), token_types=False)
     assert module(lay_out(batch, "padded", torch.device("cpu")))[0].detach().numpy() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_architecture_without_a_token_classifier_is_no_value_model_and_the_way_out_is_said(tmp_path):
+    tiny_config("gemma3_text").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match='no token classifier.* for gemma3_text models .*set algorithm.advantage = "rloo"'):
+        check_value(str(tmp_path))

@@ -78,7 +78,8 @@ def test_a_checkpoint_of_a_worker_on_a_full_disk_is_told_and_the_one_before_stay
         (folder / "step-000001").mkdir()
         (folder / "step-000001" / "state").write_text("whole")
         (folder / "filler").write_bytes(b"x" * 900_000)
-        with pytest.raises(StorageError, match=f"small/step-000001 cannot be written: No space left .* of 1.0 MiB free on {folder}"):
+        file = r"small/\.step-000001\.partial/policy/rank-00000\.safetensors"
+        with pytest.raises(StorageError, match=f"{file} cannot be written: No space left .* of 1.0 MiB free on {folder}"):
             write_directory(folder / "step-000001", lambda aside: policy.save(aside / "policy"))
         assert sorted(path.name for path in folder.rglob("*")) == ["filler", "state", "step-000001"]
     finally:
