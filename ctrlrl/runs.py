@@ -5,11 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
+from ctrlrl.board import Board
 from ctrlrl.config import Section, differences, dump
 from ctrlrl.data.atomic import append_whole, clear_leftovers, remove_directory, write_directory, write_text
 from ctrlrl.data.disk import disk_told
@@ -66,15 +65,13 @@ class Run:
         write_text(self.directory / RECIPE, self._recipe)
         with disk_told(self._metrics_file):
             self._metrics = self._metrics_file.open("ab", buffering=0)
-            self._board = SummaryWriter(str(self.directory / "tensorboard"))
+            self._board = Board(self.directory / "tensorboard")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one row of metrics, whole or not at all, and show it in TensorBoard."""
         with disk_told(self._metrics_file):
             append_whole(self._metrics, (json.dumps({"step": step, **values}) + "\n").encode())
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            self._board.add(step, values)
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         """Make checkpoints/step-N with `write(folder)`, then point `latest` at it; older ones beyond `keep` are removed."""
@@ -120,8 +117,7 @@ class Run:
             if self._metrics:
                 self._metrics.close()
             if self._board:
-                with suppress(OSError):  # every row was flushed when it was logged
-                    self._board.close()
+                self._board.close()
         finally:
             self._metrics = self._board = None
             self._lock.release()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.exceptions import RayTaskError
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_atomically, write_directory, write_json
@@ -121,7 +122,7 @@ def test_a_shard_that_did_not_fit_is_made_when_there_is_room(small):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread meets the full disk too
-def test_a_run_on_a_full_disk_resumes_exactly(small):
+def test_a_run_on_a_full_disk_resumes_exactly(small, capfd):
     def write(folder):
         (folder / "weights").write_text("w" * 200_000)
 
@@ -139,6 +140,9 @@ def test_a_run_on_a_full_disk_resumes_exactly(small):
                 run.log(step, {f"loss{k}": 1.0 for k in range(50)})
     rows = (small / "run" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     assert all(json.loads(row) and row.endswith(b"\n") for row in rows)  # no row is half there
+    for file in (small / "run" / "tensorboard").iterdir():
+        assert [event.step for event in EventFileLoader(str(file)).Load()][:3] == [0, 0, 1]  # nor an event: its own start, two steps
+    assert "Traceback" not in capfd.readouterr().err  # of a thread that writes
     with Run.open(str(small / "run"), Recipe(), resume=True) as run, pytest.raises(StorageError, match="No space left"):
         run.begin()
         run.latest()
