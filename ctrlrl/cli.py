@@ -40,6 +40,16 @@ def ppo(
     job(recipe, overrides, out, resume, skip_bad_rows)
 
 
+@app.command(name="ppo-overlap")
+def ppo_overlap(
+    recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False, skip_bad_rows: SkipBadRows = False
+) -> None:
+    """PPO that draws each batch while the one before it trains (lag = 0, 1, 2)."""
+    from jobs.ppo_overlap import main as job
+
+    job(recipe, overrides, out, resume, skip_bad_rows)
+
+
 @app.command()
 def evaluate(
     recipe: Recipe = "",

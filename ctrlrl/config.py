@@ -65,6 +65,15 @@ def dump(config: Section) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
 
 
+def completed(kind: type[Section], dumped: str) -> dict:
+    """What `dump` wrote, perhaps before `kind` had all its keys, with the defaults of those; as it is if it is no longer a `kind`."""
+    values = json.loads(dumped)
+    try:
+        return json.loads(dump(kind.model_validate(values)))
+    except ValidationError:
+        return values
+
+
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Every leaf in which two dumped configs differ, as `a.b: old -> new`."""
     found = []

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ctrlrl.board import Board
-from ctrlrl.config import Section, differences, dump
+from ctrlrl.config import Section, completed, differences, dump
 from ctrlrl.data.atomic import append_whole, clear_leftovers, remove_directory, write_directory, write_text
 from ctrlrl.data.disk import disk_told
 from ctrlrl.data.lock import DirectoryLock
@@ -48,7 +48,7 @@ class Run:
             if recipe.exists() and not resume:
                 raise RunError(f"{out!r} holds a run already: add --resume to continue it, or give another out")
             if recipe.exists():
-                old, new = json.loads(recipe.read_text()), json.loads(dump(config))
+                old, new = completed(type(config), recipe.read_text()), json.loads(dump(config))
                 found = [d for d in differences(old, new) if not d.endswith(_ALIKE)]
                 changed = [d for d in found if not d.startswith(tuple(f"{key}{end}" for key in free for end in ":."))]
                 if changed:

@@ -7,7 +7,7 @@ the new weights to the rollout workers.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -20,6 +20,7 @@ from actors.recovery import Restarts
 from actors.sync import publish
 from ctrlrl.chat import with_variables
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.batches import Loss
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.errors import GroupLost
@@ -48,8 +49,12 @@ FREE = (
 )
 
 
-def train(config: PPORecipe, resume: bool = False) -> int:
-    """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint."""
+def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | None = None) -> int:
+    """Run PPO to the end, or until a signal asks to stop; returns the exit code. A lost group goes back to the last checkpoint.
+
+    steps: what does the steps, in place of steps_from_checkpoint.
+    """
+    steps = steps or steps_from_checkpoint
     prompts, tokenizer, rejects = check_inputs(config)
     interim = Interim(
         config.evaluation,
@@ -72,7 +77,7 @@ def train(config: PPORecipe, resume: bool = False) -> int:
             with StopRequest() as stop, Steps("ppo", config.steps) as progress:
                 while True:
                     try:
-                        steps_from_checkpoint(config, cast, run, prompts, tokenizer, interim, progress, stop)
+                        steps(config, cast, run, prompts, tokenizer, interim, progress, stop)
                         if not stop:
                             run.whole_directory("model", partial(cast.policy.export_controllable, tokenizer))
                         return stop.exit_code
@@ -115,15 +120,37 @@ def ppo_step(
         samples = collect(queries, rows, completions)
         chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, beside)))
     clock.start("score")  # what is left of it: chunks are scored while later ones are drawn
-    scored = concatenate([(rows, Scored(samples, *(f.result() for f in futures))) for rows, samples, futures in chunks])
+    scored = gather(chunks)
+    return learn(config, cast, scored, step, kl, beside, clock)
 
+
+def gather(chunks: Sequence[tuple[np.ndarray, Samples, dict[str, Future]]]) -> Scored:
+    """A step's chunks as one, when all that is asked about them is answered."""
+    return concatenate([(rows, Scored(samples, **{name: f.result() for name, f in asked.items()})) for rows, samples, asked in chunks])
+
+
+def learn(
+    config: PPORecipe,
+    cast: Cast,
+    scored: Scored,
+    step: int,
+    kl: AdaptiveKL,
+    beside: ThreadPoolExecutor,
+    clock: Clock,
+    before_publish: Callable[[], object] = lambda: None,
+    correction: float = 0.0,
+) -> tuple[dict[str, float], AdaptiveKL]:
+    """The second half of a step: reward, advantages, updates, publish; returns its metrics and the next KL controller.
+
+    before_publish: called when the updates are done. correction: as of make_experience.
+    """
     clock.start("experience")
-    experience = make_experience(scored, config.algorithm, kl.beta)
-    steps = minibatch_rows(len(queries), step, config.algorithm, config.seed)
+    experience = make_experience(scored, config.algorithm, kl.beta, correction)
+    steps = minibatch_rows(len(scored.samples.queries), step, config.algorithm, config.seed)
 
     clock.start("train")
     algorithm = config.algorithm
-    updates = [beside.submit(cast.policy.train, experience.batch, partial(policy_loss, clip=algorithm.clip), steps)]
+    updates = [beside.submit(cast.policy.train, experience.batch, objective(config, kl), steps)]
     if cast.value:
         updates.append(
             beside.submit(
@@ -132,6 +159,7 @@ def ppo_step(
         )
     trained = [update.result() for update in updates]
 
+    before_publish()
     clock.start("sync")
     published = publish(cast.policy, cast.rollout, step + 1)
     clock.stop()
@@ -149,6 +177,19 @@ def ppo_step(
     return stats, kl.updated(experience.stats["kl/k1"], algorithm.kl)
 
 
+def objective(config: PPORecipe, kl: AdaptiveKL) -> Loss:
+    """The policy's loss as the recipe has it."""
+    algorithm = config.algorithm
+    return partial(
+        policy_loss,
+        clip=algorithm.clip_range,
+        ratio=algorithm.ratio,
+        mean=algorithm.mean,
+        length=config.sampling.max_new_tokens,
+        beta=kl.beta if algorithm.kl.place == "loss" else 0.0,
+    )
+
+
 def collect(queries: list[Query], rows: np.ndarray, completions: Completions) -> Samples:
     """The queries of one chunk with their responses."""
     return Samples(
@@ -160,18 +201,28 @@ def collect(queries: list[Query], rows: np.ndarray, completions: Completions) ->
     )
 
 
-def score_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor) -> tuple[Future, ...]:
-    """Start all scoring of a chunk: the fields of Scored after `samples`, as futures."""
-    batch = samples.token_batch()
+def score_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor) -> dict[str, Future]:
+    """Start all scoring of a chunk: the fields of Scored but `samples`, as futures."""
+    return judge_chunk(cast, samples, tokenizer, beside) | recall_chunk(cast, samples, beside)
+
+
+def judge_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor) -> dict[str, Future]:
+    """What the frozen models say of a chunk."""
     texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
     conversations = [(q.messages, text.strip()) for q, text in zip(samples.queries, texts, strict=True)]
-    zeros = [np.zeros(len(r), np.float32) for r in samples.response_ids]
-    return (
-        beside.submit(lambda: np.stack([cast.rewards[a].score(conversations) for a in ATTRIBUTES], 1)),
-        beside.submit(cast.policy.logprobs, batch),
-        beside.submit(cast.reference.logprobs, batch),
-        beside.submit(cast.value.values, batch) if cast.value else beside.submit(lambda: zeros),
-    )
+    return {
+        "scores_BA": beside.submit(lambda: np.stack([cast.rewards[a].score(conversations) for a in ATTRIBUTES], 1)),
+        "ref_logprobs": beside.submit(cast.reference.logprobs, samples.token_batch()),
+    }
+
+
+def recall_chunk(cast: Cast, samples: Samples, beside: ThreadPoolExecutor) -> dict[str, Future]:
+    """What the trained models say of a chunk, with the weights that they have."""
+    batch, zeros = samples.token_batch(), [np.zeros(len(r), np.float32) for r in samples.response_ids]
+    return {
+        "old_logprobs": beside.submit(cast.policy.logprobs, batch),
+        "values": beside.submit(cast.value.values, batch) if cast.value else beside.submit(lambda: zeros),
+    }
 
 
 def update_stats(trained: list[list[dict[str, float]]]) -> dict[str, float]:

@@ -79,10 +79,10 @@ class Clock:
         self._since = now
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds by phase, of the whole step, and tokens/s of the phases that handle each response token."""
+        """Seconds by phase, of the whole step, and tokens/s of those phases that handle each response token."""
         seconds = self.seconds()
         total = seconds["seconds/step"]
-        rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train")}
+        rates = {f"tokens_per_s/{phase}": tokens / self._seconds[phase] for phase in ("generate", "train") if phase in self._seconds}
         return {**seconds, **rates, "tokens_per_s/step": tokens / total}
 
     def seconds(self) -> dict[str, float]:

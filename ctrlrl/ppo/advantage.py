@@ -1,6 +1,7 @@
-"""Advantages: generalised advantage estimation over tokens, leave-one-out over samples. Whitening is in tensors.py.
+"""Advantages: generalised advantage estimation over tokens; leave-one-out, and the group's mean, over samples. Whitening is in tensors.py.
 
-Sources: [GAE] Schulman et al., arXiv 1506.02438; [RLOO] Ahmadian et al., arXiv 2402.14740.
+Sources: [GAE] Schulman et al., arXiv 1506.02438; [RLOO] Ahmadian et al., arXiv 2402.14740; [GRPO] Shao et al., arXiv 2402.03300; [Dr.]
+Liu et al., arXiv 2503.20783.
 Legend of shape suffixes: B sequences, T scored tokens of the longest sequence, G distinct groups.
 """
 import torch
@@ -37,12 +38,37 @@ def rloo(reward_B: Tensor, groups_B: Tensor) -> Tensor:
     reward_B: rewards of whole responses. groups_B: int ids, equal for samples of the same (x, ζ), in any order. Returns
     advantages_B, which sum to 0 in each group; equal rewards give 0. A group of one has no baseline: RecipeError.
     """
+    group_B, size_G = _groups(groups_B, "rloo")
+    total_G = _sums(reward_B, group_B, len(size_G))
+    return reward_B - (total_G[group_B] - reward_B) / (size_G[group_B] - 1)
+
+
+def grpo(reward_B: Tensor, groups_B: Tensor, *, deviation: bool = True) -> Tensor:
+    """Group-relative advantage ([GRPO] 4.1.2): A_i = (R_i - mean) / std over the samples of its group.
+
+    reward_B, groups_B: as in `rloo`. deviation: whether to divide by the standard deviation (with N - 1, plus 1e-6), or not ([Dr.] 3:
+    dividing weighs prompts by how alike their answers are), which is `rloo` times (N - 1) / N. Returns advantages_B, which sum to 0 in
+    each group; equal rewards give 0. A group of one has no baseline: RecipeError.
+    """
+    group_B, size_G = _groups(groups_B, "grpo")
+    centred_B = reward_B - (_sums(reward_B, group_B, len(size_G)) / size_G)[group_B]
+    if not deviation:
+        return centred_B
+    variance_G = _sums(centred_B.square(), group_B, len(size_G)) / (size_G - 1)
+    return centred_B / (variance_G.sqrt() + 1e-6)[group_B]
+
+
+def _groups(groups_B: Tensor, advantage: str) -> tuple[Tensor, Tensor]:
+    """(group_B, numbered from 0; size_G); RecipeError for a group of one."""
     ids_G, group_B, size_G = torch.unique(groups_B, return_inverse=True, return_counts=True)
     alone_G = size_G == 1
     if alone_G.any():
         raise RecipeError(
-            f"advantage 'rloo' compares samples of the same prompt and control, but group {ids_G[alone_G][0].item()} has only one: "
+            f"advantage {advantage!r} compares samples of the same prompt and control, but group {ids_G[alone_G][0].item()} has only one: "
             "set samples_per_query to 2 or more, or advantage = 'gae'"
         )
-    total_G = torch.zeros(len(ids_G), dtype=reward_B.dtype, device=reward_B.device).index_add_(0, group_B, reward_B)
-    return reward_B - (total_G[group_B] - reward_B) / (size_G[group_B] - 1)
+    return group_B, size_G
+
+
+def _sums(values_B: Tensor, group_B: Tensor, groups: int) -> Tensor:
+    return torch.zeros(groups, dtype=values_B.dtype, device=values_B.device).index_add_(0, group_B, values_B)

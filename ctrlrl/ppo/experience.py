@@ -4,7 +4,7 @@ Legend of shape suffixes: B sequences, T response tokens of the longest, A attri
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, CORNERS, sample_corners
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.sources import Prompt
-from ctrlrl.ppo.advantage import gae, rloo
-from ctrlrl.ppo.loss import explained_variance
+from ctrlrl.ppo.advantage import gae, grpo, rloo
+from ctrlrl.ppo.loss import explained_variance, importance_weights
 from ctrlrl.ppo.reward import (
     KLConfig,
     Weights,
@@ -33,12 +33,21 @@ from ctrlrl.seeds import derive_seed
 from ctrlrl.tensors import masked_mean, pad_rows, whiten
 
 
+class ClipRange(Section):
+    """How far the ratio may go down and up before it earns no more: it is clipped to [1 - low, 1 + high]."""
+
+    low: float = Field(0.2, gt=0)
+    high: float = Field(0.2, gt=0)
+
+
 class AlgorithmConfig(Section):
     """PPO's numbers (METHOD: [SH] 2.4 and [PPO]).
 
     queries_per_step: draws of (x, ζ); each is answered samples_per_query times. truncated: what a response cut at the length limit
     earns: "zero" (it did not answer) or "score" (its reward like any other). combine: "min", "mean" or "product" of the agreements with
     the control; or "weighted", the sum of the scores by `weights`, asked without a control: the baseline that nobody can dial.
+    clip: ε, or { low, high }. ratio: of each token, or of the sequence (GSPO). mean: of the loss over all tokens, over sequences (each
+    its own mean), or over sequences of the fixed length sampling.max_new_tokens.
     """
 
     queries_per_step: int = Field(256, gt=0)
@@ -47,19 +56,28 @@ class AlgorithmConfig(Section):
     minibatches: int = Field(4, gt=0)
     combine: Literal["min", "mean", "product", "weighted"] = "min"
     weights: Weights = Weights()
-    advantage: Literal["gae", "rloo"] = "gae"
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    deviation: bool = Field(True, description="grpo: divide by the standard deviation of the group")
     truncated: Literal["zero", "score"] = "zero"
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
-    clip: float = Field(0.2, gt=0)
+    clip: Annotated[float, Field(gt=0)] | ClipRange = 0.2
+    ratio: Literal["token", "sequence"] = "token"
+    mean: Literal["token", "sequence", "fixed"] = "token"
     value_clip: float = Field(0.2, gt=0)
     value_factor: float = Field(0.5, gt=0)
     kl: KLConfig = KLConfig()
 
     @model_validator(mode="after")
     def _enough_samples(self):
-        if self.advantage == "rloo" and self.samples_per_query < 2:
-            raise ValueError('advantage = "rloo" compares samples of the same query: set samples_per_query to 2 or more')
+        if self.advantage != "gae" and self.samples_per_query < 2:
+            raise ValueError(f'advantage = "{self.advantage}" compares samples of the same query: set samples_per_query to 2 or more')
+        return self
+
+    @model_validator(mode="after")
+    def _deviation_is_used(self):
+        if not self.deviation and self.advantage != "grpo":
+            raise ValueError(f'deviation is for advantage = "grpo", not for "{self.advantage}": leave it out, or change advantage')
         return self
 
     @model_validator(mode="after")
@@ -67,6 +85,11 @@ class AlgorithmConfig(Section):
         if self.controlled and self.weights != Weights():
             raise ValueError(f'weights are for combine = "weighted", not for {self.combine!r}: leave them out, or change combine')
         return self
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high)."""
+        return (self.clip.low, self.clip.high) if isinstance(self.clip, ClipRange) else (self.clip, self.clip)
 
     @property
     def controlled(self) -> bool:
@@ -104,8 +127,11 @@ def minibatch_rows(count: int, step: int, config: AlgorithmConfig, seed: int) ->
     return steps
 
 
-def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Experience:
-    """Rewards, advantages and returns of one step (METHOD, "RLHF"), whitened over the global batch, with the step's statistics."""
+def make_experience(scored: Scored, config: AlgorithmConfig, beta: float, correction: float = 0.0) -> Experience:
+    """Rewards, advantages and returns of one step (METHOD, "RLHF"), whitened over the global batch, with the step's statistics.
+
+    correction: cap of the importance weights of samples that an earlier policy drew (METHOD, "Off-policy correction"); 0 for none.
+    """
     samples = scored.samples
     scores_BA = torch.as_tensor(scored.scores_BA, dtype=torch.float64)
     if config.controlled:
@@ -118,15 +144,18 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Exp
     old_BT, ref_BT, values_BT = (pad_rows(rows).double() for rows in (scored.old_logprobs, scored.ref_logprobs, scored.values))
     mask_BT = pad_rows([np.ones(len(r), bool) for r in samples.response_ids]).bool()
 
-    rewards_BT = shaped_rewards(earned_B, old_BT, ref_BT, mask_BT, beta=beta)
-    columns = {"old_logprobs": old_BT}
+    in_loss = config.kl.place == "loss"
+    rewards_BT = shaped_rewards(earned_B, old_BT, ref_BT, mask_BT, beta=0 if in_loss else beta, estimator=config.kl.estimator)
+    columns, corrected = {"old_logprobs": old_BT, **({"ref_logprobs": ref_BT} if in_loss else {})}, {}
+    if correction:
+        columns["weights"], corrected = importance_weights(old_BT, pad_rows(samples.sampler_logprobs).double(), mask_BT, cap=correction)
     if config.advantage == "gae":
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
         columns |= {"advantages": whiten(advantages_BT, mask_BT), "returns": returns_BT, "old_values": values_BT}
     else:
-        groups_B = torch.tensor([q.group for q in samples.queries])
-        advantages_BT = rloo(rewards_BT.sum(1), groups_B)[:, None].expand_as(rewards_BT)
-        columns |= {"advantages": advantages_BT}
+        groups_B, total_B = torch.tensor([q.group for q in samples.queries]), rewards_BT.sum(1)
+        advantages_B = rloo(total_B, groups_B) if config.advantage == "rloo" else grpo(total_B, groups_B, deviation=config.deviation)
+        columns |= {"advantages": advantages_B[:, None].expand_as(rewards_BT)}
     lengths = [len(r) for r in samples.response_ids]
     per_token = {name: [grid[i, :n].float().numpy() for i, n in enumerate(lengths)] for name, grid in columns.items()}
     tokens = samples.token_batch()
@@ -134,6 +163,7 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float) -> Exp
         **_reward_stats(scores_BA, earned_B),
         **(_control_stats(levels_BA, scores_BA, earned_B, binding_B) if config.controlled else {}),
         **_token_stats(scored, old_BT, ref_BT, mask_BT),
+        **corrected,
         "beta": beta,
         "response/length": float(np.mean(lengths)),
         "response/truncated": float(1 - finished_B.double().mean()),

@@ -8,6 +8,7 @@ Legend of shape suffixes: B sequences, A attributes (in the order of control.ATT
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,11 +20,22 @@ from ctrlrl.errors import DataError, RecipeError, RunError
 
 
 class KLConfig(Section):
-    """The penalty that keeps the policy near the reference."""
+    """The penalty that keeps the policy near the reference: taken from the rewards, or added to the loss.
+
+    estimator: k1 or k3. In the loss k1 is refused: its gradient is ∇ log π, whose mean under π is 0, so that it restrains nothing.
+    """
 
     beta: float = Field(0.05, ge=0, allow_inf_nan=False, description="β at the first step, reward per nat")
     target: float = Field(0.0, ge=0, allow_inf_nan=False, description="KL of a whole response, in nats, that β steers to; 0 keeps β")
     gain: float = Field(0.1, ge=0, allow_inf_nan=False, description="K_β of [KL] 2.2: relative change of β per unit of error")
+    place: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k3"] = "k1"
+
+    @model_validator(mode="after")
+    def _restrains(self):
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError('k1 in the loss restrains nothing (the mean of its gradient is 0): set estimator = "k3", or place = "reward"')
+        return self
 
 
 class Weights(Section):
@@ -109,14 +121,19 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def shaped_rewards(reward_B: Tensor, logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor, *, beta: float) -> Tensor:
+KL = {"k1": kl_k1, "k3": kl_k3}
+
+
+def shaped_rewards(
+    reward_B: Tensor, logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor, *, beta: float, estimator: str = "k1"
+) -> Tensor:
     """r_t = -β (log π_t - log π_ref,t), plus the reward of the whole response on its last scored token ([KL] eq. 2).
 
     reward_B: from `control_reward`. logprobs_BT, ref_logprobs_BT: of policy and reference under the same (x, ζ). mask_BT: scored
-    tokens. Returns rewards_BT, 0 where masked; each row sums to reward - β ΣKL. β = 0 leaves the reward alone; a row without a
-    scored token is all 0: it has no place for a reward.
+    tokens. estimator: "k1" as above, or "k3" in its place. Returns rewards_BT, 0 where masked; each row sums to reward - β ΣKL. β = 0
+    leaves the reward alone; a row without a scored token is all 0: it has no place for a reward.
     """
-    penalty_BT = torch.where(mask_BT, kl_k1(logprobs_BT, ref_logprobs_BT), 0)
+    penalty_BT = torch.where(mask_BT, KL[estimator](logprobs_BT, ref_logprobs_BT), 0)
     # Scored tokens from here to the end of the row; 1 on the last one alone.
     remaining_BT = mask_BT.flip(1).cumsum(1).flip(1)
     last_BT = mask_BT & (remaining_BT == 1)

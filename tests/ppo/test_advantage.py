@@ -1,11 +1,13 @@
-"""GAE against a slow double loop and its limits; leave-one-out against a loop."""
+"""GAE against a slow double loop and its limits; leave-one-out and the group's mean against loops."""
+import statistics
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrlrl.errors import RecipeError
-from ctrlrl.ppo.advantage import gae, rloo
+from ctrlrl.ppo.advantage import gae, grpo, rloo
 
 NAN = float("nan")
 
@@ -125,8 +127,24 @@ def test_leave_one_out_equals_a_loop_in_any_order(rows, random):
         assert sum(a for a, (g, _) in zip(advantages.tolist(), rows, strict=True) if g == group) == pytest.approx(0, abs=1e-9)
 
 
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-10, 10)), min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_group_relative_equals_a_loop_in_any_order(rows, random):
+    rows = [*rows, *((group, reward + 1) for group, reward in rows)]  # no group of one, none of equal rewards
+    random.shuffle(rows)
+    rewards, groups = torch.tensor([float(r) for _, r in rows], dtype=torch.float64), torch.tensor([g for g, _ in rows])
+    scaled, centred, apart = grpo(rewards, groups), grpo(rewards, groups, deviation=False), rloo(rewards, groups)
+    for i, (group, reward) in enumerate(rows):
+        of_group = [float(r) for g, r in rows if g == group]
+        difference = reward - statistics.mean(of_group)
+        assert centred[i].item() == pytest.approx(difference, abs=1e-9)
+        assert scaled[i].item() == pytest.approx(difference / (statistics.stdev(of_group) + 1e-6), abs=1e-9)
+        assert centred[i].item() == pytest.approx(apart[i].item() * (len(of_group) - 1) / len(of_group), abs=1e-9)
+
+
 def test_equal_rewards_have_no_advantage():
-    assert rloo(torch.full((4,), 0.25), torch.tensor([0, 0, 1, 1])).tolist() == [0, 0, 0, 0]
+    for advantage in (rloo, grpo):
+        assert advantage(torch.full((4,), 0.25), torch.tensor([0, 0, 1, 1])).tolist() == [0, 0, 0, 0]
 
 
 def test_no_samples_give_no_advantages():
@@ -136,3 +154,5 @@ def test_no_samples_give_no_advantages():
 def test_a_group_of_one_names_itself_and_the_remedy():
     with pytest.raises(RecipeError, match="group 9 has only one.*samples_per_query to 2 or more"):
         rloo(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4, 4, 9]))
+    with pytest.raises(RecipeError, match="'grpo' compares samples.*group 9 has only one"):
+        grpo(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4, 4, 9]))

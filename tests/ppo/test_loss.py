@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ctrlrl.data.batches import MicroBatch, TokenOutputs, ValueOutputs
-from ctrlrl.ppo.loss import explained_variance, policy_loss, value_loss
+from ctrlrl.errors import RecipeError
+from ctrlrl.ppo.loss import explained_variance, importance_weights, policy_loss, value_loss
 
 NAN = float("nan")
 
@@ -20,6 +21,7 @@ def cut(loss, kind, rows, size, extra=0, garbage=0.0, **options):
     A row is a list of 1-D tensors: the model's first, then (for a policy) the entropy, then the columns.
     """
     names, outputs = (["old_logprobs", "advantages"], 2) if kind is TokenOutputs else (["old_values", "returns"], 1)
+    names = [*names, "weights", "ref_logprobs"][: len(rows[0]) - outputs]
     tokens, total, stats = sum(len(row[0]) for row in rows), 0.0, {}
     for row in rows:
         row[0].grad = None
@@ -127,6 +129,78 @@ def test_ordinary_ratios_are_not_cut():
     row = policy_row([19.0], [0.0], [-1.0])
     loss, _, (grad,) = cut(policy_loss, TokenOutputs, [row], 1)
     assert loss == pytest.approx(math.exp(19)) and grad.item() == pytest.approx(math.exp(19))
+
+
+def slowly(rows, low, high, ratio, mean, length, beta):
+    """The policy loss by loops over sequences and tokens."""
+    of_sequences, tokens = [], 0
+    for new, _, old, advantages, weights, reference in rows:
+        terms, logs = [], [n - o for n, o in zip(new.tolist(), old.tolist(), strict=True)]
+        for log, n, a, w, r in zip(logs, new.tolist(), advantages.tolist(), weights.tolist(), reference.tolist(), strict=True):
+            rho = math.exp(sum(logs) / len(logs) if ratio == "sequence" else log)
+            k3 = math.exp(r - n) - 1 - (r - n)
+            terms.append(-w * min(rho * a, min(max(rho, 1 - low), 1 + high) * a) + beta * k3)
+        of_sequences.append(terms)
+        tokens += len(terms)
+    total = sum(sum(terms) for terms in of_sequences)
+    return {
+        "token": total / tokens,
+        "sequence": sum(sum(terms) / len(terms) for terms in of_sequences) / len(rows),
+        "fixed": total / (len(rows) * length),
+    }[mean]
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("mean", ["token", "sequence", "fixed"])
+@pytest.mark.parametrize(("clip", "beta"), [((0.1, 0.3), 0.0), ((0.2, 0.2), 0.5)])
+def test_every_form_of_the_policy_loss_equals_a_loop_however_it_is_cut(ratio, mean, clip, beta):
+    rows = random_rows([4, 1, 6], 6)
+    for row in rows:
+        row[4] = row[4].exp()  # weights are not negative
+    expected = slowly(rows, *clip, ratio, mean, 8, beta)
+    options = {"clip": clip, "ratio": ratio, "mean": mean, "length": 8, "beta": beta}
+    whole, stats, grads = cut(policy_loss, TokenOutputs, rows, 3, **options)
+    assert whole == pytest.approx(expected, rel=1e-12) and ("kl_loss" in stats) == bool(beta)
+    for size, extra, garbage in [(1, 0, 0.0), (2, 3, NAN)]:
+        found, _, found_grads = cut(policy_loss, TokenOutputs, rows, size, extra, garbage, **options)
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(grads, found_grads, strict=True))
+
+
+def test_two_clip_bounds_by_hand():
+    # Ratios 1.25 and 0.85 within [0.8, 1.3], where A = 1 and A = -1 earn them whole; with high = 0.2 the first earns 1.2.
+    row = policy_row([math.log(1.25), math.log(0.85)], [0.0, 0.0], [1.0, -1.0])
+    loss, stats, _ = cut(policy_loss, TokenOutputs, [row], 1, clip=(0.2, 0.3))
+    assert loss == pytest.approx(-(1.25 - 0.85) / 2) and stats["clip_fraction"] == 0
+    loss, stats, _ = cut(policy_loss, TokenOutputs, [row], 1, clip=(0.1, 0.2))
+    assert loss == pytest.approx(-(1.2 - 0.9) / 2) and stats["clip_fraction"] == 1
+
+
+def test_the_sequences_ratio_is_the_geometric_mean_and_its_gradient_that_of_every_token():
+    # Ratios 4 and 1: their geometric mean is 2, within no clip. -(1/2) Σ s A with A = 1 and 3 is -4; d s / d log π_t = s / 2.
+    row = policy_row([math.log(4), 0.0], [0.0, 0.0], [1.0, 3.0])
+    loss, stats, (grad,) = cut(policy_loss, TokenOutputs, [row], 1, clip=9.0, ratio="sequence")
+    assert loss == pytest.approx(-4) and stats["ratio_mean"] == pytest.approx(2)
+    assert grad.tolist() == pytest.approx([-2.0, -2.0])
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": "word"}, {"mean": "median"}, {"mean": "fixed"}])
+def test_a_form_of_the_loss_that_is_not_known_is_refused(wrong):
+    with pytest.raises(RecipeError, match="is not known: give"):
+        cut(policy_loss, TokenOutputs, random_rows([2], 4), 1, **wrong)
+
+
+def test_importance_weights_by_hand():
+    # π₀ / β = 0.5, 4 and 1; capped at 2 they are 0.5, 2 and 1: sum 3.5, squares 5.25.
+    behaviour, mask = torch.zeros(2, 2, dtype=torch.float64), torch.tensor([[True, True], [True, False]])
+    proximal = torch.tensor([[math.log(0.5), math.log(4)], [0.0, NAN]], dtype=torch.float64)
+    weights, stats = importance_weights(proximal, behaviour, mask, cap=2.0)
+    assert weights[mask].tolist() == pytest.approx([0.5, 2.0, 1.0])
+    assert stats == pytest.approx({
+        "correction/mean": 3.5 / 3, "correction/max": 4.0, "correction/capped": 1 / 3, "correction/ess": 3.5**2 / 5.25 / 3,
+    })
+    same, stats = importance_weights(proximal, proximal, mask, cap=2.0)
+    assert same[mask].tolist() == [1, 1, 1] and stats["correction/ess"] == stats["correction/mean"] == 1
 
 
 def test_policy_gradcheck():

@@ -196,9 +196,14 @@ def test_controller_state_survives_a_checkpoint():
         state.beta = 1.0
 
 
+OTHER_WRONG = [{"coefficient": 1}, {"place": "loss"}, {"place": "loss", "estimator": "k1"}, {"estimator": "k2"}]
+
+
 def test_config_defaults_and_limits():
-    assert KLConfig().model_dump() == {"beta": 0.05, "target": 0.0, "gain": 0.1}
-    assert KLConfig(beta=0, target=0, gain=0).model_dump() == {"beta": 0, "target": 0, "gain": 0}
-    for wrong in [{name: value} for name in ("beta", "target", "gain") for value in (-0.1, math.inf, NAN)] + [{"coefficient": 1}]:
+    rest = {"place": "reward", "estimator": "k1"}
+    assert KLConfig().model_dump() == {"beta": 0.05, "target": 0.0, "gain": 0.1, **rest}
+    assert KLConfig(beta=0, target=0, gain=0).model_dump() == {"beta": 0, "target": 0, "gain": 0, **rest}
+    assert KLConfig(place="loss", estimator="k3").place == "loss"
+    for wrong in [{name: value} for name in ("beta", "target", "gain") for value in (-0.1, math.inf, NAN)] + OTHER_WRONG:
         with pytest.raises(ValidationError):
             KLConfig(**wrong)
