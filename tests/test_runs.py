@@ -132,6 +132,24 @@ def test_a_run_whose_layout_had_to_be_packed_goes_on_with_the_automatic_one(tmp_
             Run.open(str(tmp_path / layout), Trained(), resume=True)
 
 
+def test_a_run_goes_on_after_its_recipe_got_a_key(tmp_path):
+    class Earlier(Section):
+        steps: int = 1
+
+    class Now(Earlier):
+        chat: dict[str, bool] = {}
+        lag: int = 0
+
+    with Run.open(str(tmp_path / "run"), Earlier(), resume=False) as run:
+        run.begin()
+    with Run.open(str(tmp_path / "run"), Now(), resume=True) as run:
+        run.begin()
+    with pytest.raises(RunError, match=r"another recipe \(lag: 0 -> 1\)"):
+        Run.open(str(tmp_path / "run"), Now(lag=1), resume=True)
+    with pytest.raises(RunError, match=r"chat: {} -> null; lag: 0 -> null"):
+        Run.open(str(tmp_path / "run"), Earlier(), resume=True)
+
+
 def test_a_run_is_resumed_with_the_recipe_it_was_started_with(tmp_path):
     run = Run.open(str(tmp_path / "run"), Recipe(), resume=False)
     run.begin()

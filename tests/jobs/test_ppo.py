@@ -280,6 +280,18 @@ def test_experience_by_hand():
     assert list(experience.batch.prompt_lengths) == [2, 2]
 
 
+def test_group_relative_experience_with_the_kl_in_the_loss_by_hand():
+    # Rewards 0.6 and 0.5 of one group: less their mean, over their deviation 0.1 / sqrt(2). The KL stays out of them.
+    config = AlgorithmConfig(advantage="grpo", samples_per_query=2, kl={"place": "loss", "estimator": "k3"})
+    parts = [(1, 0.2), (1, 0.2)], [(0.9, 0.6), (0.5, 0.2)], [True, True]
+    experience = make_experience(scored(*parts, kl=0.1, samples_per_query=2), config, beta=0.5, correction=2.0)
+    columns = experience.batch.per_token
+    first, second = (row.tolist() for row in columns["advantages"])
+    assert first == pytest.approx([2**-0.5] * 2, rel=1e-4) and second == pytest.approx([-(2**-0.5)] * 3, rel=1e-4)
+    assert columns["ref_logprobs"][0] == pytest.approx([-1.1, -1.1]) and columns["weights"][1].tolist() == [1, 1, 1]
+    assert experience.stats["correction/ess"] == 1 and "old_values" not in columns
+
+
 def test_a_schedule_ends_with_the_run(ppo_overrides, monkeypatch):
     import jobs.cast
 

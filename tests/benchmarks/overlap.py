@@ -1,0 +1,64 @@
+"""What drawing one step ahead is worth: `ctrlrl ppo-overlap` at lag 1 against lag 0, the same recipe, each kind of worker with one thread.
+
+    .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world [--steps 12] [--epochs 2] [--lags 0,1]
+
+On two cores the trainer and the rollout worker have a core each; the epochs over a batch make training last about as long as drawing
+(`draw` and `train` are printed). Prints samples/s of each lag, the ratio, and who waited for whom; the first two steps are left out
+(engines warm up, and a first batch cannot be drawn ahead).
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from ctrlrl.config import load
+from ctrlrl.runs import read_metrics
+from jobs.ppo_overlap import OverlapRecipe, train
+
+RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "demo_ppo.toml"
+
+
+def run(world: Path, lag: int, steps: int, epochs: int, out: str) -> dict[str, float]:
+    """Medians over the steps of one run."""
+    rewards = [f"reward.{a}.model={world / 'reward' / a}" for a in ("helpful", "harmless")]
+    settings = [
+        f"policy.model={world / 'policy'}", f"prompts={world / 'train.jsonl'}", *rewards, f"out={out}", f"lag={lag}", f"steps={steps}",
+        "checkpoint_every=1000", "algorithm.advantage=rloo", "algorithm.samples_per_query=2", "algorithm.queries_per_step=128",
+        f"algorithm.epochs={epochs}",
+    ]  # fmt: skip
+    if train(load(OverlapRecipe, RECIPE, settings)):
+        raise SystemExit("the run was stopped")
+    rows = read_metrics(Path(out))[2:]
+    middle = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0]}
+    drawing = 1 - middle["idle/rollout"]
+    return {
+        "samples/s": 256 / middle["seconds/step"],
+        "step s": middle["seconds/step"],
+        "draw s": drawing * middle["seconds/step"],
+        "train s": middle["seconds/train"],
+        "rollouts idle": middle["idle/rollout"],
+        "trainers idle": middle["idle/trainer"],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", type=Path, required=True, help="folder of a built demo world")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--lags", default="0,1")
+    given = parser.parse_args()
+    found = {}
+    for lag in map(int, given.lags.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            found[lag] = run(given.world.absolute(), lag, given.steps, given.epochs, str(Path(folder, "run")))
+        print(f"lag {lag}  " + "   ".join(f"{name} {value:.3g}" for name, value in found[lag].items()), flush=True)
+    first, *others = found
+    for lag in others:
+        print(f"lag {lag} against lag {first}: {found[lag]['samples/s'] / found[first]['samples/s']:.2f} times the samples a second")
+
+
+if __name__ == "__main__":
+    main()
