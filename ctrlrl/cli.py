@@ -194,6 +194,22 @@ def reward_model(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model to serve: a directory such as runs/mine/model, or a hub name.")] = "",
+    dials: Annotated[str, typer.Option(help="TOML file of keys and dials; without one, this machine alone and everything allowed.")] = "",
+    overrides: Set = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="The model's name for clients; else its directory's.")] = "",
+    new_key: Annotated[str, typer.Option("--new-key", metavar="NAME", help="Print a fresh key and its line for [keys], and end.")] = "",
+) -> None:
+    """Serve a model to OpenAI's clients, with its dials in the operator's hands and out of users' reach."""
+    from jobs.serve import main as job
+
+    job(model, dials, overrides, host, port, name, new_key)
+
+
+@app.command()
 def inspect(data: Data, examples: Annotated[int, typer.Option(help="How many samples to show.")] = 5) -> None:
     """Say what a directory of ctrlrl generate or critique holds, verify it, and name what is missing; exit code 1 if it is damaged."""
     from jobs.examine import main as job

@@ -1,0 +1,170 @@
+"""Answers over HTTP with vLLM: its asynchronous engine and its chat completions, given prompts of token ids that are rendered elsewhere.
+
+vLLM never sees a message and renders no template: its serving class is handed a renderer that returns the ids that came with the
+request. Everything behind the prompt (drawing, text, streaming, logprobs, usage) is vLLM's own.
+"""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import ValidationError
+
+from ctrlrl.errors import ModelError
+from ctrlrl.models.architectures import carries_state
+from ctrlrl.models.loading import end_token_ids, existing
+from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, environment, reason_of
+
+# Text that stands where vLLM's schema wants messages; the prompt is the ids.
+_NO_MESSAGES = [{"role": "user", "content": ""}]
+
+
+@dataclass
+class Drawn:
+    """What became of a request. prompt_ids: those that the engine says it read."""
+
+    prompt_ids: list[int] = field(default_factory=list)
+    completion_tokens: int = 0
+    texts: dict[int, str] = field(default_factory=dict)  # by the answer's number
+    finish: dict[int, str] = field(default_factory=dict)
+
+    def note(self, output) -> None:
+        """Count one of the engine's outputs, whole or the next piece."""
+        self.prompt_ids = list(output.prompt_token_ids or self.prompt_ids)
+        for answer in output.outputs:
+            self.completion_tokens += len(answer.token_ids)
+            self.texts[answer.index] = self.texts.get(answer.index, "") + answer.text
+            if answer.finish_reason:
+                self.finish[answer.index] = answer.finish_reason
+
+
+class BadField(ValueError):
+    """A field whose value vLLM refuses; `param` is its name where vLLM tells it."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class ServedModel:
+    """A model that answers many requests at a time; made and used inside one running event loop. `name`: as clients ask for it."""
+
+    def __init__(self, model: str, engine: EngineConfig, name: str):
+        if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
+            torch._C._cpu._init_amx()  # inherited by the engine's process
+        os.environ.update(environment(engine) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.name, self.max_model_tokens = name, engine.max_model_tokens
+        settings = dict(
+            model=existing(model),
+            served_model_name=[name],
+            load_format="safetensors",
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_tokens,
+            kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
+            max_num_seqs=engine.max_concurrent,
+            enforce_eager=engine.eager,
+            block_size=32,
+            enable_prefix_caching=not carries_state(model),
+            # A prompt read in parts would draw and discard tokens: a seed must repeat.
+            enable_chunked_prefill=torch.cuda.is_available(),
+            enable_log_requests=False,
+        )
+        try:
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+        except ENGINE_ERRORS as error:
+            raise ModelError(f"the serving engine cannot start with {model!r}: {reason_of(error)}") from None
+        self._chat, self._request = _chat(self._engine, name, end_token_ids(model))
+
+    async def answer(self, fields: dict, prompt_ids: Sequence[int]) -> tuple[dict | AsyncIterator[str], Drawn]:
+        """A chat completion as OpenAI's schema has it, or with `stream` its server-sent events, and what is counted meanwhile.
+
+        fields: of the request, without messages and model. BadField for values that vLLM refuses; RuntimeError if the engine fails.
+        """
+        try:
+            request = self._request(**fields, messages=_NO_MESSAGES, model=self.name)
+            request._prompt_ids, request._drawn = list(prompt_ids), Drawn()
+            found = await self._chat.create_chat_completion(request)
+        except (ValidationError, ValueError, TypeError, OverflowError) as error:
+            raise _refusal(error) from None
+        if hasattr(found, "error"):
+            if found.error.code >= 500:
+                raise RuntimeError(found.error.message)
+            raise BadField(found.error.message, found.error.param)
+        return (found.model_dump(exclude_none=True) if hasattr(found, "model_dump") else found), request._drawn
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine runs."""
+        return not self._engine.errored
+
+    def metrics(self) -> bytes:
+        """vLLM's gauges and counters in Prometheus' text format."""
+        from prometheus_client import generate_latest
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        return generate_latest(get_prometheus_registry())
+
+    def close(self) -> None:
+        """End the engine and its process."""
+        self._engine.shutdown(timeout=5)
+
+
+def schema_fields() -> frozenset[str]:
+    """Every field that vLLM's own server takes in a chat request."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    return frozenset(ChatCompletionRequest.model_fields)
+
+
+def _refusal(error: Exception) -> BadField:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = first["loc"][0] if first["loc"] else None
+        return BadField(f"{place or 'request'}: {first['msg']}", place if isinstance(place, str) else None)
+    return BadField(str(error)[:300], getattr(error, "parameter", None))
+
+
+def _chat(engine, name: str, ends: Sequence[int]):
+    """vLLM's chat completions over prompts of ids, and the type of its requests."""
+    from pydantic import PrivateAttr
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.inputs.engine import tokens_input
+
+    class Request(ChatCompletionRequest):
+        _prompt_ids: list = PrivateAttr(default_factory=list)
+        _drawn: Drawn = PrivateAttr(default_factory=Drawn)
+
+    class Rendered:
+        """In the place of vLLM's renderer of messages."""
+
+        async def render_chat(self, request):
+            return [], [tokens_input(request._prompt_ids)]
+
+    async def noted(outputs, drawn: Drawn):
+        async for output in outputs:
+            drawn.note(output)
+            yield output
+
+    class Chat(OpenAIServingChat):
+        def chat_completion_stream_generator(self, request, result_generator, *rest, **options):
+            return super().chat_completion_stream_generator(request, noted(result_generator, request._drawn), *rest, **options)
+
+        async def chat_completion_full_generator(self, request, result_generator, *rest, **options):
+            outputs = noted(result_generator, request._drawn)
+            return await super().chat_completion_full_generator(request, outputs, *rest, **options)
+
+    models = OpenAIServingModels(engine_client=engine, base_model_paths=[BaseModelPath(name=name, model_path=name)])
+    chat = Chat(
+        engine, models, "assistant", online_renderer=Rendered(), request_logger=None, chat_template=None,
+        chat_template_content_format="auto",
+    )  # fmt: skip
+    stops = list(dict.fromkeys([*(chat.default_sampling_params.get("stop_token_ids") or []), *ends]))
+    chat.default_sampling_params["stop_token_ids"] = stops
+    return chat, Request
