@@ -4,7 +4,10 @@ It reads bodies within limits, tells a client that went away from one that waits
 """
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -18,10 +21,7 @@ from ctrlrl.serving.asked import Refused, conversation, parse
 from ctrlrl.serving.service import Service, Visit
 
 PAGE = Path(__file__).parent / "page.html"
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
+_INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL)
 _HERE = ("localhost", "127.0.0.1", "[::1]")
 _GONE = 499  # in the audit: the client went away
 
@@ -62,14 +62,24 @@ def build_app(service: Service) -> Starlette:
     async def page(_: Request) -> Response:
         if not PAGE.exists():
             raise Refused(404, "this server has no page")
-        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+        html = PAGE.read_text(encoding="utf-8")
+        headers = {"Content-Security-Policy": _allowed(html), "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        return HTMLResponse(html, headers=headers)
 
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]), Route("/v1/score", score, methods=["POST"]),
         Route("/v1/models", models), Route("/v1/dial", dial), Route("/metrics", metrics), Route("/health", health), Route("/", page),
     ]  # fmt: skip
     return Starlette(routes=routes, exception_handlers={Refused: _refused, HTTPException: _no_such})
+
+
+def _allowed(html: str) -> str:
+    """The page's Content-Security-Policy: its own script and style, by their hashes, and requests to this server."""
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in _INLINE.findall(html)}
+    own = "; ".join(f"{tag}-src 'sha256-{digest}'" for tag, digest in hashes.items())
+    return (
+        f"default-src 'none'; {own}; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 class _Chat:

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ctrlrl.control import HIGH, LOW
+from ctrlrl.control import ATTRIBUTES, HIGH, LOW
 from ctrlrl.errors import CtrlrlError, DataError
-from ctrlrl.prompts import Messages, render
+from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, Messages, render
 from ctrlrl.serving.asked import Asked, Refused, asked
 from ctrlrl.serving.audit import AuditLog
 from ctrlrl.serving.limits import Gate
@@ -119,9 +119,10 @@ class Service:
 
     def dials(self, caller: Caller) -> dict[str, Any]:
         """What a client may know of the dials."""
-        tokens = self.kind != "system"
+        system = self.kind == "system"
         return {
-            "model": self.model.name, "kind": self.kind, "attributes": ["helpful", "harmless"] if tokens else [],
+            "model": self.model.name, "kind": self.kind, "attributes": [] if system else list(ATTRIBUTES),
+            "systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM] if system else [],
             "levels": {"low": LOW, "high": HIGH}, "dials": list(caller.dials), "operator": caller.operator, "scores": self.has_scores,
         }  # fmt: skip
 
