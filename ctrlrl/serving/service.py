@@ -122,7 +122,7 @@ class Service:
         system = self.kind == "system"
         return {
             "model": self.model.name, "kind": self.kind, "attributes": [] if system else list(ATTRIBUTES),
-            "systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM] if system else [],
+            **({"systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM]} if system else {}),
             "levels": {"low": LOW, "high": HIGH}, "dials": list(caller.dials), "operator": caller.operator, "scores": self.has_scores,
         }  # fmt: skip
 
