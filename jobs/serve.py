@@ -16,8 +16,8 @@ import typer
 
 from jobs.launch import Set, mistakes_told
 
-# Threads that wait must not spin: the engine and the HTTP share the cores. libgomp reads them when torch is imported.
-_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Threads that wait must not spin: the engine and the HTTP share the cores. Read when torch, and vLLM, are imported.
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def main(

@@ -4,7 +4,9 @@ vLLM never sees a message and renders no template: its serving class is handed a
 request. Everything behind the prompt (drawing, text, streaming, logprobs, usage) is vLLM's own.
 """
 
+import gc
 import os
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +49,10 @@ class BadField(ValueError):
         self.param = param
 
 
+class EngineFailed(RuntimeError):
+    """The engine has ended, or cannot answer this request."""
+
+
 class ServedModel:
     """A model that answers many requests at a time; made and used inside one running event loop. `name`: as clients ask for it."""
 
@@ -72,6 +78,7 @@ class ServedModel:
             # A prompt read in parts would draw and discard tokens: a seed must repeat.
             enable_chunked_prefill=torch.cuda.is_available(),
             enable_log_requests=False,
+            use_tqdm_on_load=False,
         )
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
@@ -82,17 +89,21 @@ class ServedModel:
     async def answer(self, fields: dict, prompt_ids: Sequence[int]) -> tuple[dict | AsyncIterator[str], Drawn]:
         """A chat completion as OpenAI's schema has it, or with `stream` its server-sent events, and what is counted meanwhile.
 
-        fields: of the request, without messages and model. BadField for values that vLLM refuses; RuntimeError if the engine fails.
+        fields: of the request, without messages and model. BadField for values that vLLM refuses; EngineFailed if the engine does.
         """
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMServerError
+
         try:
             request = self._request(**fields, messages=_NO_MESSAGES, model=self.name)
             request._prompt_ids, request._drawn = list(prompt_ids), Drawn()
             found = await self._chat.create_chat_completion(request)
-        except (ValidationError, ValueError, TypeError, OverflowError) as error:
+        except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
             raise _refusal(error) from None
+        except (VLLMServerError, GracefulHTTPError) as error:
+            raise EngineFailed(str(error)[:300]) from error
         if hasattr(found, "error"):
             if found.error.code >= 500:
-                raise RuntimeError(found.error.message)
+                raise EngineFailed(found.error.message)
             raise BadField(found.error.message, found.error.param)
         return (found.model_dump(exclude_none=True) if hasattr(found, "model_dump") else found), request._drawn
 
@@ -111,6 +122,8 @@ class ServedModel:
     def close(self) -> None:
         """End the engine and its process."""
         self._engine.shutdown(timeout=5)
+        del self._chat, self._request, self._engine
+        gc.collect()  # else vLLM ends it once more when half of Python is gone
 
 
 def schema_fields() -> frozenset[str]:
@@ -125,7 +138,8 @@ def _refusal(error: Exception) -> BadField:
         first = error.errors()[0]
         place = first["loc"][0] if first["loc"] else None
         return BadField(f"{place or 'request'}: {first['msg']}", place if isinstance(place, str) else None)
-    return BadField(str(error)[:300], getattr(error, "parameter", None))
+    named = re.match(r"`?([a-z_]+)`?\b", str(error))  # vLLM's messages begin with the field where they do not name it otherwise
+    return BadField(str(error)[:300], getattr(error, "parameter", None) or (named[1] if named and "_" in named[1] else None))
 
 
 def _chat(engine, name: str, ends: Sequence[int]):

@@ -23,6 +23,7 @@ from ctrlrl.serving.service import Service, Visit
 PAGE = Path(__file__).parent / "page.html"
 _INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL)
 _HERE = ("localhost", "127.0.0.1", "[::1]")
+_DRAINED = 8 << 20  # bytes of a body too large that are read all the same: a client that is still sending does not read why
 _GONE = 499  # in the audit: the client went away
 
 
@@ -70,7 +71,7 @@ def build_app(service: Service) -> Starlette:
         Route("/v1/chat/completions", chat, methods=["POST"]), Route("/v1/score", score, methods=["POST"]),
         Route("/v1/models", models), Route("/v1/dial", dial), Route("/metrics", metrics), Route("/health", health), Route("/", page),
     ]  # fmt: skip
-    return Starlette(routes=routes, exception_handlers={Refused: _refused, HTTPException: _no_such})
+    return Starlette(routes=routes, exception_handlers={Refused: _refused, HTTPException: _no_such, 500: _broken})
 
 
 def _allowed(html: str) -> str:
@@ -184,18 +185,19 @@ async def _body(request: Request, service: Service) -> bytes:
     limits = service.policies.limits
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body is JSON: send Content-Type: application/json")
-    too_large = Refused(413, f"the body is larger than {limits.max_body_bytes} bytes")
-    if request.headers.get("content-length", "0").isdigit() and int(request.headers.get("content-length", "0")) > limits.max_body_bytes:
-        raise too_large
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(limits.body_s):
             async for piece in request.stream():
-                body += piece
-                if len(body) > limits.max_body_bytes:
-                    raise too_large
+                size += len(piece)
+                if size <= limits.max_body_bytes:
+                    body += piece
+                elif size > limits.max_body_bytes + _DRAINED:
+                    break
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {limits.body_s:g} s") from None
+    if size > limits.max_body_bytes:
+        raise Refused(413, f"the body is larger than {limits.max_body_bytes} bytes")
     return bytes(body)
 
 
@@ -230,3 +232,8 @@ async def _refused(_: Request, refused: Refused) -> Response:
 
 async def _no_such(request: Request, error: HTTPException) -> Response:
     return _error(Refused(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}"))
+
+
+async def _broken(_: Request, __: Exception) -> Response:
+    """Starlette raises the error behind this answer, for the log."""
+    return _error(Refused(500, "the server made a mistake; its log says which"))

@@ -24,6 +24,7 @@ NEUTRAL = {
     "parallel_tool_calls": True, "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
     "echo": False, "service_tier": "auto", "logit_bias": {},
 }  # fmt: skip
+_ALTERNATIVES = 20  # of a token, in logprobs: as many as OpenAI's API and vLLM give
 _STOPS = 16  # each is looked for in every token that is drawn
 _ROLES = ("user", "assistant")
 _SYSTEM = ("system", "developer")
@@ -151,14 +152,15 @@ def _dial(given: dict, policies: Policies, kind: KIND, caller: Caller, model: st
 def _check_drawing(fields: dict, policies: Policies, dial: Dial) -> None:
     """Limits of what is drawn; `max_completion_tokens` becomes `max_tokens`. All other checks of values are the engine's."""
     limits = policies.limits
-    length = fields.pop("max_completion_tokens", None)
-    if length is not None and fields.get("max_tokens", length) != length:
+    lengths = {name: fields.pop(name) for name in ("max_tokens", "max_completion_tokens") if name in fields}
+    for name, length in lengths.items():
+        fields["max_tokens"] = _whole(length, name, 1, limits.max_new_tokens or None)
+    if len(set(lengths.values())) > 1:
         raise Refused(400, "max_tokens and max_completion_tokens differ: give one", "max_completion_tokens")
-    length = fields.pop("max_tokens", None) if length is None else length
-    if length is not None:
-        fields["max_tokens"] = _whole(length, "max_tokens", 1, limits.max_new_tokens or None)
     if "n" in fields:
         _whole(fields["n"], "n", 1, 1 if dial.rerank > 1 else limits.max_answers)
+    if "top_logprobs" in fields:
+        _whole(fields["top_logprobs"], "top_logprobs", 0, _ALTERNATIVES)
     if isinstance(fields.get("stop"), list) and len(fields["stop"]) > _STOPS:
         raise Refused(400, f"stop has {_STOPS} texts at most", "stop")
     for name in ("stream", "logprobs", "return_token_ids"):

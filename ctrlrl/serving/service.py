@@ -167,6 +167,8 @@ class Service:
             return await self.model.answer(fields, ids)
         except ValueError as error:
             raise Refused(400, str(error), getattr(error, "param", None)) from None
+        except RuntimeError as error:
+            raise Refused(500 if self.model.healthy else 503, f"the engine failed: {error}") from None
 
     async def _best(self, visit: Visit, fields: dict, ids: list[int]) -> dict | AsyncIterator[str]:
         """Of several answers the one whose scores are nearest to the dial; a stream gets it in one piece."""
