@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: B sequences of a micro-batch, T scored tokens of its longest sequence.
 """
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,6 +76,46 @@ class ValueOutputs:
 # Every objective: (outputs, batch) -> (this micro-batch's share of the global loss, shares of stats). Shares add up over
 # micro-batches and ranks; a stat whose name ends in `_max` is combined by maximum.
 Loss = Callable[[object, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+_WORTH_SHARING = 16  # tokens of a prompt: below, a piece more to attend to costs more than it saves
+
+
+def shared_prompts(batch: TokenBatch) -> list[bytes | None]:
+    """For each row a key of its prompt, the same for the same prompt; None where no other row has it, or it is short."""
+    keys = [
+        np.ascontiguousarray(tokens[:length], np.int64).tobytes() if length >= _WORTH_SHARING else None
+        for tokens, length in zip(batch.tokens, batch.prompt_lengths, strict=True)
+    ]
+    counts = Counter(keys)
+    return [key if key is not None and counts[key] > 1 else None for key in keys]
+
+
+def plan_batch(batch: TokenBatch, token_budget: int, layout: str) -> list[np.ndarray]:
+    """`plan_micro_batches` of a batch for a layout: in "shared" those of the same prompt stay together, and it costs its tokens once."""
+    lengths = np.array([len(t) for t in batch.tokens])
+    keys = shared_prompts(batch) if layout == "shared" else []
+    if not any(key is not None for key in keys):
+        return plan_micro_batches(lengths, token_budget, batch.group, layout == "padded")
+    pieces: list[list[int]] = []  # groups that share a prompt, as many as the budget takes
+    costs: list[int] = []
+    latest: dict[bytes, int] = {}
+    for g in range(len(batch) // batch.group):
+        rows = range(g * batch.group, (g + 1) * batch.group)
+        key = keys[rows[0]] if all(keys[r] is not None and keys[r] == keys[rows[0]] for r in rows) else None
+        prompt = int(batch.prompt_lengths[rows[0]]) if key is not None else 0
+        own = sum(int(lengths[r]) - prompt for r in rows)
+        if key in latest and costs[latest[key]] + own <= token_budget:
+            pieces[latest[key]].append(g)
+            costs[latest[key]] += own
+            continue
+        if key is not None:
+            latest[key] = len(pieces)
+        pieces.append([g])
+        costs.append(prompt + own)
+    plan = plan_micro_batches(np.array(costs), token_budget)
+    group = np.arange(batch.group)
+    return [np.concatenate([g * batch.group + group for piece in part for g in pieces[piece]]) for part in plan]
 
 
 def plan_micro_batches(lengths: np.ndarray, token_budget: int, group: int = 1, padded: bool = False) -> list[np.ndarray]:

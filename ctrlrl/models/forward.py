@@ -1,8 +1,8 @@
 """From ragged sequences to outputs on their scored tokens: the two layouts, and the model heads.
 
-A micro-batch is laid out either *packed* (all sequences in one row, attention within each segment, no padding) or *padded* (one
-sequence a row, padded on the right); layout.py settles which of them is exact for a model. A token at position p is scored from the
-state at p - 1.
+A micro-batch is laid out *packed* (all sequences in one row, attention within each segment, no padding), *shared* (packed, and a prompt
+that several sequences begin with stands there once) or *padded* (one sequence a row, padded on the right); layout.py settles which of
+them is exact for a model. A token at position p is scored from the state at p - 1.
 
 Legend: N tokens of the row(s), M scored tokens of the micro-batch, B sequences, T scored tokens of the longest, V vocabulary.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs
+from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs, shared_prompts
 from ctrlrl.errors import ModelError
 from ctrlrl.models.pooling import raw_scores
 from ctrlrl.models.segments import SEGMENTS, Segments, packed_row, why_not_packed
@@ -37,7 +37,7 @@ class ModelInputs:
 
     def run(self, model: PreTrainedModel):
         """The output of a transformers model on these inputs; ModelError if they would depend on each other."""
-        longest = max(self.segments.lengths) if self.segments else self.model["input_ids"].shape[1]
+        longest = self.segments.longest if self.segments else self.model["input_ids"].shape[1]
         if (limit := steady_length(model.config)) and longest > limit:
             raise ModelError(
                 f"a sequence has {longest} tokens, and the rotary positions of this model change for all of a batch beyond {limit}: "
@@ -64,14 +64,17 @@ def steady_length(config: PretrainedConfig) -> int | None:
 
 
 def lay_out(batch: TokenBatch, layout: str, device: torch.device) -> ModelInputs:
-    """Arrange the sequences of one micro-batch as `layout` ("packed" | "padded") says."""
+    """Arrange the sequences of one micro-batch as `layout` ("packed" | "shared" | "padded") says."""
     lengths = np.array([len(t) for t in batch.tokens])
     width = int(lengths.max())
-    starts = np.arange(len(lengths)) * width if layout == "padded" else np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    row = _Row(batch, shared_prompts(batch) if layout == "shared" else [None] * len(batch))
+    starts = np.arange(len(lengths)) * width if layout == "padded" else row.starts
     scored = batch.scored_lengths
     rows = np.repeat(np.arange(len(lengths)), scored)
     columns = np.concatenate([np.arange(n) for n in scored]) if len(scored) else np.zeros(0, np.int64)
     reads = starts[rows] + batch.prompt_lengths[rows] + columns - 1
+    if layout == "shared":
+        reads = np.where(columns == 0, row.prompt_ends[rows], reads)
     targets = np.concatenate([t[p:] for t, p in zip(batch.tokens, batch.prompt_lengths, strict=True)])
 
     def tensor(array) -> Tensor:
@@ -82,13 +85,40 @@ def lay_out(batch: TokenBatch, layout: str, device: torch.device) -> ModelInputs
         mask = torch.arange(width)[None] < torch.as_tensor(lengths)[:, None]
         model = {"input_ids": pad_rows(batch.tokens).long().to(device), "attention_mask": mask.long().to(device)}
     else:
-        positions = np.concatenate([np.arange(n) for n in lengths])
         # No attention_mask here: a mask of ones would silently let packed sequences see each other.
-        model = {"input_ids": tensor(np.concatenate(batch.tokens))[None], "position_ids": tensor(positions)[None]}
-        ends = torch.as_tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
-        segments = Segments(lengths.tolist(), ends)
+        model = {"input_ids": tensor(np.concatenate(row.tokens))[None], "position_ids": tensor(np.concatenate(row.positions))[None]}
+        sizes = [len(tokens) for tokens in row.tokens]
+        ends = torch.as_tensor(np.concatenate([[0], np.cumsum(sizes)]), dtype=torch.int32, device=device)
+        segments = Segments(sizes, ends, tuple(row.prompts) if any(p >= 0 for p in row.prompts) else ())
     shape = (len(lengths), max(int(scored.max(initial=0)), 1))
     return ModelInputs(model, tensor(reads), tensor(targets), tensor(rows), tensor(columns), shape, segments)
+
+
+class _Row:
+    """The segments of a packed row: tokens, positions, and the segment that holds the prompt (-1: none other) of each; and for each
+    sequence where its first token would stand if it were in one piece with its last, and where the last token of its prompt stands."""
+
+    def __init__(self, batch: TokenBatch, keys: list[bytes | None]):
+        self.tokens, self.positions, self.prompts, where, end = [], [], [], {}, 0
+        starts, prompt_ends = [], []
+        for tokens, length, key in zip(batch.tokens, batch.prompt_lengths, keys, strict=True):
+            own, first, prompt = tokens, 0, -1
+            if key is not None:
+                if key not in where:
+                    where[key] = len(self.tokens), end + int(length) - 1
+                    end = self._add(tokens[:length], 0, -1, end)
+                own, first, prompt = tokens[length:], int(length), where[key][0]
+            starts.append(end - first)
+            prompt_ends.append(where[key][1] if key is not None else end + int(length) - 1)
+            if len(own):
+                end = self._add(own, first, prompt, end)
+        self.starts, self.prompt_ends = np.array(starts), np.array(prompt_ends)
+
+    def _add(self, tokens: np.ndarray, first: int, prompt: int, end: int) -> int:
+        self.tokens.append(tokens)
+        self.positions.append(first + np.arange(len(tokens)))
+        self.prompts.append(prompt)
+        return end + len(tokens)
 
 
 def micro_batch(batch: TokenBatch, inputs: ModelInputs, tokens: int, sequences: int) -> MicroBatch:

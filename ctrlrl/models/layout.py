@@ -19,18 +19,20 @@ from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import ModelError
 from ctrlrl.models.forward import ModelInputs, PolicyModule, attention_for, lay_out
 from ctrlrl.models.reading import load_config
-from ctrlrl.models.segments import SEGMENTS, why_not_packed
+from ctrlrl.models.segments import SEGMENTS, why_not_packed, why_not_shared
 
 Layout = Literal["auto", "packed", "padded"]
-_ATTENTIONS = {"packed": (SEGMENTS,), "padded": ("sdpa", "eager")}  # in the order of their speed
-_LENGTHS = (23, 9, 2, 31, 17)  # the last repeats the start of the longest: what comes later must not matter
+_ATTENTIONS = {"shared": (SEGMENTS,), "packed": (SEGMENTS,), "padded": ("sdpa", "eager")}  # in the order of their speed
+_DECLARED = {"shared": why_not_shared, "packed": why_not_packed, "padded": lambda model: None}
+_LENGTHS = (23, 9, 2, 31, 17, 20)  # the fifth repeats the start of the longest: what comes later must not matter
+_SHARED = 16  # tokens with which the last three begin
 # What a forward that was never meant for a layout may raise.
 _FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError, ImportError)
 _FLOAT32, _BFLOAT16 = 1e-3, 0.15  # nats: the largest difference in float32, the mean one in bfloat16 (noise: 0.03 to 0.05)
 
 
-def settle(module: nn.Module, name: str, wanted: Layout, device: torch.device) -> str:
-    """Put the model `name` inside `module` into its fastest exact layout of those `wanted`; returns "packed" or "padded".
+def settle(module: nn.Module, name: str, wanted: str, device: torch.device) -> str:
+    """Put the model `name` inside `module` into its fastest exact layout of those `wanted`; returns "shared", "packed" or "padded".
 
     Also decides whether a policy's logprobs may be computed from its last hidden state, chunk by chunk. All ranks do the same forwards.
     ModelError where no layout is exact.
@@ -39,9 +41,9 @@ def settle(module: nn.Module, name: str, wanted: Layout, device: torch.device) -
     with _undisturbed(module):
         alone, plain_head = _one_at_a_time(module, name, batch, device)
         faults = {}
-        for layout in ("packed", "padded") if wanted == "auto" else (wanted,):
+        for layout in (wanted,) if wanted in ("packed", "padded") else _ATTENTIONS:
             for attention in _ATTENTIONS[layout]:
-                fault = _fault(module, batch, layout, attention, torch.cat(alone))
+                fault = _fault(module, batch, layout, attention, alone)
                 if fault is None:
                     break
                 faults[layout] = fault
@@ -52,7 +54,7 @@ def settle(module: nn.Module, name: str, wanted: Layout, device: torch.device) -
             return layout
     if wanted == "packed":
         raise ModelError(f'{name!r} cannot be packed ({faults["packed"]}): set layout = "auto" or layout = "padded"')
-    reasons = "; ".join(f"{layout}: {fault}" for layout, fault in faults.items())
+    reasons = "; ".join(f"{layout}: {fault}" for layout, fault in faults.items() if layout != "shared")
     raise ModelError(f"{name!r} cannot be trained: no layout gives what one sequence at a time gives ({reasons}); give another model")
 
 
@@ -69,8 +71,8 @@ def _one_at_a_time(module: nn.Module, name: str, batch: TokenBatch, device: torc
         raise
     except _FAULTS as error:
         raise ModelError(f"{name!r} cannot be run on tokens alone: {_first_line(error)}; give a causal language model of text") from error
-    longest = alone[_LENGTHS.index(max(_LENGTHS))]
-    if _difference(alone[-1], longest[: len(alone[-1])], module) is not None:
+    longest, repeated = alone[_LENGTHS.index(max(_LENGTHS))], alone[-2]
+    if _difference(repeated, longest[: len(repeated)], module) is not None:
         raise ModelError(f"{name!r} is not causal: later tokens change what it says of earlier ones; give a causal language model")
     plain = bool(seen) and torch.equal(seen["hidden"], seen["read"]) and torch.equal(seen["written"].float(), seen["logits"].float())
     return alone, plain
@@ -82,11 +84,14 @@ def check_layout(name: str, layout: Layout) -> None:
         attention_for(layout, load_config(name))
 
 
-def _fault(module: nn.Module, batch: TokenBatch, layout: str, attention: str, wanted: Tensor) -> str | None:
+def _fault(module: nn.Module, batch: TokenBatch, layout: str, attention: str, alone: list[Tensor]) -> str | None:
     """Why this layout is not exact for the model; None if it is."""
-    declared = why_not_packed(module.causal) if layout == "packed" else None
-    if declared:
+    if declared := _DECLARED[layout](module.causal):
         return declared
+    if layout == "shared":
+        prompts = np.where(np.arange(len(batch)) < len(batch) - 3, 1, _SHARED)
+        batch, alone = replace(batch, prompt_lengths=prompts), [found[p - 1 :] for found, p in zip(alone, prompts, strict=True)]
+    wanted = torch.cat(alone)
     try:
         if not _attend_by(module.causal, attention):
             return f"its class does not take {attention} attention"
@@ -140,7 +145,9 @@ def _batch(config: PretrainedConfig) -> TokenBatch:
     ordinary = np.setdiff1d(np.arange(min(config.get_text_config().vocab_size, 4096)), special)
     rng = np.random.default_rng(0)
     tokens = [ordinary[rng.integers(0, len(ordinary), length)] for length in _LENGTHS]
-    tokens[-1] = tokens[_LENGTHS.index(max(_LENGTHS))][: _LENGTHS[-1]]
+    longest = tokens[_LENGTHS.index(max(_LENGTHS))]
+    tokens[-2] = longest[: _LENGTHS[-2]]
+    tokens[-1] = np.concatenate([longest[:_SHARED], tokens[-1][_SHARED:]])
     return TokenBatch(tokens, np.ones(len(tokens), np.int64), {}, {})
 
 

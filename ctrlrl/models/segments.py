@@ -29,10 +29,32 @@ _REDUNDANT = {"is_causal", "position_ids", "position_embeddings", "cache_positio
 
 @dataclass(frozen=True)
 class Segments:
-    """The sequences of a packed row. lengths: tokens of each; starts [B + 1], int32 on the row's device: where each begins, and N."""
+    """The segments of a packed row. lengths: tokens of each; starts [B + 1], int32 on the row's device: where each begins, and N.
+
+    prompts: for each segment the number of an earlier one that its tokens go on from (the prompt that several responses share), or -1;
+    empty if all are -1.
+    """
 
     lengths: list[int]
     starts: Tensor
+    prompts: tuple[int, ...] = ()
+
+    @property
+    def before(self) -> list[int]:
+        """Tokens of each segment's sequence that stand in another segment."""
+        return [self.lengths[p] if p >= 0 else 0 for p in self.prompts] or [0] * len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(n + before for n, before in zip(self.lengths, self.before, strict=True))
+
+    def sequences(self, states_HN: Tensor) -> list[Tensor]:
+        """Of states [1, H, N, D], those of each segment's whole sequence."""
+        parts = states_HN.split(self.lengths, 2)
+        if not self.prompts:
+            return list(parts)
+        return [part if p < 0 else torch.cat([parts[p], part], 2) for p, part in zip(self.prompts, parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -61,10 +83,10 @@ class Pattern:
         """Whether it hides any earlier token in a segment of `length`."""
         return any(limit is not None and limit < length for limit in (self.window, self.chunk))
 
-    def mask(self, length: int, device: torch.device) -> Tensor:
-        """[n, n], true where a row's token sees a column's."""
-        places = torch.arange(length, device=device)
-        return self.sees(places[:, None], places[None])
+    def mask(self, length: int, before: int, device: torch.device) -> Tensor:
+        """[n, before + n], true where a row's token sees a column's, of which the first `before` are in another segment."""
+        places = torch.arange(before + length, device=device)
+        return self.sees(places[before:, None], places[None])
 
 
 _row: ContextVar[Segments | None] = ContextVar("segments of the row under way", default=None)
@@ -87,7 +109,10 @@ def _read_mask(
     segments = _row.get()
     if segments is None or batch_size != 1 or not q_length == kv_length == int(sum(segments.lengths)):
         raise ModelError(f"the model asks for a mask of {q_length} x {kv_length} tokens, which are not the packed ones")
-    kinds = [{}] if local_size is None else [{}, {"window": local_size}, {"chunk": local_size}]
+    if segments.prompts:  # a segment that goes on from another may be too short to show its window
+        kinds = [{"window": local_size}]
+    else:
+        kinds = [{}] if local_size is None else [{}, {"window": local_size}, {"chunk": local_size}]
     for kind in kinds:
         pattern = Pattern(segments, **kind)
         if all(_agree(pattern, mask_function, first, last) for first, last in _blocks(segments, device)):
@@ -125,20 +150,22 @@ def _segment_attention(
     asked = [n for n, v in others.items() if n not in _REDUNDANT and not n.startswith("output_") and v is not None and v is not False]
     if dropout:
         asked.append("dropout")
-    if sliding_window is not None and sliding_window != pattern.window and max(pattern.segments.lengths) > sliding_window:
+    if sliding_window is not None and sliding_window != pattern.window and pattern.segments.longest > sliding_window:
         asked.append("sliding_window")  # its mask says something else
     if asked:
         raise ModelError(f"its attention asks for {', '.join(asked)}")
     flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None and softcap is None
     if flash and pattern.chunk is None and query.shape[-1] == value.shape[-1] <= 256:
         return _flash_attention(query, key, value, scaling, pattern), None
-    lengths = pattern.segments.lengths
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    masks = {n: pattern.mask(n, query.device) for n in set(lengths) if pattern.limits(n) or s_aux is not None or softcap is not None}
-    if s_aux is None and softcap is None:
-        seen = [_attend(q, k, v, masks.get(q.shape[2]), scaling) for q, k, v in parts]
+    row = pattern.segments
+    shapes = list(zip(row.lengths, row.before, strict=True))
+    special = s_aux is not None or softcap is not None
+    masks = {(n, p): pattern.mask(n, p, query.device) for n, p in set(shapes) if special or p or pattern.limits(n)}
+    parts = zip(query.split(row.lengths, 2), row.sequences(key), row.sequences(value), shapes, strict=True)
+    if special:
+        seen = [_attend_by_scores(q, k, v, masks[shape], scaling, softcap, s_aux) for q, k, v, shape in parts]
     else:
-        seen = [_attend_by_scores(q, k, v, masks[q.shape[2]], scaling, softcap, s_aux) for q, k, v in parts]
+        seen = [_attend(q, k, v, masks.get(shape), scaling) for q, k, v, shape in parts]
     return torch.cat(seen, 2).transpose(1, 2).contiguous(), None
 
 
@@ -162,11 +189,17 @@ def _attend_by_scores(query, key, value, mask, scaling, softcap, s_aux) -> Tenso
 
 def _flash_attention(query, key, value, scaling, pattern: Pattern) -> Tensor:
     """Of one packed row, heads before tokens [1, H, N, D]; returns [1, N, H, D]."""
+    row = pattern.segments
+    starts = read = row.starts
+    if row.prompts:  # the last of the tokens read is the last of the readers: so the kernel aligns them
+        key, value = (torch.cat(row.sequences(states), 2) for states in (key, value))
+        read = F.pad(torch.tensor([n + p for n, p in zip(row.lengths, row.before, strict=True)]).cumsum(0), (1, 0)).to(starts)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    starts, longest = pattern.segments.starts, max(pattern.segments.lengths)
     window = (-1, 0) if pattern.window is None else (pattern.window - 1, 0)  # how many before a token, how many after it
     grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)[None]
+    return varlen_attn(
+        q, k, v, starts, read, max(row.lengths), row.longest, scale=scaling, window_size=window, enable_gqa=grouped
+    )[None]
 
 
 AttentionInterface.register(SEGMENTS, _segment_attention)
@@ -181,6 +214,13 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         return "its layers convolve along the sequence"
     strange = _strange_layers(model.config.get_text_config())
     return strange or (None if model._supports_attention_backend else "its class does not support attention from outside")
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """What the model itself declares that forbids sharing a prompt in a packed row; None if nothing."""
+    config = model.config.get_text_config()
+    chunked = getattr(config, "attention_chunk_size", None) or "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return why_not_packed(model) or ("its attention is in chunks, which do not go on from a shared prompt" if chunked else None)
 
 
 def _strange_layers(config: PretrainedConfig) -> str | None:

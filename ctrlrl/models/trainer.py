@@ -7,6 +7,7 @@ result does not depend on the cutting, the layout or the number of ranks.
 import math
 import os
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field
 
 from ctrlrl.config import Section
-from ctrlrl.data.batches import Loss, TokenBatch, plan_micro_batches
+from ctrlrl.data.batches import Loss, TokenBatch, plan_batch
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.earlier_state import is_earlier, load_earlier
 from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, lay_out, micro_batch
@@ -172,8 +173,7 @@ class Trainer:
 
     def _mine(self, batch: TokenBatch) -> list[TokenBatch]:
         """This rank's micro-batches. All ranks get the same number, if need be a masked one: ZeRO 2 and 3 communicate in each."""
-        lengths = np.array([len(t) for t in batch.tokens])
-        plan = plan_micro_batches(lengths, self.config.micro_batch_tokens, batch.group, self.layout == "padded")
+        plan = plan_batch(batch, self.config.micro_batch_tokens, self.layout)
         parts = [batch.select(rows) for rows in plan[self.rank :: self.world]]
         if len(parts) < math.ceil(len(plan) / self.world):
             parts.append(_masked(batch.select(np.arange(batch.group))))
@@ -248,8 +248,7 @@ def score_rows(
     forward, batch: TokenBatch, layout: str, budget: int, device, rank: int = 0, world: int = 1
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Run `forward` (inputs -> [B, T]) over this rank's micro-batches; returns row indices and one fp32 array of scored tokens a row."""
-    lengths = np.array([len(t) for t in batch.tokens])
-    plan = plan_micro_batches(lengths, budget, 1, layout == "padded")
+    plan = plan_batch(replace(batch, group=1), budget, layout)
     turns = math.ceil(len(plan) / world)
     rows, results = [], []
     for turn in range(turns):

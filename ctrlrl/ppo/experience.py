@@ -119,11 +119,13 @@ def draw_queries(prompts: Sequence[Prompt], tokenizer, step: int, config: Algori
 
 
 def minibatch_rows(count: int, step: int, config: AlgorithmConfig, seed: int) -> list[np.ndarray]:
-    """Rows of every optimiser step of one PPO step: each epoch uses every sample exactly once, in a new seeded order."""
-    steps = []
+    """Rows of every optimiser step of one PPO step: each epoch uses every sample exactly once, in a new seeded order of the queries, whose
+    samples stay together (they share the prompt, which is computed once)."""
+    steps, queries = [], count // config.samples_per_query
+    rows = np.arange(count).reshape(queries, config.samples_per_query)
     for epoch in range(config.epochs):
-        order = np.random.default_rng(derive_seed(seed, "minibatches", step, epoch)).permutation(count)
-        steps += [np.sort(part) for part in np.array_split(order, min(config.minibatches, count))]
+        order = np.random.default_rng(derive_seed(seed, "minibatches", step, epoch)).permutation(queries)
+        steps += [rows[np.sort(part)].ravel() for part in np.array_split(order, min(config.minibatches, queries))]
     return steps
 
 

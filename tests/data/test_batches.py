@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs, plan_micro_batches
+from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs, plan_batch, plan_micro_batches
 
 
 def batch(group=1):
@@ -108,6 +108,37 @@ def test_the_lengths_of_a_cut_do_not_depend_on_the_order(lengths, token_budget, 
     shuffled = random.sample(lengths, len(lengths))
     cuts = [[[order[i] for i in rows] for rows in plan(np.array(order), token_budget, padded=padded)] for order in (lengths, shuffled)]
     assert cuts[0] == cuts[1]
+
+
+def rows_of(prompts, lengths):
+    """A batch whose rows have the prompt of this number, of 20 tokens, and so many tokens after it."""
+    tokens = [np.concatenate([np.full(20, prompt), np.arange(n)]) for prompt, n in zip(prompts, lengths, strict=True)]
+    return TokenBatch(tokens, np.full(len(tokens), 20), {}, {})
+
+
+def test_rows_of_one_prompt_stay_together_and_pay_for_it_once():
+    batch = rows_of([7, 8, 7, 9, 7], [5, 9, 6, 1, 7])
+    # Prompt 7: 20 + 5 + 6 + 7 = 38; 8: 29; 9: 21.
+    assert [rows.tolist() for rows in plan_batch(batch, 50, "shared")] == [[0, 2, 4], [1, 3]]
+    assert [rows.tolist() for rows in plan_batch(batch, 100, "shared")] == [[0, 2, 4, 1, 3]]
+    # Within 31 tokens: 20 + 5 + 6 of prompt 7, then its last row alone with the prompt again.
+    assert [rows.tolist() for rows in plan_batch(batch, 31, "shared")] == [[0, 2], [1], [4], [3]]
+    assert [rows.tolist() for rows in plan_batch(batch, 50, "packed")] == [[1], [4], [2], [0, 3]]
+
+
+def test_pairs_of_one_prompt_stay_pairs():
+    batch = dataclasses.replace(rows_of([7, 7, 8, 8, 7, 7], [5, 9, 6, 1, 7, 2]), group=2)
+    # 20 + 14 + 9 = 43 of prompt 7, 27 of prompt 8; apart they are 54, 47, 49.
+    assert [rows.tolist() for rows in plan_batch(batch, 43, "shared")] == [[0, 1, 4, 5], [2, 3]]
+    assert [rows.tolist() for rows in plan_batch(batch, 40, "shared")] == [[0, 1], [4, 5], [2, 3]]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_without_a_common_prompt_the_plan_is_the_plain_one(layout):
+    lengths = np.array([3, 9, 4, 2, 5, 9])
+    batch = rows_of(range(6), lengths)
+    plain = plan_micro_batches(lengths + 20, 60, padded=layout == "padded")
+    assert [rows.tolist() for rows in plan_batch(batch, 60, layout)] == [rows.tolist() for rows in plain]
 
 
 def test_rows_that_are_not_whole_groups_are_a_bug():

@@ -111,9 +111,15 @@ def build(kind: str):
     return model
 
 
+LAYOUTS = ("padded", "packed", "shared")
+
+
 def batch() -> TokenBatch:
     rng = np.random.default_rng(1)
-    return TokenBatch([rng.integers(3, VOCABULARY, n) for n in (9, 23, 4, 17, 31)], np.array([3, 10, 1, 8, 12]), {}, {})
+    tokens = [rng.integers(3, VOCABULARY, n) for n in (9, 23, 4, 17, 31, 19, 28)]
+    for row in (5, 6):
+        tokens[row][:16] = tokens[4][:16]  # a prompt that three have in common
+    return TokenBatch(tokens, np.array([3, 10, 1, 8, 16, 16, 16]), {}, {})
 
 
 @torch.no_grad()
@@ -139,8 +145,8 @@ def outcome(kind: str) -> str:
         chosen = settle(module, kind, "auto", CPU)
     except ModelError:
         return "refused"
-    for layout in ("padded", "packed") if chosen == "packed" else ("padded",):
-        assert settle(module, kind, layout, CPU) == layout
+    for layout in LAYOUTS[: 1 + LAYOUTS.index(chosen)]:
+        assert settle(module, kind, "auto" if layout == "shared" else layout, CPU) == layout
         with torch.no_grad():
             found = module(lay_out(batch(), layout, CPU))[0].numpy()
         if model._can_set_attn_implementation():
@@ -167,7 +173,7 @@ def test_what_cannot_be_packed_is_refused_by_its_configuration(kind, tmp_path):
 
 def table() -> str:
     """The architectures by outcome, in Markdown."""
-    kinds = {"packed": [], "padded": [], "refused": [], "not tried": []}
+    kinds = {"shared": [], "packed": [], "padded": [], "refused": [], "not tried": []}
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         kinds["not tried" if kind in UNBUILT else outcome(kind)].append(kind)
     rows = [f"| {name} | {len(found)} | {', '.join(f'`{kind}`' for kind in found)} |" for name, found in kinds.items()]

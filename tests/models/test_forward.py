@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.errors import ModelError
@@ -24,6 +24,11 @@ def batch_of(lengths, prompts, seed=0):
 
 
 BATCH = batch_of([9, 30, 5, 17], [4, 3, 1, 16])
+# Rows 1, 3 and 4 have a prompt of 18 tokens in common, and 4 has nothing after it; 0 and 2 a short one, which is not worth sharing.
+COMMON = batch_of([9, 30, 5, 21, 18], [4, 18, 4, 18, 18])
+for row in (3, 4):
+    COMMON.tokens[row][:18] = COMMON.tokens[1][:18]
+COMMON.tokens[2][:4] = COMMON.tokens[0][:4]
 
 
 def slow_logprobs(model, tokens, prompt, temperature):
@@ -82,26 +87,76 @@ def test_later_tokens_and_neighbours_do_not_matter(models):
     assert torch.allclose(module(lay_out(cut, "packed", CPU))[0][0], alone[:17], atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["policy", "tied"])
+def test_a_shared_prompt_is_computed_once_with_the_same_logprobs_and_gradients(models, kind):
+    module = PolicyModule(load_policy(models[kind], "float32"), 0.7)
+    assert settle(module, kind, "auto", CPU) == "shared" and not module.full_logits
+    found = {}
+    for layout in ("packed", "shared"):
+        module.zero_grad()
+        inputs = lay_out(COMMON, layout, CPU)
+        logprobs_BT, entropy_BT = module(inputs)
+        (micro_batch(COMMON, inputs, 21, 5).columns["weights"] * logprobs_BT).sum().backward()
+        grads = {name: p.grad.clone() for name, p in module.named_parameters()}
+        found[layout] = logprobs_BT, entropy_BT, grads, inputs.model["input_ids"].numel()
+    assert torch.allclose(found["shared"][0], found["packed"][0], atol=3e-6)
+    assert torch.allclose(found["shared"][1], found["packed"][1], atol=3e-6)
+    assert all(torch.allclose(grad, found["shared"][2][name], atol=2e-5) for name, grad in found["packed"][2].items())
+    assert found["packed"][3] == 83 and found["shared"][3] == 83 - 2 * 18
+    inputs = lay_out(COMMON, "shared", CPU)
+    assert inputs.segments.lengths == [9, 18, 12, 5, 3] and inputs.segments.prompts == (-1, -1, 1, -1, 1)
+    assert inputs.segments.longest == 30
+
+
+def test_without_a_common_prompt_the_layouts_are_one():
+    packed, shared = (lay_out(BATCH, layout, CPU) for layout in ("packed", "shared"))
+    assert shared.segments.prompts == () and packed.segments.lengths == shared.segments.lengths
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(packed.model[name], shared.model[name])
+    assert torch.equal(packed.reads, shared.reads)
+
+
+@pytest.mark.parametrize("shape", [{"sliding_window": 4}, {"sliding_window": 20}, {"sliding_window": 200}])
+def test_a_window_reaches_back_into_a_shared_prompt_by_its_width_alone(shape):
+    config = MistralConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **shape
+    )
+    torch.manual_seed(0)
+    module = PolicyModule(MistralForCausalLM(config).float(), 1.0)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert settle(module, "mistral", "auto", CPU) == "shared"
+    with torch.no_grad():
+        found = module(lay_out(COMMON, "shared", CPU))[0]
+        module.causal.set_attn_implementation("eager")
+        wanted = module(lay_out(COMMON, "padded", CPU))[0]
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [BATCH, COMMON], ids=["apart", "common"])
 @pytest.mark.parametrize("window", [None, 7])
-def test_the_flash_kernel_of_cuda_is_asked_for_the_same_attention(monkeypatch, window):
+def test_the_flash_kernel_of_cuda_is_asked_for_the_same_attention(monkeypatch, window, batch):
     """Its place is taken by what its documentation says, since it runs on a GPU only."""
 
     def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == cu_seq_q.diff().max()
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
         assert window_size == ((-1, 0) if window is None else (window - 1, 0)) and enable_gqa
         out = torch.empty_like(query)
-        for start, end in zip(cu_seq_q[:-1], cu_seq_q[1:], strict=True):
-            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
-            hidden = torch.ones(end - start, end - start).triu(1).bool()
+        for start, end, first, last in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
+            q, k, v = query[start:end], key.repeat_interleave(2, 1)[first:last], value.repeat_interleave(2, 1)[first:last]
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            before = (last - first) - (end - start)  # aligned at the end
+            hidden = torch.ones(end - start, last - first).triu(1 + int(before)).bool()
             if window_size[0] >= 0:  # so many tokens before a token, and itself
-                hidden |= torch.ones_like(hidden).tril(-window_size[0] - 1)
+                hidden |= torch.ones_like(hidden).tril(int(before) - window_size[0] - 1)
             out[start:end] = ((q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
         return out
 
     monkeypatch.setattr(segments, "varlen_attn", documented)
-    pattern = segments.Pattern(lay_out(BATCH, "packed", CPU).segments, window=window)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 61, 8, generator=generator) for heads in (4, 2, 2))
+    row = lay_out(batch, "shared", CPU).segments
+    pattern, generator = segments.Pattern(row, window=window), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(row.lengths), 8, generator=generator) for heads in (4, 2, 2))
     wanted, _ = segments._segment_attention(None, q, k, v, pattern, scaling=0.3)
     assert torch.allclose(segments._flash_attention(q, k, v, 0.3, pattern), wanted, atol=1e-6)
 
