@@ -18,6 +18,9 @@ from ctrlrl.models.architectures import carries_state
 from ctrlrl.models.loading import end_token_ids, existing
 from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, environment, reason_of
 
+if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
+    torch._C._cpu._init_amx()  # of each process that imports this, the engine's too: small bf16 matrices die with SIGILL without it
+
 # Text that stands where vLLM's schema wants messages; the prompt is the ids.
 _NO_MESSAGES = [{"role": "user", "content": ""}]
 
@@ -49,6 +52,10 @@ class BadField(ValueError):
         self.param = param
 
 
+class InWorker:
+    """Named to vLLM, so that the engine's process imports this file before it loads the model, however it is started."""
+
+
 class EngineFailed(RuntimeError):
     """The engine has ended, or cannot answer this request."""
 
@@ -57,8 +64,6 @@ class ServedModel:
     """A model that answers many requests at a time; made and used inside one running event loop. `name`: as clients ask for it."""
 
     def __init__(self, model: str, engine: EngineConfig, name: str):
-        if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
-            torch._C._cpu._init_amx()  # inherited by the engine's process
         os.environ.update(environment(engine) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -79,6 +84,7 @@ class ServedModel:
             enable_chunked_prefill=torch.cuda.is_available(),
             enable_log_requests=False,
             use_tqdm_on_load=False,
+            worker_extension_cls=f"{__name__}.InWorker",
         )
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
