@@ -37,6 +37,10 @@ class Policy:
         """Logprobs of the scored tokens under the current weights, one fp32 array a row."""
         return self._group.score(batch)
 
+    def base_logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
+        """`logprobs` of the model that training with adapters began with."""
+        return self._group.score(batch, Trainer.base)
+
     def probe(self, probe: Probe) -> list[np.ndarray]:
         """Logprobs, at temperature 1, of the probe's tokens under the current weights."""
         return self._group.score(probe_batch(probe), Trainer.probe)

@@ -6,6 +6,7 @@ from pydantic import Field
 from ray.actor import ActorHandle
 
 from actors.placement import ClusterConfig, Placement, Resources
+from actors.policy import Policy
 from actors.pool import Pool
 from actors.scaling import fixed
 from ctrlrl.data.batches import TokenBatch
@@ -14,8 +15,9 @@ from ctrlrl.models.scorer import ReferenceModel
 
 
 class ReferenceConfig(ReferenceModelConfig):
-    """The reference model and how many workers serve it."""
+    """The reference model and how many workers serve it. adapter: no workers; it is the policy with its LoRA adapter switched off."""
 
+    adapter: bool = False
     workers: int = Field(1, gt=0)
     resources: Resources = Resources()
 
@@ -54,3 +56,10 @@ class Reference:
         name = f"reference logprobs of {size} rows"
         futures = [self.pool.submit(lambda worker, part=part: worker.logprobs.remote(part), name) for part in parts]
         return [row for future in futures for row in future.result()]
+
+
+class AdapterReference:
+    """The policy with its adapter switched off, where a Reference is expected: it needs no worker and no second copy of the weights."""
+
+    def __init__(self, policy: Policy):
+        self.logprobs = policy.base_logprobs

@@ -1,27 +1,37 @@
 """What a PPO run is made of: its recipe, its actors and their places, and what a checkpoint holds."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.ending import end_all
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.recovery import ready
-from actors.reference import Reference, ReferenceConfig
+from actors.reference import AdapterReference, Reference, ReferenceConfig
 from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from actors.value import Value, ValueConfig
-from ctrlrl.chat import ChatVariables
+from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
-from ctrlrl.models.sampler import SamplingConfig
+from ctrlrl.control import CORNERS
+from ctrlrl.data.rejects import Reject, aside_line
+from ctrlrl.data.sources import Prompt, read_prompts
+from ctrlrl.models.exporting import check_export
+from ctrlrl.models.layout import check_layout
+from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
+from ctrlrl.models.lora import check_adapters
+from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.models.state import damaged, read_checked, write_checked
+from ctrlrl.models.vocabulary import check_same_vocabulary
 from ctrlrl.ppo.experience import AlgorithmConfig, minibatch_rows
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.runs import Run
 from jobs.interim import InterimConfig
+from jobs.reading import askable
 
 _STATE = "state.json"  # of a checkpoint: what is neither policy nor value model
 
@@ -54,6 +64,22 @@ class PPORecipe(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     evaluation: InterimConfig = InterimConfig()
 
+    @model_validator(mode="after")
+    def _reference_is_there(self):
+        train, reference = self.policy.train, self.reference
+        if reference.adapter and (reference.model or not train.lora.rank or train.zero_stage == 3):
+            raise ValueError(
+                "reference.adapter = true takes the policy without its adapter: it needs policy.train.lora.rank above 0, "
+                "policy.train.zero_stage 0 to 2, and no reference.model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_says_what_the_policy_does(self):
+        if self.algorithm.old_logprobs == "engine" and self.sampling.top_p < 1:
+            raise ValueError('algorithm.old_logprobs = "engine" needs sampling.top_p = 1: the engine\'s logprobs are those after top-p')
+        return self
+
     @property
     def optimiser_steps(self) -> int:
         """Those of the whole run: of the policy, and of the value model."""
@@ -70,7 +96,8 @@ class PPORecipe(Section):
         """Name or path of every model that a run reads, by recipe key."""
         value = {"value.model": self.value.model or self.policy.model} if self.has_value else {}
         rewards = {f"reward.{attribute}.model": reward.model for attribute, reward in self.reward}
-        return {"policy.model": self.policy.model, "reference.model": self.reference.model or self.policy.model, **value, **rewards}
+        reference = {} if self.reference.adapter else {"reference.model": self.reference.model or self.policy.model}
+        return {"policy.model": self.policy.model, **reference, **value, **rewards}
 
 
 @dataclass(frozen=True)
@@ -81,7 +108,7 @@ class Cast:
     value: Value | None
     rollout: Rollout
     rewards: dict[str, Reward]
-    reference: Reference
+    reference: Reference | AdapterReference
     placement: Placement
 
     @property
@@ -92,7 +119,8 @@ class Cast:
     @property
     def pools(self) -> dict[str, Rollout | Reward | Reference]:
         """The pools by name."""
-        return {"rollout": self.rollout, **{f"reward.{a}": reward for a, reward in self.rewards.items()}, "reference": self.reference}
+        frozen = {"reference": self.reference} if isinstance(self.reference, Reference) else {}
+        return {"rollout": self.rollout, **{f"reward.{a}": reward for a, reward in self.rewards.items()}, **frozen}
 
     def close(self) -> None:
         """End all actors and give their places back."""
@@ -106,7 +134,7 @@ def demands_of(config: PPORecipe) -> Demands:
         "value": config.value.bundles if config.has_value else [],
         "rollout": config.rollout.bundles,
         **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
-        "reference": [config.reference.resources.bundle] * config.reference.workers,
+        "reference": [] if config.reference.adapter else [config.reference.resources.bundle] * config.reference.workers,
     }
 
 
@@ -122,14 +150,19 @@ def start_cast(config: PPORecipe) -> Cast:
         started.append(handle)
         return handle
 
+    def start_reference(trained: Policy) -> Reference | AdapterReference:
+        frozen, temperature = config.reference, config.sampling.temperature
+        if frozen.adapter:
+            return AdapterReference(trained)
+        return start(Reference(frozen, place, cluster, model=frozen.model or model, temperature=temperature))
+
     try:
+        trained = start(Policy(policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed))
         cast = Cast(
             rollout=start(Rollout(config.rollout, model, place, cluster)),
             rewards={a: start(Reward(f"reward.{a}", reward, place, cluster)) for a, reward in config.reward},
-            reference=start(
-                Reference(config.reference, place, cluster, model=config.reference.model or model, temperature=config.sampling.temperature)
-            ),
-            policy=start(Policy(policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed)),
+            reference=start_reference(trained),
+            policy=trained,
             value=start(Value(value, place, cluster, model=value.model or model, seed=config.seed)) if config.has_value else None,
             placement=place,
         )
@@ -171,3 +204,35 @@ def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
     if cast.value:
         cast.value.save(folder / "value")
     write_checked(folder / _STATE, {"kl": kl.to_dict()})
+
+
+def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]:
+    """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
+    policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
+    check_policy(policy, trained=True)
+    check_adapters(policy, config.policy.train.lora)
+    check_layout(policy, config.policy.train.layout)
+    if not config.reference.adapter:
+        check_causal(reference, "reference")
+        check_layout(reference, config.reference.layout)
+        check_same_vocabulary(policy, reference, "reference")
+    if config.has_value:
+        check_value(value)
+        check_adapters(value, config.value.train.lora, "value")
+        check_same_vocabulary(policy, value, "value model")
+    for model in judges_of(config):
+        check_reward_model(model)
+    room = prompt_room(policy, config.rollout.engine, config.sampling)
+    tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
+    check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
+    asked = lambda prompt: [(prompt.messages, CORNERS[0].spell())]  # noqa: E731
+    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, asked, judges_of(config))
+    rejects = [*read.report.rejects, *aside]
+    if rejects:
+        print(aside_line(rejects), flush=True)
+    return prompts, tokenizer, rejects
+
+
+def judges_of(config: PPORecipe) -> list[str]:
+    """The reward models."""
+    return [reward.model for _, reward in config.reward]

@@ -18,29 +18,22 @@ from actors.gauges import show
 from actors.group import CHANGEABLE
 from actors.recovery import Restarts
 from actors.sync import publish
-from ctrlrl.chat import with_variables
-from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.batches import Loss
-from ctrlrl.data.rejects import Reject, aside_line, write_rejects
-from ctrlrl.data.sources import Prompt, read_prompts
+from ctrlrl.data.rejects import write_rejects
+from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import GroupLost
-from ctrlrl.models.exporting import check_export
-from ctrlrl.models.layout import check_layout
-from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
-from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
-from ctrlrl.models.sampler import Completions, Request, prompt_room
-from ctrlrl.models.vocabulary import check_same_vocabulary
+from ctrlrl.models.sampler import Completions, Request
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.runs import Run
-from jobs.cast import Cast, PPORecipe, restore, start_cast, write_checkpoint
+from jobs.cast import Cast, PPORecipe, check_inputs, judges_of, restore, start_cast, write_checkpoint
 from jobs.interim import Interim
 from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
 from jobs.progress import Clock, Steps
-from jobs.reading import askable
 
 # May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
 FREE = (
@@ -118,7 +111,7 @@ def ppo_step(
     chunks = []
     for rows, completions in cast.rollout.generate(requests, config.sampling):
         samples = collect(queries, rows, completions)
-        chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, beside)))
+        chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, beside, config.algorithm.old_logprobs)))
     clock.start("score")  # what is left of it: chunks are scored while later ones are drawn
     scored = gather(chunks)
     return learn(config, cast, scored, step, kl, beside, clock)
@@ -201,9 +194,9 @@ def collect(queries: list[Query], rows: np.ndarray, completions: Completions) ->
     )
 
 
-def score_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor) -> dict[str, Future]:
-    """Start all scoring of a chunk: the fields of Scored but `samples`, as futures."""
-    return judge_chunk(cast, samples, tokenizer, beside) | recall_chunk(cast, samples, beside)
+def score_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor, old: str) -> dict[str, Future]:
+    """Start all scoring of a chunk: the fields of Scored but `samples`, as futures. old: as of recall_chunk."""
+    return judge_chunk(cast, samples, tokenizer, beside) | recall_chunk(cast, samples, beside, old)
 
 
 def judge_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecutor) -> dict[str, Future]:
@@ -216,13 +209,19 @@ def judge_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecu
     }
 
 
-def recall_chunk(cast: Cast, samples: Samples, beside: ThreadPoolExecutor) -> dict[str, Future]:
-    """What the trained models say of a chunk, with the weights that they have."""
-    batch, zeros = samples.token_batch(), [np.zeros(len(r), np.float32) for r in samples.response_ids]
+def recall_chunk(cast: Cast, samples: Samples, beside: ThreadPoolExecutor, old: str) -> dict[str, Future]:
+    """What the trained models say of a chunk, with the weights that they have, or `old`: "engine", what the sampler said."""
+    batch, zeros = samples.token_batch(), tuple(np.zeros(len(r), np.float32) for r in samples.response_ids)
     return {
-        "old_logprobs": beside.submit(cast.policy.logprobs, batch),
-        "values": beside.submit(cast.value.values, batch) if cast.value else beside.submit(lambda: zeros),
+        "old_logprobs": _known(samples.sampler_logprobs) if old == "engine" else beside.submit(cast.policy.logprobs, batch),
+        "values": beside.submit(cast.value.values, batch) if cast.value else _known(zeros),
     }
+
+
+def _known(answer: object) -> Future:
+    future = Future()
+    future.set_result(answer)
+    return future
 
 
 def update_stats(trained: list[list[dict[str, float]]]) -> dict[str, float]:
@@ -239,37 +238,6 @@ def update_stats(trained: list[list[dict[str, float]]]) -> dict[str, float]:
 def digest(queries: Sequence[Query]) -> int:
     """A number that tells which samples a step was trained on: the same for the same ones in any order, and for no others."""
     return zlib.crc32(np.sort(np.array([query.seed for query in queries], np.uint64)).tobytes())
-
-
-def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]:
-    """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
-    policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
-    check_policy(policy, trained=True)
-    check_adapters(policy, config.policy.train.lora)
-    check_layout(policy, config.policy.train.layout)
-    check_causal(reference, "reference")
-    check_layout(reference, config.reference.layout)
-    check_same_vocabulary(policy, reference, "reference")
-    if config.has_value:
-        check_value(value)
-        check_adapters(value, config.value.train.lora, "value")
-        check_same_vocabulary(policy, value, "value model")
-    for model in judges_of(config):
-        check_reward_model(model)
-    room = prompt_room(policy, config.rollout.engine, config.sampling)
-    tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
-    check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
-    asked = lambda prompt: [(prompt.messages, CORNERS[0].spell())]  # noqa: E731
-    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, asked, judges_of(config))
-    rejects = [*read.report.rejects, *aside]
-    if rejects:
-        print(aside_line(rejects), flush=True)
-    return prompts, tokenizer, rejects
-
-
-def judges_of(config: PPORecipe) -> list[str]:
-    """The reward models."""
-    return [reward.model for _, reward in config.reward]
 
 
 def headline(stats: dict[str, float]) -> str:

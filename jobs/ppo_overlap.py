@@ -57,10 +57,10 @@ class Batch:
     judged: tuple[dict[str, Future], ...]
     seconds: float
 
-    def chunks(self, cast: Cast, beside: ThreadPoolExecutor) -> list[tuple[np.ndarray, Samples, dict[str, Future]]]:
-        """The chunks with all that is asked about them, the trained models as they are now."""
+    def chunks(self, cast: Cast, beside: ThreadPoolExecutor, old: str) -> list[tuple[np.ndarray, Samples, dict[str, Future]]]:
+        """The chunks with all that is asked about them, the trained models as they are now. old: as of recall_chunk."""
         return [
-            (rows, samples, asked | recall_chunk(cast, samples, beside))
+            (rows, samples, asked | recall_chunk(cast, samples, beside, old))
             for (rows, samples), asked in zip(self.drawn.chunks, self.judged, strict=True)
         ]
 
@@ -118,7 +118,7 @@ def overlapped_step(
     if step - batch.drawn.updates > config.lag:
         raise VersionMismatch(f"a batch drawn after {batch.drawn.updates} updates came to step {step}, where lag = {config.lag} is allowed")
     clock.start("score")
-    scored = gather(batch.chunks(cast, beside))
+    scored = gather(batch.chunks(cast, beside, config.algorithm.old_logprobs))
     correction = config.correction if config.lag else 0.0
     stats, kl = learn(config, cast, scored, step, kl, beside, clock, before_publish=arrived, correction=correction)
     drawn = ahead[-1] if drawing and ahead else batch if drawing else None  # in this step

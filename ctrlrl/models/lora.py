@@ -1,7 +1,7 @@
 """Low-rank adapters (peft): put on a model before training, and written on their own after it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,21 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig):
                 "adapters do not train here: name other layers, or use 'all-linear', which leaves it out"
             )
     return adapted
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """Forwards inside are those of the base model. (peft's own switch also turns gradients off and on, under the engine's hooks.)"""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def check_adapters(name: str, config: LoraConfig, head: Literal["tokens", "value", "reward"] = "tokens") -> None:

@@ -23,7 +23,7 @@ from ctrlrl.models.earlier_state import is_earlier, load_earlier
 from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, lay_out, micro_batch
 from ctrlrl.models.layout import Layout, settle
 from ctrlrl.models.loading import DTYPES, load_classifier, load_policy, load_value_model, reads_token_types, within_positions
-from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters
+from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters, without_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
 from ctrlrl.models.state import INDEX, load_state, save_state
 from ctrlrl.models.weights import WeightMessage, cast_parameters, message_of, model_weights, precise_buffers
@@ -200,6 +200,11 @@ class Trainer:
             return self.score(batch)
         finally:
             self.module.temperature = temperature
+
+    def base(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
+        """`score` of the model that the adapters were put on."""
+        with without_adapters(self.module):
+            return self.score(batch)
 
     def weights(self, dtype: str, version: int) -> WeightMessage | None:
         """All weights as one message on rank 0 (None on the others); LoRA is merged."""

@@ -46,6 +46,8 @@ class AlgorithmConfig(Section):
     queries_per_step: draws of (x, ζ); each is answered samples_per_query times. truncated: what a response cut at the length limit
     earns: "zero" (it did not answer) or "score" (its reward like any other). combine: "min", "mean" or "product" of the agreements with
     the control; or "weighted", the sum of the scores by `weights`, asked without a control: the baseline that nobody can dial.
+    old_logprobs: of the samples, by the trainer's own forward, or as the rollout engine gave them when it drew (a forward less; in float32
+    they agree to 1e-5, in bfloat16 the ratio has the engines' mismatch in it).
     clip: ε, or { low, high }. ratio: of each token, or of the sequence (GSPO). mean: of the loss over all tokens, over sequences (each
     its own mean), or over sequences of the fixed length sampling.max_new_tokens.
     """
@@ -58,6 +60,7 @@ class AlgorithmConfig(Section):
     weights: Weights = Weights()
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     deviation: bool = Field(True, description="grpo: divide by the standard deviation of the group")
+    old_logprobs: Literal["trainer", "engine"] = "trainer"
     truncated: Literal["zero", "score"] = "zero"
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)

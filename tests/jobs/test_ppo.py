@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from actors.group import GroupConfig
 from ctrlrl.config import dump, load
 from ctrlrl.control import CORNERS, Control
 from ctrlrl.data.sources import read_prompts
-from ctrlrl.errors import RunError
+from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.loading import load_policy, load_tokenizer
 from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import render
 from ctrlrl.runs import read_metrics
-from jobs.ppo import PPORecipe, headline, train
+from jobs.ppo import PPORecipe, headline, recall_chunk, train
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,7 @@ def test_a_lora_run_with_rloo_rolls_out_its_adapter_and_stops_at_sigterm(ray_clu
     changes = {
         "out": str(tmp_path / "run"), "steps": 50, "checkpoint_every": 50, "algorithm.advantage": "rloo",
         "algorithm.samples_per_query": 2, "algorithm.queries_per_step": 8, "policy.train.lora.rank": 4, "policy.train.zero_stage": 1,
+        "reference.adapter": True,
     }  # fmt: skip
     config = load(PPORecipe, None, [*ppo_overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
     real, calls = jobs.ppo.make_experience, []
@@ -227,6 +229,27 @@ def test_killed_workers_and_a_killed_policy_rank_change_nothing(finished, ppo_ov
 
 
 # --- bookkeeping, without actors ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["reference.adapter=true"], "needs policy.train.lora.rank above 0"),
+        (["reference.adapter=true", "policy.train.lora.rank=4", "policy.train.zero_stage=3"], "zero_stage 0 to 2"),
+        (["reference.adapter=true", "policy.train.lora.rank=4", "reference.model=x"], "no reference.model"),
+        (["algorithm.old_logprobs=engine", "sampling.top_p=0.9"], "needs sampling.top_p = 1"),
+    ],
+)
+def test_a_reference_or_logprobs_that_cannot_be_are_refused(ppo_overrides, changes, said):
+    with pytest.raises(RecipeError, match=said):
+        load(PPORecipe, None, [*ppo_overrides, *changes])
+
+
+def test_the_engines_logprobs_spare_the_policy_a_forward():
+    samples = scored([(1, 0.2), (0.2, 1)], [(0.9, 0.6), (0.7, 1.0)], [True, True]).samples
+    asked = recall_chunk(SimpleNamespace(policy=None, value=None), samples, None, "engine")
+    assert asked["old_logprobs"].result() is samples.sampler_logprobs
+    assert [len(values) for values in asked["values"].result()] == [2, 3]
 
 
 def test_queries_cover_every_prompt_once_a_pass_and_depend_on_nothing_else(prompt_file, tokenizer):

@@ -150,11 +150,15 @@ def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray
         policy.save(tmp_path / "checkpoint")
         changed = {n for n, t in weights_of(policy, ray_cluster).items() if not torch.equal(t, base[n])}
         assert changed == {n for n in base if "proj" in n}
+        without, trained = policy.base_logprobs(batch), policy.logprobs(batch)  # which leave training as it is: see `resumed`
         policy.train(batch, LOSS, STEPS[1:])
         wanted, logprobs = weights_of(policy, ray_cluster), policy.logprobs(batch)
         policy.export(tmp_path / "model")
     finally:
         policy.close()
+    plain = PolicyModule(load_policy(models["policy"], "float32"), 1.0)(lay_out(batch, "padded", torch.device("cpu")))[0].detach().numpy()
+    for row, (found, moved) in enumerate(zip(without, trained, strict=True)):
+        assert found == pytest.approx(plain[row, : len(found)], abs=1e-5) and np.abs(moved - found).max() > 1e-4
     module = PolicyModule(load_policy(str(tmp_path / "model"), "float32"), 1.0)
     merged = module(lay_out(batch, "padded", torch.device("cpu")))[0]
     assert merged[0, : len(logprobs[0])].detach().numpy() == pytest.approx(logprobs[0], abs=2e-5)
