@@ -210,6 +210,27 @@ def serve(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Model to talk to: a directory such as runs/mine/model, or a hub name.")] = "",
+    helpful: Annotated[float | None, typer.Option(help="Level of helpfulness, from 0 to 1.")] = None,
+    harmless: Annotated[float | None, typer.Option(help="Level of safety, from 0 to 1.")] = None,
+    system: Annotated[str, typer.Option(help="System prompt of a CST model; `harmless` and `uncensored` are the published ones.")] = "",
+    dial: Annotated[str, typer.Option(help="Name of a dial of the server's file, in place of levels.")] = "",
+    dials: Annotated[str, typer.Option(help="TOML file of `ctrlrl serve`, for its reward models and engine settings.")] = "",
+    overrides: Set = None,
+    url: Annotated[str, typer.Option(help="Talk to this running server, such as http://127.0.0.1:8000, in place of a model.")] = "",
+    key_file: Annotated[str, typer.Option(help="File that holds the key for --url; else the environment's CTRLRL_KEY.")] = "",
+    temperature: Annotated[float | None, typer.Option(help="Of drawing; else the model's own.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an answer; else as many as there is room for.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of drawing.")] = None,
+) -> None:
+    """Talk to a model in the terminal, and turn its dial."""
+    from jobs.chat import main as job
+
+    job(model, helpful, harmless, system, dial, dials, overrides, url, key_file, temperature, max_tokens, seed)
+
+
+@app.command()
 def inspect(data: Data, examples: Annotated[int, typer.Option(help="How many samples to show.")] = 5) -> None:
     """Say what a directory of ctrlrl generate or critique holds, verify it, and name what is missing; exit code 1 if it is damaged."""
     from jobs.examine import main as job
@@ -238,9 +259,10 @@ def submit(
     """Run a job on a Ray cluster: upload the working tree, follow the log, return the job's exit code."""
     from jobs.submit import submit as send
 
-    known = [command.name or command.callback.__name__ for command in app.registered_commands]
+    here = ("submit", "doctor", "chat")
+    known = [name for command in app.registered_commands if (name := command.name or command.callback.__name__) not in here]
     with mistakes_told():
-        raise typer.Exit(send(job, arguments or [], [name for name in known if name not in ("submit", "doctor")], address, detach, dry_run))
+        raise typer.Exit(send(job, arguments or [], known, address, detach, dry_run))
 
 
 def main() -> None:
