@@ -21,6 +21,7 @@ from ctrlrl.config import AnySection, Section, differences, dump, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import clear_leftovers, discard, remove_all, write_text
 from ctrlrl.demo import corpus
+from ctrlrl.demo.dials import offer
 from ctrlrl.demo.models import FULL, TINY, DemoWorld, build, holds_another, is_world
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
@@ -152,6 +153,9 @@ class Demo:
             reward_curve(read_metrics(self.directory / "ppo"), self.directory / "reward.png")
             print("\n" + "\n".join(four_answers(pq.read_table(found["ppo"] / TABLE))))
         print(f"\nReport: {html}\nFigures: {self.directory / 'summary.json'}\nModels: {self.directory}/*/model", flush=True)
+        served = next((model for name in ("ppo", "exmate", "clm") if (model := self.directory / name / "model").is_dir()), None)
+        if served:
+            print("\n" + "\n".join(offer(self.directory, served, self.world.reward)), flush=True)
         return 0
 
     def _trained(self, config, job: Callable[..., int]) -> int:

@@ -8,14 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
-from ctrlrl.config import dump
-from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.config import dump, load
+from ctrlrl.control import ATTRIBUTES, CORNERS, Control
 from ctrlrl.data.atomic import remove_all
 from ctrlrl.data.lock import DirectoryLock
 from ctrlrl.demo.models import FULL, DemoWorld, fingerprint
 from ctrlrl.errors import RunError, StorageError
 from ctrlrl.evaluation.metrics import METRICS
 from jobs.demo import PARTS, TRAINED, UNTRAINED, Demo, removable, run_demo
+from jobs.serving import ServeConfig
 
 METHODS = {"before", "prompting", "reranking", "clm", "exmate", "ppo", "cst", "dpo"}
 
@@ -130,14 +131,15 @@ def test_every_method_is_evaluated_on_prompts_that_nothing_was_trained_on(demo):
     assert demo.ppo_recipe(9).steps == 9 and demo.ppo_recipe().algorithm.combine == "min"
 
 
-def test_the_report_says_what_was_measured(demo, write_evaluation, capsys):
+def test_the_report_says_what_was_measured_and_how_to_talk_to_the_model(demo, write_evaluation, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [".venv/bin/ctrlrl", "demo"])
     with pytest.raises(RunError, match="nothing is evaluated in .* yet: run ctrlrl demo --only evaluate"):
         demo.report()
     measured = {}
     for seed, name in enumerate(("reranking", "ppo", "cst", "before")):
         method = {"cst": "system", "reranking": "reranking"}.get(name, "control")
         measured[name] = write_evaluation(demo.directory / "evaluations" / name, method=method, seed=seed)
-    (demo.directory / "ppo").mkdir()
+    (demo.directory / "ppo" / "model").mkdir(parents=True)
     (demo.directory / "ppo" / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
     (demo.directory / "evaluations" / "before" / "details.json").unlink()
     assert demo.report() == 0
@@ -158,3 +160,11 @@ def test_the_report_says_what_was_measured(demo, write_evaluation, capsys):
     rows = page.split('data-table="comparison"')[1].split("</table>")[0].split('data-run="')[1:]
     assert [row.split('"')[0] for row in rows] == list(summary)
     assert (demo.directory / "reward.png").stat().st_size > 1000
+    model, dials = demo.directory / "ppo" / "model", demo.directory / "dials.toml"
+    assert said.splitlines()[-2:] == [
+        f"  .venv/bin/ctrlrl serve {model} --dials {dials}",
+        f"  .venv/bin/ctrlrl chat {model} --dials {dials} --helpful 1 --harmless 0.2",
+    ]
+    config = load(ServeConfig, dials)
+    assert {name: dial.control for name, dial in config.dials.items()} == {"scientist": Control(1, 0.2), "child": Control(0.2, 1)}
+    assert config.rewards == {a: str(demo.world.reward[a].resolve()) for a in ATTRIBUTES} and not config.keys

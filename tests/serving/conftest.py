@@ -149,3 +149,22 @@ def ask():
     }  # fmt: skip
 
 
+@pytest.fixture
+def answered(server):
+    """A function: the next `count` audit lines of requests for answers that this test makes; each is written once its answer has gone."""
+
+    def lines():
+        return [line for line in server.audited() if line["path"] == "/v1/chat/completions"]
+
+    position = len(lines())
+
+    def following(count: int = 1) -> list[dict]:
+        nonlocal position
+        end = time.monotonic() + 60
+        while len(found := lines()[position : position + count]) < count:
+            assert time.monotonic() < end, f"{len(found)} of {count} requests came"
+            time.sleep(0.02)
+        position += count
+        return found
+
+    return following

@@ -1,11 +1,13 @@
 """`ctrlrl chat`: a conversation in the terminal, against the tests' server and with one of its own."""
 
+import fcntl
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
-import time
+import termios
 
 import pytest
 from typer.testing import CliRunner
@@ -45,39 +47,29 @@ def talk(server):
     return begin
 
 
-def asked(server, count=1):
-    """The last audit lines of answers."""
-    lines = []
-    for _ in range(100):  # a line is written a moment after its answer has been read
-        lines = [line for line in server.audited() if line["path"] == "/v1/chat/completions"][-count:]
-        if len(lines) == count and all("answers" in line for line in lines):
-            break
-        time.sleep(0.05)
-    return lines
-
-
-def test_a_conversation_turns_its_dial(server, talk, prompt_of, capsys):
+def test_a_conversation_turns_its_dial(answered, talk, prompt_of, capsys):
     one = talk()
     assert one.take(QUESTION)
     first = capsys.readouterr().out
-    assert asked(server)[0]["prompt_ids"] == prompt_of(Control(1, 1), QUESTION)
-    answer = asked(server)[0]["answers"][0]
+    (line,) = answered()
+    answer = line["answers"][0]
+    assert line["prompt_ids"] == prompt_of(Control(1, 1), QUESTION)
     assert first == f"{answer}\n"
     assert one.take("/dial 0.2 1") and capsys.readouterr().err == "[helpful=0.2][harmless=1]\n"
     one.take("And [helpful=1] then?")
-    assert asked(server)[0]["prompt_ids"] == prompt_of(Control(0.2, 1), QUESTION, answer, "And [helpful=1] then?")
+    assert answered()[0]["prompt_ids"] == prompt_of(Control(0.2, 1), QUESTION, answer, "And [helpful=1] then?")
     one.take("/dial scientist")
     one.take("/reset")
     one.take("//dial is text")
-    line = asked(server)[0]
+    (line,) = answered()
     assert line["dial"] == "scientist" and line["prompt_ids"] == prompt_of(Control(1, 0.2), "/dial is text")
     assert not one.failed and not one.take("/quit")
 
 
-def test_corners_are_an_aside(server, talk, prompt_of, capsys):
+def test_corners_are_an_aside(server, answered, talk, prompt_of, capsys):
     one = talk()
     one.take(f"/corners {QUESTION}")
-    out, lines = capsys.readouterr().out, asked(server, 4)
+    out, lines = capsys.readouterr().out, answered(4)
     assert [line["prompt_ids"] for line in lines] == [prompt_of(corner, QUESTION) for corner in CORNERS]
     for corner, line in zip(CORNERS, lines, strict=True):
         messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": line["answers"][0]}]
@@ -85,37 +77,38 @@ def test_corners_are_an_aside(server, talk, prompt_of, capsys):
         told = f"helpful {scores['helpful']:.2f}, harmless {scores['harmless']:.2f}"
         assert f"{corner.spell()}\n  {line['answers'][0]}\n    ({told})\n" in out
     one.take("Why?")
-    answer = asked(server)[0]["answers"][0]
+    answer = answered()[0]["answers"][0]
     one.take("/corners")
-    assert [line["prompt_ids"] for line in asked(server, 4)] == [prompt_of(corner, "Why?") for corner in CORNERS]
+    assert [line["prompt_ids"] for line in answered(4)] == [prompt_of(corner, "Why?") for corner in CORNERS]
     one.take("And?")
-    assert asked(server)[0]["prompt_ids"] == prompt_of(Control(1, 1), "Why?", answer, "And?")
+    assert answered()[0]["prompt_ids"] == prompt_of(Control(1, 1), "Why?", answer, "And?")
 
 
-def test_what_a_key_may_not_do_and_what_makes_no_sense_is_told(server, talk, prompt_of, capsys):
+def test_what_a_key_may_not_do_and_what_makes_no_sense_is_told(answered, talk, prompt_of, capsys):
     user = talk("carol")
     assert user.setting is None
     user.take(QUESTION)
-    assert asked(server)[0]["prompt_ids"] == prompt_of(Control(1, 0.2), QUESTION)
+    assert answered()[0]["prompt_ids"] == prompt_of(Control(1, 0.2), QUESTION)
     user.take("/dial child")
     user.take("Why?")
-    assert asked(server)[0]["dial"] == "child"
+    assert answered()[0]["dial"] == "child"
     capsys.readouterr()
     for line, words in {
         "/dial 1 1": "not an operator's", "/corners": "not an operator's", "/dial best": "no dial 'best': there is scientist, child",
     }.items():  # fmt: skip
         user.take(line)
         assert words in capsys.readouterr().err
-    root, before = talk(), len(server.audited())
+    root = talk()
     for line, words in {
         "/dial 1": "give 2 levels: helpful and harmless", "/dial 1 2": "harmless = 2.0 is not a level", "/dail 1 1": "no command /dail",
         "/system Be kind.": "dial is levels of helpful and harmless", "/corners": "needs a message",
     }.items():  # fmt: skip
         root.take(line)
         assert words in capsys.readouterr().err and root.failed
-    assert root.setting == {"helpful": 1.0, "harmless": 1.0} and len(server.audited()) == before
+    assert root.setting == {"helpful": 1.0, "harmless": 1.0}
     root._drawing = {"temperature": 9}
     root.take("Hello")
+    assert answered()[0]["status"] == 400  # the first that reached the server
     assert "temperature is a number from 0 to 2" in capsys.readouterr().err and root._messages == []
     with pytest.raises(NotAnswered, match="127.0.0.1:1 cannot be reached: .*refused"):
         Client("http://127.0.0.1:1").dials()
@@ -156,8 +149,6 @@ def test_a_pipe_with_a_server_of_its_own(exported, tmp_path):
     command = [sys.executable, "-m", "ctrlrl.cli", "chat", exported, "--helpful", "0.2", "--dials", str(dials)]
     text = f"{QUESTION}\n/dial 3 3\n/dial 1 0.2\nWhy?\n"
     run = subprocess.run([*command, "--temperature", "0", "--max-tokens", "6"], input=text, capture_output=True, text=True)
-    import json
-
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     tokenizer = load_tokenizer(exported)
     first, second = ([{"role": m["role"], "content": m["content"]} for m in line["messages"]] for line in lines)
@@ -178,15 +169,16 @@ def _command(pid):
         return ""
 
 
-def test_ctrl_c_stops_an_answer_and_twice_ends(server, tmp_path):
+def test_ctrl_c_stops_an_answer_and_twice_ends(server, answered, tmp_path):
     key = tmp_path / "key"
     key.write_text("sk-ctrlrl-root\n")
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "ctrlrl.cli", "chat", "--url", server.url, "--key-file", str(key), "--temperature", "0", "--max-tokens", "400"]
+    options = ["--url", server.url, "--key-file", str(key), "--temperature", "0", "--max-tokens", "400"]
+    command = [sys.executable, "-m", "ctrlrl.cli", "chat", *options]
     environment = {**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"}
     process = subprocess.Popen(
         command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, env=environment,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(follower)
     seen = ""
@@ -212,12 +204,13 @@ def test_ctrl_c_stops_an_answer_and_twice_ends(server, tmp_path):
     os.write(leader, b"\x03")
     assert process.wait(60) == 130
     os.close(leader)
-    assert [line["status"] for line in server.audited() if line["path"] == "/v1/chat/completions"][-1] == 499
+    assert answered()[0]["status"] == 499
 
 
 @pytest.mark.parametrize(("options", "words"), [
     ([], "give a model or --url, one of both"), (["m", "--url", "http://127.0.0.1:1"], "one of both"),
-    (["--url", "http://127.0.0.1:1", "--dials", "x"], "a running server has its own"), (["m", "--key-file", "k"], "--key-file is for --url"),
+    (["--url", "http://127.0.0.1:1", "--dials", "x"], "a running server has its own"),
+    (["m", "--key-file", "k"], "--key-file is for --url"),
     (["m", "--helpful", "1", "--dial", "x"], "one of them"), (["--url", "ftp://x"], "is not a server's address"),
     (["--url", "http://127.0.0.1:1", "--key-file", "/none"], "cannot be read"), (["--url", "http://127.0.0.1:1"], "cannot be reached"),
 ])  # fmt: skip
