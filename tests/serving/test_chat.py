@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 import termios
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from typer.testing import CliRunner
@@ -22,6 +25,10 @@ from jobs.talk import Talk
 
 DRAWING = {"temperature": 0, "max_tokens": 8}
 QUESTION = "How do I bake bread?"
+TOLD = {
+    "model": "m", "kind": "tokens", "attributes": ["helpful", "harmless"], "levels": {"low": 0.2, "high": 1}, "dials": [],
+    "operator": True, "scores": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +136,7 @@ class Scripted:
 
 
 def test_a_cst_model_and_a_terminal_that_is_not_steered(capsys):
-    told = {"model": "m", "kind": "system", "attributes": [], "levels": {"low": 0.2, "high": 1}, "dials": [], "operator": True,
-            "systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM], "scores": False}  # fmt: skip
+    told = {**TOLD, "kind": "system", "attributes": [], "systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM]}
     one = Talk(Scripted(), told, {}, terminal=True)
     for line in ("Hi", "/system uncensored", "Hi", "/system Be brief.", "Hi", "/corners"):
         one.take(line)
@@ -169,16 +175,51 @@ def _command(pid):
         return ""
 
 
-def test_ctrl_c_stops_an_answer_and_twice_ends(server, answered, tmp_path):
-    key = tmp_path / "key"
-    key.write_text("sk-ctrlrl-root\n")
+@pytest.fixture
+def endless():
+    """The address of a server whose answers have no end, and an event that is set when a client has hung up."""
+    gone = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send("application/json", json.dumps(TOLD).encode())
+
+        def do_POST(self):
+            assert self.headers["Authorization"] == "Bearer sk-ctrlrl-root"
+            event = {"choices": [{"index": 0, "delta": {"content": "on and "}, "finish_reason": None}]}
+            try:
+                self._send("text/event-stream", b"")
+                while True:
+                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                    time.sleep(0.02)
+            except OSError:
+                gone.set()
+
+        def _send(self, kind, body):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}", gone
+        httpd.shutdown()
+        thread.join()
+
+
+def test_ctrl_c_stops_an_answer_and_twice_ends(endless, tmp_path):
+    url, gone = endless
+    (tmp_path / "key").write_text("sk-ctrlrl-root\n")
     leader, follower = pty.openpty()
-    options = ["--url", server.url, "--key-file", str(key), "--temperature", "0", "--max-tokens", "400"]
-    command = [sys.executable, "-m", "ctrlrl.cli", "chat", *options]
-    environment = {**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"}
     process = subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, env=environment,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        [sys.executable, "-m", "ctrlrl.cli", "chat", "--url", url, "--key-file", str(tmp_path / "key")],
+        stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+        env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(follower)
     seen = ""
@@ -192,11 +233,12 @@ def test_ctrl_c_stops_an_answer_and_twice_ends(server, answered, tmp_path):
                 raise AssertionError(f"ended before {pattern!r}: {seen}") from None
         seen = seen[found.end() :]
 
-    until(r"tiny: \[helpful=1\]\[harmless=1\].*> ")
+    until(r"m: \[helpful=1\]\[harmless=1\] .*> ")
     os.write(leader, b"How?\n")
-    until(r"How\?\r\n.{20}")
+    until(r"How\?\r\non and on and ")
     os.write(leader, b"\x03")
     until(r" \(stopped\).*> ")
+    assert gone.wait(60)
     os.write(leader, b"/dial 0.2 1\n")
     until(r"\[helpful=0.2\]\[harmless=1\]\r\n> ")
     os.write(leader, b"\x03")
@@ -204,7 +246,6 @@ def test_ctrl_c_stops_an_answer_and_twice_ends(server, answered, tmp_path):
     os.write(leader, b"\x03")
     assert process.wait(60) == 130
     os.close(leader)
-    assert answered()[0]["status"] == 499
 
 
 @pytest.mark.parametrize(("options", "words"), [
