@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -168,3 +171,44 @@ def answered(server):
         return found
 
     return following
+
+
+@pytest.fixture
+def endless():
+    """A server whose answers have no end: its url, what it tells of its dials, and an event that is set when a client has hung up."""
+    gone = threading.Event()
+    told = {
+        "model": "m", "kind": "tokens", "attributes": ["helpful", "harmless"], "levels": {"low": 0.2, "high": 1}, "dials": [],
+        "operator": True, "scores": False,
+    }  # fmt: skip
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send("application/json", json.dumps(told).encode())
+
+        def do_POST(self):
+            assert self.headers["Authorization"] == "Bearer sk-ctrlrl-root"
+            event = {"choices": [{"index": 0, "delta": {"content": "on and "}, "finish_reason": None}]}
+            try:
+                self._send("text/event-stream", b"")
+                while True:
+                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                    time.sleep(0.02)
+            except OSError:
+                gone.set()
+
+        def _send(self, kind, body):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}", told=told, gone=gone)
+        httpd.shutdown()
+        thread.join()

@@ -8,9 +8,6 @@ import re
 import subprocess
 import sys
 import termios
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from typer.testing import CliRunner
@@ -25,10 +22,6 @@ from jobs.talk import Talk
 
 DRAWING = {"temperature": 0, "max_tokens": 8}
 QUESTION = "How do I bake bread?"
-TOLD = {
-    "model": "m", "kind": "tokens", "attributes": ["helpful", "harmless"], "levels": {"low": 0.2, "high": 1}, "dials": [],
-    "operator": True, "scores": False,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +128,8 @@ class Scripted:
         yield "\r\n", "length"
 
 
-def test_a_cst_model_and_a_terminal_that_is_not_steered(capsys):
-    told = {**TOLD, "kind": "system", "attributes": [], "systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM]}
+def test_a_cst_model_and_a_terminal_that_is_not_steered(endless, capsys):
+    told = {**endless.told, "kind": "system", "attributes": [], "systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM]}
     one = Talk(Scripted(), told, {}, terminal=True)
     for line in ("Hi", "/system uncensored", "Hi", "/system Be brief.", "Hi", "/corners"):
         one.take(line)
@@ -155,6 +148,8 @@ def test_a_pipe_with_a_server_of_its_own(exported, tmp_path):
     command = [sys.executable, "-m", "ctrlrl.cli", "chat", exported, "--helpful", "0.2", "--dials", str(dials)]
     text = f"{QUESTION}\n/dial 3 3\n/dial 1 0.2\nWhy?\n"
     run = subprocess.run([*command, "--temperature", "0", "--max-tokens", "6"], input=text, capture_output=True, text=True)
+    assert run.stderr == "ctrlrl chat: helpful = 3.0 is not a level: give a number from 0 to 1\n[helpful=1][harmless=0.2]\n"
+    assert run.returncode == 1
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     tokenizer = load_tokenizer(exported)
     first, second = ([{"role": m["role"], "content": m["content"]} for m in line["messages"]] for line in lines)
@@ -162,8 +157,6 @@ def test_a_pipe_with_a_server_of_its_own(exported, tmp_path):
     assert lines[0]["prompt_ids"] == render(tokenizer, first, Control(0.2, 1).spell())
     assert lines[1]["prompt_ids"] == render(tokenizer, second, Control(1, 0.2).spell())
     assert run.stdout == "".join(f"{line['answers'][0]}\n" for line in lines)
-    assert run.stderr == "ctrlrl chat: helpful = 3.0 is not a level: give a number from 0 to 1\n[helpful=1][harmless=0.2]\n"
-    assert run.returncode == 1
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and str(dials) in _command(pid)]
 
 
@@ -175,49 +168,11 @@ def _command(pid):
         return ""
 
 
-@pytest.fixture
-def endless():
-    """The address of a server whose answers have no end, and an event that is set when a client has hung up."""
-    gone = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self._send("application/json", json.dumps(TOLD).encode())
-
-        def do_POST(self):
-            assert self.headers["Authorization"] == "Bearer sk-ctrlrl-root"
-            event = {"choices": [{"index": 0, "delta": {"content": "on and "}, "finish_reason": None}]}
-            try:
-                self._send("text/event-stream", b"")
-                while True:
-                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-                    time.sleep(0.02)
-            except OSError:
-                gone.set()
-
-        def _send(self, kind, body):
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", gone
-        httpd.shutdown()
-        thread.join()
-
-
 def test_ctrl_c_stops_an_answer_and_twice_ends(endless, tmp_path):
-    url, gone = endless
     (tmp_path / "key").write_text("sk-ctrlrl-root\n")
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "ctrlrl.cli", "chat", "--url", url, "--key-file", str(tmp_path / "key")],
+        [sys.executable, "-m", "ctrlrl.cli", "chat", "--url", endless.url, "--key-file", str(tmp_path / "key")],
         stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
         env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
@@ -238,7 +193,7 @@ def test_ctrl_c_stops_an_answer_and_twice_ends(endless, tmp_path):
     until(r"How\?\r\non and on and ")
     os.write(leader, b"\x03")
     until(r" \(stopped\).*> ")
-    assert gone.wait(60)
+    assert endless.gone.wait(60)
     os.write(leader, b"/dial 0.2 1\n")
     until(r"\[helpful=0.2\]\[harmless=1\]\r\n> ")
     os.write(leader, b"\x03")
