@@ -216,6 +216,11 @@ def test_curl_is_copied_without_the_key_and_quoted(page):
     page.locator("#said", has_text="Copied.").wait_for()
     command = page.evaluate("navigator.clipboard.readText()")
     assert "sk-ctrlrl" not in command
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as on an address without TLS
+    card.get_by_role("button", name="Copy curl").click()
+    assert page.get_by_role("dialog").get_by_label("Command").input_value() == command
+    page.keyboard.press("Escape")
+    page.get_by_role("dialog").wait_for(state="hidden")
     run = subprocess.run(["bash", "-c", command], env={**os.environ, "CTRLRL_KEY": "sk-ctrlrl-root"}, capture_output=True, text=True)
     events = [json.loads(line[6:]) for line in run.stdout.splitlines() if line.startswith("data: {")]
     assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]) == said(card)
