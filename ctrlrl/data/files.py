@@ -3,6 +3,7 @@
 Every row comes with the place it stood at, so that whoever refuses it can name file and line.
 """
 
+import json
 import os
 import re
 import stat
@@ -10,11 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctrlrl.data.formats import SUFFIXES, file_rows
+from ctrlrl.data.rows import COLUMNS
 from ctrlrl.errors import DataError
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>\w+))?")
 # Data that is not read, which nobody should miss in silence: a directory with such a file is refused.
-_UNREAD = (".json.gz", ".csv.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".ndjson", ".tsv", ".arrow", ".feather", ".xlsx", ".orc")
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
+_UNREAD = (
+    *(kind + packed for kind in (".json", ".jsonl", ".csv", ".parquet") for packed in _PACKED if kind + packed not in SUFFIXES),
+    *(".ndjson", ".jsonlines", ".tsv", ".arrow", ".feather", ".xls", ".xlsx", ".orc", ".pq", ".parq", ".avro"),
+)
 _TEMPORARY = ("~", ".part", ".partial", ".tmp", ".incomplete")  # folders that another program is still filling
 
 
@@ -62,7 +68,7 @@ def data_files(directory: Path) -> list[Path]:
             file = Path(folder, name)
             if name.startswith("."):
                 continue
-            if name.lower().endswith(_UNREAD):
+            if name.lower().endswith(_UNREAD) or (name.lower().endswith(".json") and _holds_rows(file)):
                 raise DataError(f"{_shown(file)} would not be read: write it as one of {', '.join(SUFFIXES)}, or move it elsewhere")
             if name.lower().endswith(SUFFIXES):
                 try:
@@ -73,6 +79,19 @@ def data_files(directory: Path) -> list[Path]:
     if not found:
         raise DataError(f"directory {_shown(directory)!r} holds no {', '.join(SUFFIXES)} file")
     return sorted(found.values())
+
+
+def _holds_rows(file: Path) -> bool:
+    """Whether a .json file looks like data: a list, or a line that is a row. Others tell of a data set."""
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            first = lines.readline(1 << 20).strip()
+        if first.startswith("["):
+            return True
+        row = json.loads(first)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and bool(set(row) & set(COLUMNS))
 
 
 def _absent(name: str, path: Path) -> Iterator[tuple[str, object]]:

@@ -13,14 +13,27 @@ from ctrlrl.errors import DataError
 from ctrlrl.prompts import ROLES, check_messages
 
 COLUMNS = ("messages", "prompt", "system", "chosen", "rejected", "conversations")  # no other column is ever looked at
-MESSAGE_FIELDS = ("role", "content", "from", "value")
+TOOL_FIELDS = ("tool_calls", "function_call")
+MESSAGE_FIELDS = ("role", "content", "from", "value", *TOOL_FIELDS)
 Turns = list[dict[str, str]]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")  # the transcripts of Anthropic HH
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 # Other people's transcripts: they begin with a speaker, and the assistant speaks later on.
-_OPENS = re.compile(r"(human|user|prompter|system)[ \t]*:", re.IGNORECASE)
-_REPLIES = re.compile(r"(^|#)[ \t]*(assistant|ai|bot|gpt|chatgpt)[ \t]*:", re.IGNORECASE | re.MULTILINE)
+_OPENS = re.compile(r"[\s#*]*<?(human|user|prompter|system)>?[ \t]*:", re.IGNORECASE)
+_REPLIES = re.compile(r"(^|#)[ \t*]*<?(assistant|ai|bot|gpt|chatgpt)>?[ \t]*:", re.IGNORECASE | re.MULTILINE)
+# Prompts that a chat template was applied to already: a turn's marker at the beginning, perhaps after that of the whole text, and the
+# user's end or the assistant's beginning later on.
+_RENDERED_OPENS = re.compile(
+    r"\s*((<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|\[gMASK\]<sop>|<\|endoftext\|>)\s*)?"
+    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(system|user)\|>|<｜User｜>|<\|start\|>|<\|turn>)"
+)
+_RENDERED_REPLIES = re.compile(
+    r"\[/INST\]|<｜Assistant｜>|<\|assistant\|>|<start_of_turn>model|<\|turn>model"
+    r"|<\|(im_start|start_header_id|start)\|>assistant"
+)
+# Answers that begin with who speaks.
+_LABELLED = re.compile(r"\s*(assistant[ \t]*:|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|assistant\|>)", re.IGNORECASE)
 _LISTED = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.DOTALL)  # messages that a writer made a text of
 _OTHER_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 EXPECTED = 'a row needs "messages" (list of role and content), "prompt" (text), or transcripts or messages in "chosen" and "rejected"'
@@ -35,6 +48,8 @@ def prompt_of(row: object) -> tuple[dict[str, str], ...]:
         messages = _split_lists(row, chosen, rejected)[0]
     elif _given(row, "messages"):
         messages = message_list(row["messages"], "messages")
+        if _given(row, "prompt"):
+            messages = _agreed(messages, _prompt(row), "prompt", '"messages"')
     elif row.get("prompt") is not None:
         messages = _prompt(row)
     elif _given(row, "chosen") and _given(row, "rejected"):
@@ -62,11 +77,13 @@ def pair_of(row: object) -> tuple[tuple[dict[str, str], ...], str, str]:
         if not _given(row, "messages") and row.get("prompt") is None:
             _, good, bad = _split_transcripts(good, bad)
     for name, text in (("chosen", good), ("rejected", bad)):
-        if text.startswith("\n\nHuman:"):
+        if text.lstrip().startswith("Human:") and _REPLIES.search(text):
             raise DataError(f'"{name}" is a whole transcript beside a prompt of its own: leave the prompt out, or give the answer alone')
+        if label := _LABELLED.match(text):
+            raise DataError(f'"{name}" begins with {label[0].strip()!r}, which says who speaks: give the answer alone')
     if not good.strip():  # an empty answer may be the worse one, as in UltraFeedback
         raise DataError('the answer "chosen" is empty')
-    if good == bad:
+    if good.strip() == bad.strip():
         raise DataError('"chosen" and "rejected" are the same answer, which prefers nothing')
     return messages, good, bad
 
@@ -120,14 +137,15 @@ def _split_lists(row: dict, chosen: object, rejected: object) -> tuple[Turns, st
         raise DataError('the messages "chosen" and "rejected" share every turn but the last, which is the assistant\'s; these do not')
     for name in ("messages", "prompt"):
         if _given(row, name) and not (name == "messages" and _decoded(row, name) in (chosen, rejected)):
-            before = _agreed(before, message_list(row[name], name) if name == "messages" else _prompt(row), name)
+            given = message_list(row[name], name) if name == "messages" else _prompt(row)
+            before = _agreed(before, given, name, 'the messages "chosen" and "rejected"')
     if not before:
         raise DataError(f'"chosen" and "rejected" are answers without a prompt: {EXPECTED}')
     return before, good[-1]["content"], bad[-1]["content"]
 
 
-def _agreed(before: Turns, given: Turns, name: str) -> Turns:
-    """The turns before the answers, and what another column says of them; one of the two may lack the system prompt."""
+def _agreed(before: Turns, given: Turns, name: str, where: str) -> Turns:
+    """The turns `before` an answer, as `where` has them, and what the column `name` says of them; one may lack the system prompt."""
     bodies = [[(m["role"], m["content"].strip()) for m in turns if m["role"] != "system"] for turns in (before, given)]
     if not before or (bodies[0] == bodies[1] and before[0]["role"] != "system"):
         return given
@@ -135,7 +153,7 @@ def _agreed(before: Turns, given: Turns, name: str) -> Turns:
     repeats = name == "prompt" and len(given) == 1 and bodies[1][0] in (bodies[0][:1] + bodies[0][-1:])
     if repeats or (bodies[0] == bodies[1] and (given[0]["role"] != "system" or given[0] == before[0])):
         return before
-    raise DataError(f'"{name}" is not what the messages "chosen" and "rejected" begin with: leave one of the two out')
+    raise DataError(f'"{name}" is not what {where} begin with: leave one of the two out')
 
 
 def _split_transcripts(chosen: str, rejected: str) -> tuple[Turns, str, str]:
@@ -157,9 +175,10 @@ def _prompt(row: dict) -> Turns:
     if text.startswith("\n\nHuman:") or (text.lstrip().startswith("Human:") and "\n\nAssistant:" in text):
         turns = parse_transcript("\n\n" + text.lstrip())
         return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns  # open, for the answer
-    if _OPENS.match(text.lstrip(" \t\r\n#")) and _REPLIES.search(text):
-        begins = text.strip()[:60]
-        raise DataError(f'"prompt" holds a transcript, {begins!r}: give its turns as "messages" (one message, if a user wrote all of it)')
+    spoken = _OPENS.match(text) and _REPLIES.search(text)
+    if spoken or (_RENDERED_OPENS.match(text) and _RENDERED_REPLIES.search(text)):
+        begins, what = text.strip()[:60], "a transcript" if spoken else "what a chat template wrote"
+        raise DataError(f'"prompt" holds {what}, {begins!r}: give its turns as "messages" (one message, if a user wrote all of it)')
     return [{"role": "user", "content": text}]
 
 
@@ -173,6 +192,8 @@ def _message(message: dict, where: str) -> dict[str, str]:
         hint = f": is it {near!r}?" if near and role not in ROLES else ""
         needs = f'a message needs "role" (one of {", ".join(ROLES)}) and a text "content"'
         raise DataError(f"{needs}; {where} has the role {_short(role)} and the content {_short(content)}{hint}")
+    if tools := next((field for field in TOOL_FIELDS if message.get(field)), None):
+        raise DataError(f"{where} has {tools}, which are not read: leave out conversations with tools")
     _encodable(content, where)
     return {"role": role, "content": content}
 

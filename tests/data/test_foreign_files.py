@@ -16,6 +16,7 @@ ASK = {"role": "user", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 GOOD, BAD = {"role": "assistant", "content": "Hi"}, {"role": "assistant", "content": "No"}
 TURNS = [ASK, GOOD, {"role": "user", "content": "More"}]
+CHATML = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
 SCENE = "Write a scene.\n\nHuman: Hi\n\nAssistant: Ho"
 LETTER = b'prompt,id\n"Dear Anna, thanks,\n\nHi, Bob\nbye ""now""",1\ntwo,2\n'
 
@@ -39,6 +40,8 @@ READ = {
     "white space before prose": ("a.jsonl", line(prompt="\n" * 1_000_000 + "one"), ["\n" * 1_000_000 + "one"]),
     "a user's blank lines": ("a.jsonl", line(prompt="User:" + "\n " * 500_000), ["User:" + "\n " * 500_000]),
     "answers that are no messages": ("a.jsonl", line(prompt="one", chosen=["a"], rejected=["b", "c"]), ["one"]),
+    "a marker amid a prompt": ("a.jsonl", line(prompt="What is <|im_start|>assistant?"), ["What is <|im_start|>assistant?"]),
+    "a prompt that its messages repeat": ("a.jsonl", line(prompt="one", messages=[{"role": "user", "content": "one"}]), ["one"]),
     "prose about speakers": ("a.jsonl", line(prompt=SCENE), [SCENE]),
     "csv of excel": ("a.csv", b"\xef\xbb\xbfid;prompt\r\n1;one, two\r\n2;\"a;b\"\r\n", ["one, two", "a;b"]),
     "csv by tabs": ("a.csv", b"prompt\tid\none\t1\n", ["one"]),
@@ -81,6 +84,13 @@ REFUSED = {
     "sharegpt in messages": ("a.jsonl", line(messages=[{"from": "human", "value": "one"}]), "{}:1: ShareGPT"),
     "whole conversations": ("a.jsonl", line(messages=[ASK, GOOD]), "{}:1: a prompt ends with the user"),
     "a transcript of others": ("a.jsonl", line(prompt="### Human: one### Assistant: two"), '{}:1: "prompt" holds a transcript'),
+    "a transcript in bold": ("a.jsonl", line(prompt="**User:** one\n\n**Assistant:** two"), '{}:1: "prompt" holds a transcript'),
+    "a transcript in tags": ("a.jsonl", line(prompt="<human>: one\n<bot>:"), '{}:1: "prompt" holds a transcript'),
+    "chatml": ("a.jsonl", line(prompt=CHATML), '{}:1: "prompt" holds what a chat template wrote, .*give its turns as "messages"'),
+    "llama 2": ("a.jsonl", line(prompt="<s>[INST] one [/INST]"), '{}:1: "prompt" holds what a chat template wrote'),
+    "gemma": ("a.jsonl", line(prompt="<bos><start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\n"), "{}:1: .*chat template wrote"),
+    "two prompts": ("a.jsonl", line(prompt="one", messages=[{"role": "user", "content": "two"}]), '{}:1: "prompt" is not what "messages"'),
+    "tool calls": ("a.jsonl", line(messages=[ASK, GOOD | {"tool_calls": [{"id": 1}]}, ASK]), "{}:1: message 2 of .* has tool_calls"),
     "user and ai": ("a.jsonl", line(prompt="User: one\nAI: two\nUser: three"), '{}:1: "prompt" holds a transcript'),
     "a transcript that does not alternate": ("a.jsonl", line(prompt="\n\nHuman: a\n\nHuman: b\n\nAssistant:"), "{}:1: turn 2"),
     "python's list": ("a.csv", b"prompt\n\"[{'role': 'user', 'content': 'one'}]\"\n", '{}:2: "prompt" is a list.*write JSON'),
@@ -235,6 +245,15 @@ BAD_PAIRS = {
     "transcripts beside a prompt": (
         {"prompt": "Hello", "chosen": "\n\nHuman: Hello\n\nAssistant: Hi", "rejected": "\n\nHuman: Hello\n\nAssistant: No"},
         "is a whole transcript beside a prompt"),
+    "one without its blank lines": (
+        {"prompt": "Hello", "chosen": "Human: Hello\n\nAssistant: Hi", "rejected": "Human: Hello\n\nAssistant: No"},
+        "is a whole transcript beside a prompt"),
+    "labelled answers": (
+        {"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": "\n\nAssistant: Hi", "rejected": "\n\nAssistant: No"},
+        "\"chosen\" begins with 'Assistant:'"),
+    "an answer as a template writes it": (
+        {"prompt": "Hello", "chosen": "Hi", "rejected": "<|im_start|>assistant\nNo<|im_end|>"}, "\"rejected\" begins with '<.im_start"),
+    "answers that differ by a space": ({"prompt": "Hello", "chosen": "Hi ", "rejected": "Hi"}, "same answer"),
 }  # fmt: skip
 
 
@@ -266,12 +285,24 @@ def test_hidden_temporary_and_linked_files_are_no_further_data(tmp_path):
         read_prompts(data)
 
 
-@pytest.mark.parametrize("name", ["b.tsv", "b.jsonl.zst", "b.arrow", "b.csv.gz"])
+@pytest.mark.parametrize("name", ["b.tsv", "b.jsonl.zst", "b.arrow", "b.csv.gz", "b.pq", "b.jsonl.lz4", "b.csv.zip"])
 def test_a_directory_with_data_that_would_not_be_read_is_refused(tmp_path, name):
     for each in ("a.jsonl", name):
         (tmp_path / each).write_bytes(line(prompt="one"))
     with pytest.raises(DataError, match=f"{name} would not be read"):
         read_prompts(tmp_path)
+
+
+def test_json_beside_other_data_is_refused_if_it_holds_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(line(prompt="one"))
+    for about in (b'{"citation": "", "splits": {}}', b'{\n  "prompt": "of the whole set"\n}', b"", b"{", b"\xff\xfe{"):
+        (tmp_path / "about.json").write_bytes(about)
+        assert len(read_prompts(tmp_path)) == 1
+    row = line(prompt="two")
+    for rows in (b" [" + row + b"]", b"[\n" + row + b"]", row + row, b"\xef\xbb\xbf" + row):
+        (tmp_path / "about.json").write_bytes(rows)
+        with pytest.raises(DataError, match="about.json would not be read"):
+            read_prompts(tmp_path)
 
 
 def test_places_that_are_no_data(tmp_path, monkeypatch):
