@@ -5,6 +5,7 @@ The engine's process is forked first; the HTTP and what is ours run in this one.
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import os
 import signal
@@ -33,9 +34,11 @@ def main(
         if new_key:
             raise SystemExit(print_key(new_key))
         os.environ.update({key: value for key, value in _PASSIVE.items() if key not in os.environ})
+        import uvloop
+
         from jobs.serving import load_serving
 
-        raise SystemExit(asyncio.run(_serve(load_serving(model, dials, overrides or [], name), host, port)))
+        raise SystemExit(uvloop.run(_serve(load_serving(model, dials, overrides or [], name), host, port)))
 
 
 def print_key(name: str) -> int:
@@ -102,6 +105,8 @@ async def _until_stopped(serving, service, sock, began: float) -> int:
     address, bound = sock.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     _say(f"{service.model.name} on http://{shown}:{bound} after {time.perf_counter() - began:.0f} s: {serving.summary(service)}")
+    gc.collect()
+    gc.freeze()  # what is here now stays: collections during answers need not look at it
     watch = asyncio.create_task(_watch(service, server))
     await server.serve([sock])
     watch.cancel()

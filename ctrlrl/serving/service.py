@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Protocol
 
 from ctrlrl.control import ATTRIBUTES, HIGH, LOW
@@ -18,6 +19,7 @@ from ctrlrl.serving.limits import Gate
 from ctrlrl.serving.policies import KIND, Caller, Dial, Policies, caller_of
 from ctrlrl.serving.rerank import as_events, candidates, chosen
 
+_SHORT = 2000  # characters
 Scores = Callable[[Messages, Sequence[str]], list[dict[str, float]]]
 
 
@@ -55,6 +57,7 @@ class Service:
         self._audit = AuditLog(policies.audit)
         # One thread each: neither a tokenizer nor a reward model is used by two at a time, and the event loop goes on meanwhile.
         self._rendering, self._scoring = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._tokenizing = Lock()
 
     @property
     def has_scores(self) -> bool:
@@ -148,9 +151,18 @@ class Service:
         whole = [{"role": "system", "content": dial.system}, *messages] if dial.system is not None else list(messages)
         suffix = "" if dial.system is not None else dial.suffix
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._rendering, render, self._tokenizer, whole, suffix)
+            if sum(len(m["content"]) for m in whole) < _SHORT and self._tokenizing.acquire(blocking=False):
+                try:  # in less time than it takes to hand it to another thread
+                    return render(self._tokenizer, whole, suffix)
+                finally:
+                    self._tokenizing.release()
+            return await asyncio.get_running_loop().run_in_executor(self._rendering, self._rendered, whole, suffix)
         except CtrlrlError as error:
             raise Refused(400, str(error), "messages") from None
+
+    def _rendered(self, messages: Messages, suffix: str) -> list[int]:
+        with self._tokenizing:
+            return render(self._tokenizer, messages, suffix)
 
     def _room(self, request: Asked, prompt: int, policies: Policies) -> int:
         """Tokens of the answer; Refused if the prompt, or the prompt and what is asked for, are more than the model takes."""
