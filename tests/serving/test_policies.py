@@ -1,7 +1,10 @@
 """What needs no server: the file of dials, requests, limits, and where one may listen."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +13,11 @@ from ctrlrl.config import load
 from ctrlrl.control import Control
 from ctrlrl.errors import RecipeError
 from ctrlrl.prompts import prompting_templates
+from ctrlrl.serving.app import build_app
 from ctrlrl.serving.asked import CONSTRAINTS, DRAWING, LABELS, NEUTRAL, Refused, asked, parse
 from ctrlrl.serving.limits import Gate
 from ctrlrl.serving.policies import Limits, Policies, caller_of, first_dial, hashed, made_dial, new_key
+from ctrlrl.serving.service import Service
 from jobs.serve import check_address, print_key
 
 KEYS = {name: hashed(name) for name in ("alice", "bob", "root")}
@@ -41,11 +46,15 @@ MESSAGES = st.lists(
 )
 
 
-@given(body=st.dictionaries(NAMES, JSON, max_size=5), messages=MESSAGES | JSON)
-def test_whatever_is_asked_the_dial_is_the_keys_own_and_the_text_is_kept(body, messages):
+# Of what turns a dial where it is allowed, for a key where it is not.
+TURNS = st.sampled_from([{}, {"dial": LEVELS}, {"return_token_ids": True}, {"model": "tiny:wild"}, {"model": "tiny:tame"}])
+
+
+@given(body=st.dictionaries(NAMES, JSON, max_size=5), messages=MESSAGES | JSON, turns=TURNS)
+def test_whatever_is_asked_the_dial_is_the_keys_own_and_the_text_is_kept(body, messages, turns):
     held = policies()
     try:
-        request = asked({**body, "messages": messages}, held, "tokens", caller_of(held, "Bearer bob"), "tiny")
+        request = asked({**body, "messages": messages, **turns}, held, "tokens", caller_of(held, "Bearer bob"), "tiny")
     except Refused as refused:
         assert refused.status in (400, 404) and json.dumps(refused.body())
         return
@@ -68,6 +77,23 @@ def test_a_body_is_an_object_or_refused(body):
         assert refused.status == 400
     else:
         assert value == json.loads(body)
+
+
+def test_only_an_operator_turns_a_dial_and_only_its_own_keys_ask_by_a_dials_name():
+    held, body = policies(), {"messages": [{"role": "user", "content": "x"}]}
+
+    def asked_by(key, **fields):
+        return asked({**body, **fields}, held, "tokens", caller_of(held, f"Bearer {key}"), "tiny")
+
+    assert asked_by("root", dial=LEVELS).dial.control == Control(1.0, 0.2)
+    assert asked_by("alice", model="tiny:tame").dial_name == "tame" and asked_by("root", model="tiny:tame").dial_name == "tame"
+    for key, fields, status in (("alice", {"dial": LEVELS}, 400), ("bob", {"return_token_ids": True}, 400),
+                                ("bob", {"model": "tiny:wild"}, 404), ("root", {"model": "tiny:x"}, 404)):  # fmt: skip
+        with pytest.raises(Refused) as refused:
+            asked_by(key, **fields)
+        assert (refused.value.status, refused.value.param) == (status, *fields)
+    with pytest.raises(Refused, match="model is given twice"):
+        parse(b'{"model": "tiny:wild", "model": "tiny"}')
 
 
 def test_neutral_values_pass_and_are_not_handed_on():
@@ -166,3 +192,20 @@ def test_no_server_without_keys_where_others_reach_it():
         with pytest.raises(RecipeError, match="no keys are set"):
             check_address(host, keyless=True)
         check_address(host, keyless=False)
+
+
+def test_without_keys_other_names_and_other_sites_are_refused():
+    service = Service(SimpleNamespace(name="tiny", healthy=True), None, Policies(), "tokens")
+    app = build_app(service)
+
+    async def status(headers):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client:
+            return (await client.get("/v1/dial", headers=headers)).status_code
+
+    own = {"Host": "127.0.0.1:8000"}
+    for headers in (own, {"Host": "localhost:80"}, {"Host": "[::1]:8000"}, {"Host": "localhost"}, {**own, "Origin": "http://127.0.0.1:8000"}):
+        assert asyncio.run(status(headers)) == 200, headers
+    for headers in ({"Host": "evil.example:8000"}, {"Host": "localhost.evil.example"}, {**own, "Origin": "http://evil.example"},
+                    {**own, "Origin": "null"}, {**own, "Origin": "http://127.0.0.1:9000"}, {"Host": "10.0.0.7:8000"}):  # fmt: skip
+        assert asyncio.run(status(headers)) == 403, headers
+    service.close()
