@@ -161,11 +161,12 @@ def distill(
     recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
+    calibrate: Annotated[str, typer.Option(help="quantile: spread the stored outputs of the reward models over [0, 1] first.")] = "",
 ) -> None:
     """Make a training table of controls and answers from what ctrlrl generate and ctrlrl score made."""
     from jobs.distill import main as job
 
-    job(data, method, recipe, overrides, out)
+    job(data, method, recipe, overrides, out, calibrate)
 
 
 @app.command()

@@ -5,10 +5,9 @@ python jobs/calibrate.py runs/generated --out runs/calibration
 
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from ctrlrl.data.calibration import fit_quantile
+from ctrlrl.data.calibration import fit_quantile, raw_outputs
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.errors import DataError, RunError
 from ctrlrl.runs import absolute_out, only_writer
@@ -27,10 +26,9 @@ def calibrate(data: str, scores: str, out: str) -> int:
     absolute_out(out)
     for attribute in sets[scores]:
         store = layout.scores(scores, attribute)
-        columns = [store.read(record["index"], ["raw"])["raw"] for record in store.manifest()["shards"]]
-        if any(column.null_count for column in columns):
+        raw = raw_outputs(store)
+        if raw is None:
             raise DataError(f"{store.directory} keeps no raw outputs: score these samples anew")
-        raw = np.concatenate([column.to_numpy() for column in columns])
         calibration = fit_quantile(raw, model=store.fingerprint.get("reward", {}).get("sha256", ""))
         path = absolute_out(out) / f"{attribute}.json"
         with only_writer(out):

@@ -3,6 +3,7 @@
 python jobs/distill.py runs/generated --method moec --out runs/moec
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,21 +12,27 @@ from pydantic import Field
 
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.atomic import write_json
+from ctrlrl.data.calibration import fit_to_store
 from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples, shards_of
 from ctrlrl.data.distill import distill as distil_shards
 from ctrlrl.data.generation import OPTIMISATION, Layout
-from ctrlrl.errors import RunError
+from ctrlrl.data.outlook import few_kept
+from ctrlrl.errors import DataError, RunError
 from ctrlrl.evaluation.files import read_json
 from ctrlrl.evaluation.plots import score_distribution
 from ctrlrl.runs import absolute_out, only_writer
 from jobs.launch import Data, Out, Recipe, Set, run_job
 
 Method = Annotated[str, typer.Option(help="vanilla, oversampling or moec.")]
+Calibrate = Annotated[str, typer.Option(help="quantile: spread the stored outputs of the reward models over [0, 1] first.")]
 PICTURE = "scores.png"
+LEAST = 0.01  # of the prompts: a table of fewer teaches nothing
 
 
 class DistillRecipe(Section):
-    """What is distilled, how, and where to. scores: which set of scores. memory_gib: what grouping by prompt may use."""
+    """What is distilled, how, and where to. scores: which set of scores. memory_gib: what grouping by prompt may use. calibrate: "quantile"
+    takes, in place of the scores, the raw outputs that are stored with them, each attribute's calibrated by its own quantiles."""
 
     data: str
     out: str = "runs/distilled"
@@ -35,6 +42,7 @@ class DistillRecipe(Section):
     per_cell: int = Field(1, gt=0)
     precision: int = Field(4, ge=1, le=6)
     memory_gib: float = Field(1.0, gt=0)
+    calibrate: Literal["", "quantile"] = ""
 
 
 def distill(config: DistillRecipe) -> int:
@@ -49,10 +57,29 @@ def distill(config: DistillRecipe) -> int:
     source.samples.manifest()  # an unfinished directory is refused before anything is made
     settings = config.model_dump(include={"method", "seed", "per_cell", "precision"})
     with only_writer(config.out) as out:
+        source = calibrated(source, config)
         report = distil_shards(source, out, memory=int(config.memory_gib * 2**30), **settings)
+        if config.calibrate:
+            report |= {"calibration": {attribute: source.maps[attribute].content_hash for attribute in ATTRIBUTES}}
+            write_json(out / REPORT, report)
         score_distribution(report["histogram"], out / PICTURE, extremes=report["classes"]["extreme"])
+        if report["prompts"]["after"] < LEAST * report["prompts"]["before"]:
+            (out / REPORT).unlink()  # without it the table does not count
+            raise DataError(f"{few_kept(report)}. {out / PICTURE} shows the scores")
         print("\n".join(report_lines(report, out)), flush=True)
     return 0
+
+
+def calibrated(source: ScoredSamples, config: DistillRecipe) -> ScoredSamples:
+    """The samples with the scores that the recipe asks for; DataError if their raw outputs are not stored, or all the same."""
+    if not config.calibrate:
+        return source
+    maps = {attribute: fit_to_store(getattr(source, attribute)) for attribute in ATTRIBUTES}
+    for attribute, fitted in maps.items():
+        if fitted is None:
+            folder = getattr(source, attribute).directory
+            raise DataError(f"{folder} keeps no raw outputs, or only one: score these samples anew, or leave out --calibrate")
+    return replace(source, maps=maps)
 
 
 def source_of(config: DistillRecipe) -> ScoredSamples:
@@ -66,7 +93,7 @@ def is_finished(config: DistillRecipe) -> bool:
     report = read_json(absolute_out(config.out) / REPORT)
     source = source_of(config)
     stores = (source.samples, source.helpful, source.harmless)
-    if report is None or not all(store.finished for store in stores):
+    if report is None or not all(store.finished for store in stores) or bool(config.calibrate) != ("calibration" in report):
         return False
     return report.get("shards", shards_of(source)) == shards_of(source)
 
@@ -84,9 +111,17 @@ def report_lines(report: dict, out: Path) -> list[str]:
     return [*lines, *(str(out / name) for name in (TABLE, REPORT, PICTURE))]
 
 
-def main(data: Data, method: Method = "", recipe: Recipe = "jobs/recipes/distill.toml", overrides: Set = None, out: Out = "") -> None:
+def main(
+    data: Data,
+    method: Method = "",
+    recipe: Recipe = "jobs/recipes/distill.toml",
+    overrides: Set = None,
+    out: Out = "",
+    calibrate: Calibrate = "",
+) -> None:
     """Distil a self-generation directory into a training table."""
-    raise typer.Exit(run_job(DistillRecipe, distill, recipe, overrides, out, {"data": data, "method": method}))
+    options = {"data": data, "method": method, "calibrate": calibrate}
+    raise typer.Exit(run_job(DistillRecipe, distill, recipe, overrides, out, options))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_json
 from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, Plan, prompts_fingerprint, samples_table
+from ctrlrl.data.outlook import cut_line, outlook_lines
 from ctrlrl.data.rejects import Reject, write_rejects
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt, PromptSet, read_prompts
@@ -88,7 +89,7 @@ def generate(config: GenerateRecipe) -> int:
             work.open()  # refused now rather than after the workers' start
         code = work.run([*read.report.rejects, *long])
         if not code:
-            print("\n".join(summary_lines(work.finish(), layout)), flush=True)
+            print("\n".join([*summary_lines(work.finish(), layout), *outlook_lines(layout.score_stores(OPTIMISATION))]), flush=True)
         return code
 
 
@@ -266,11 +267,13 @@ def report(read: PromptSet, kept: int, long: int) -> str:
 def summary_lines(manifest: dict, layout: Layout) -> list[str]:
     """What the directory holds now."""
     counts, scores, scale = manifest["counts"], manifest["mean_score"], manifest["recipe"]["scale"]
+    limit = manifest["recipe"]["sampling"]["max_new_tokens"]
     pace = f"{manifest['wall_s']:,.0f} s ({manifest['tokens_per_s']:,.0f} tokens/s)"
     return [
         f"{layout.directory}: {scale}, {counts['samples']:,} samples of {counts['prompts']:,} prompts in {counts['shards']} shards",
         f"  {counts['tokens']:,} tokens in {pace}, {manifest['truncated']:,} answers cut at the limit",
         "  mean score  " + "  ".join(f"{attribute} {mean:.3f}" for attribute, mean in scores.items()),
+        *([cut] if (cut := cut_line(counts["samples"], manifest["truncated"], counts["tokens"], limit)) else []),
     ]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import expit
 
 from ctrlrl.data.atomic import write_json
+from ctrlrl.data.shards import ShardStore
 from ctrlrl.errors import DataError
 
 KINDS = ("sigmoid", "identity", "quantile")
@@ -91,6 +92,22 @@ def fit_quantile(raw: Iterable[float], *, points: int = 1001, model: str = "") -
         keep = np.unique(np.linspace(0, len(values) - 1, points).round().astype(int))
         values, middle = values[keep], middle[keep]
     return Calibration("quantile", tuple(values.tolist()), tuple(middle.tolist()), model)
+
+
+def fit_to_store(store: ShardStore) -> Calibration | None:
+    """The quantile map of all raw outputs that a finished store of scores keeps; None if it keeps none, or all are the same."""
+    raw = raw_outputs(store)
+    if raw is None or len(np.unique(raw)) < 2:
+        return None
+    return fit_quantile(raw, model=store.fingerprint.get("reward", {}).get("sha256", ""))
+
+
+def raw_outputs(store: ShardStore) -> np.ndarray | None:
+    """Every raw output of a finished store of scores; None if it does not keep them."""
+    columns = [store.read(record["index"], ["raw"])["raw"] for record in store.manifest()["shards"]]
+    if not columns or any(column.null_count for column in columns):
+        return None
+    return np.concatenate([column.to_numpy() for column in columns])
 
 
 def _rising(values: tuple[float, ...]) -> bool:

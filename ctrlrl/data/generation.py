@@ -58,6 +58,10 @@ class Layout:
         """The store of one attribute's scores in the set `name`."""
         return ShardStore(self.directory / "scores" / name / attribute, self.samples())
 
+    def score_stores(self, name: str) -> dict[str, ShardStore]:
+        """The stores of the set `name`, by attribute."""
+        return {attribute: self.scores(name, attribute) for attribute in ATTRIBUTES}
+
     def score_sets(self) -> dict[str, list[str]]:
         """The attributes of each set of scores that is there, finished or not."""
         folders = sorted((self.directory / "scores").glob("*")) if (self.directory / "scores").is_dir() else []

@@ -3,7 +3,7 @@
 Small shards are read in bundles, by two threads, ahead of the work: opening a Parquet file costs as much as decoding a thousand rows.
 """
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlrl.control import ATTRIBUTES
+from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.keys import prompt_keys, sample_ranks
 from ctrlrl.data.prompt_index import PromptIndex
 from ctrlrl.data.selection import ScoredRows
@@ -27,12 +28,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """What is distilled: finished stores of samples and of their scores, row by row aligned, and the Parquet file of their prompts."""
+    """What is distilled: finished stores of samples and of their scores, row by row aligned, and the Parquet file of their prompts.
+
+    maps: calibrations by attribute, of the raw outputs, which take the place of the scores; all or none.
+    """
 
     samples: ShardStore
     helpful: ShardStore
     harmless: ShardStore
     prompts: Path
+    maps: Mapping[str, Calibration] | None = None
 
 
 def rows_of_shards(source: ScoredSamples) -> list[int]:
@@ -114,11 +119,14 @@ def _ranks(table: pa.Table, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarra
 
 def scored_rows(source: ScoredSamples, bundle: Bundle, index: PromptIndex, seed: int) -> ScoredRows:
     """The first pass over a bundle; raises DataError if the two stores of scores hold other samples, or a bad score."""
-    helpful, harmless = (read_bundle(store, bundle, [*KEY, "score"]) for store in (source.helpful, source.harmless))
+    column = "raw" if source.maps else "score"
+    helpful, harmless = (read_bundle(store, bundle, [*KEY, column]) for store in (source.helpful, source.harmless))
     prompts, rank = _ranks(helpful, seed)
     if not helpful.select(KEY).equals(harmless.select(KEY)):
         check_aligned(rank, harmless, np.arange(bundle.rows), seed, source.harmless, source.helpful)
-    scores = np.stack([table["score"].to_numpy() for table in (helpful, harmless)], axis=1)
+    scores = np.stack([table[column].to_numpy() for table in (helpful, harmless)], axis=1)
+    if source.maps:
+        scores = np.stack([source.maps[a](scores[:, i]) for i, a in enumerate(ATTRIBUTES)], axis=1)
     bad = np.argwhere(~((scores >= 0) & (scores <= 1)))
     if len(bad):
         row, column = bad[0].tolist()

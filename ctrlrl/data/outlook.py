@@ -1,0 +1,86 @@
+"""What scored answers are good for, before anything is made of them: how many prompts a distillation would keep, whether answers end."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.data.calibration import Calibration, fit_to_store
+from ctrlrl.data.keys import prompt_keys
+from ctrlrl.data.selection import HIGH_START, LOW_END, classes, extremes
+from ctrlrl.data.shards import ShardStore
+
+_ENOUGH = 0.05  # answers that may be cut
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Of all prompts how many MOEC keeps; which of the classes (in the order of CORNERS) any sample is in."""
+
+    prompts: int
+    moec: int
+    classes: tuple[bool, ...]
+
+
+def outlook(stores: Mapping[str, ShardStore], maps: Mapping[str, Calibration] | None = None) -> Outlook:
+    """What the finished score stores, by attribute, promise; with `maps`, if their raw outputs were calibrated by these."""
+    seen, pairs, there = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(len(CORNERS), bool)
+    column = "raw" if maps else "score"
+    for record in stores[ATTRIBUTES[0]].manifest()["shards"]:
+        tables = [stores[a].read(record["index"], ["prompt_id", column]) for a in ATTRIBUTES]
+        scores = np.stack([t[column].to_numpy() for t in tables], 1)
+        if maps:
+            scores = np.stack([maps[a](scores[:, i]) for i, a in enumerate(ATTRIBUTES)], 1)
+        ids = tables[0]["prompt_id"].combine_chunks().dictionary_encode()
+        prompt, of, extreme = prompt_keys(ids.dictionary)[ids.indices.to_numpy()], classes(scores), extremes(scores)
+        there |= np.bincount(of, minlength=len(CORNERS)) > 0
+        seen = np.union1d(seen, prompt)
+        # A key of 64 bits with two of them given up for the corner: two prompts of three million fall together once in 10^6 times.
+        pairs = np.union1d(pairs, (prompt[extreme] & ~np.uint64(3)) | of[extreme].astype(np.uint64))
+    _, corners = np.unique(pairs & ~np.uint64(3), return_counts=True)
+    return Outlook(len(seen), int((corners >= 2).sum()), tuple(there.tolist()))
+
+
+def outlook_lines(stores: Mapping[str, ShardStore]) -> list[str]:
+    """How many prompts would survive each distillation, as the scores are and calibrated by quantiles."""
+    found = outlook(stores)
+    lines = [
+        f"  would be kept: vanilla all {found.prompts:,} prompts; oversampling {sum(found.classes)} of {len(CORNERS)} classes; moec "
+        f"{found.moec:,} prompts ({found.moec / max(found.prompts, 1):.0%})"
+    ]
+    maps = {a: fitted for a in ATTRIBUTES if (fitted := fit_to_store(stores[a])) is not None}
+    if len(maps) == len(ATTRIBUTES) and (spread := outlook(stores, maps)).moec > found.moec:
+        share = spread.moec / max(spread.prompts, 1)
+        lines.append(f"  with ctrlrl distill --calibrate quantile: moec {spread.moec:,} prompts ({share:.0%})")
+    return lines
+
+
+def few_kept(report: dict) -> str:
+    """Why a distillation kept so little, and what mends it, from its report."""
+    histogram = np.array(report["histogram"])
+    ranges = []
+    for axis, attribute in enumerate(ATTRIBUTES):
+        counts = histogram.sum(1 - axis)
+        bins = np.flatnonzero(counts) / len(counts)
+        low, high = bins[0], bins[-1] + 1 / len(counts)
+        none = " (none is extreme)" if low >= LOW_END and high <= HIGH_START else ""
+        ranges.append(f"{attribute} from {low:.2f} to {high:.2f}{none}")
+    rows, prompts = report["rows"], report["prompts"]
+    return (
+        f"{report['method']} keeps {rows['after']:,} of {rows['before']:,} samples, of {prompts['after']:,} of {prompts['before']:,} "
+        f"prompts: it needs prompts with answers in at least two corners of scores up to {LOW_END:g} and from {HIGH_START:g}, and the "
+        f"scores are {', '.join(ranges)}. Add --calibrate quantile, which spreads the stored outputs of the reward models over [0, 1] "
+        "(no model runs again); or draw more answers a prompt (ctrlrl generate --scale); or use --method oversampling"
+    )
+
+
+def cut_line(samples: int, truncated: int, tokens: int, limit: int) -> str | None:
+    """A warning that many answers were cut, with the length at which 95 % would end if they went on ending at the same rate; else None."""
+    share = truncated / max(samples, 1)
+    if share <= _ENOUGH:
+        return None
+    ends = samples - truncated
+    needed = f"about {math.ceil(limit + math.log(share / _ENOUGH) * tokens / ends):,} would let 95 % end" if ends else "none came to an end"
+    return f"  {share:.0%} of the answers are cut at sampling.max_new_tokens = {limit} ({needed}), and are scored and trained on so"
