@@ -15,7 +15,7 @@ from typing import Annotated
 from jinja2 import TemplateError
 from pydantic import Field
 
-from ctrlrl.errors import DataError, ModelError, RecipeError
+from ctrlrl.errors import CtrlrlError, DataError, ModelError, RecipeError
 from ctrlrl.inert import broken, markers, respelled, special_texts
 
 Messages = Sequence[dict[str, str]]
@@ -25,6 +25,10 @@ OWN_TEMPLATE = "{#- ctrlrl: the model's own chat template #}"
 # Variables of the chat template by recipe, such as { enable_thinking = false }. An empty one is no part of a dumped recipe.
 ChatVariables = Annotated[dict[str, bool | int | float | str], Field(exclude_if=lambda variables: not variables)]
 _OURS = ("helpful", "harmless", "messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "ctrlrl")
+# What a template may raise: it is a program.
+_RAISED = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError)
+_HARMLESS = re.compile(r"\{#.*?#\}|strftime_now\s+is\s+(not\s+)?defined", re.DOTALL)  # comments, and whether there is a date
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 
 
@@ -68,9 +72,13 @@ def with_variables(tokenizer, variables: ChatVariables):
 
 
 def dated(template: str, name: str = "") -> str:
-    """`template` with DATE where it asks for the day's date; ModelError if it asks in another way than by a written format."""
+    """`template` with DATE where it asks for the day's date; ModelError if it asks in another way than by a written format, or draws
+    at random: then the same conversation would not always be the same prompt."""
     fixed = _TODAY.sub(lambda found: repr(DATE.strftime(found[2])), template)
-    if re.search(r"strftime_now\s*\(", fixed):
+    plain = _HARMLESS.sub("", fixed)
+    if drawn := _RANDOM.search(plain):
+        raise ModelError(f"the chat template of {name!r} draws at random ({drawn[0]!r}): write a text in its place")
+    if "strftime_now" in plain:
         raise ModelError(f"the chat template of {name!r} prints the day's date by a format of its own making: write the date into it")
     return fixed
 
@@ -86,8 +94,8 @@ def refusals_told(tokenizer, messages: Messages, source: str = "") -> Iterator[N
     """Context in which an exception that the tokenizer's chat template raises becomes a DataError; `source`: where the prompt stands."""
     try:
         yield
-    except (TemplateError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, (DataError, ModelError)):
+    except _RAISED as error:
+        if isinstance(error, CtrlrlError):
             raise
         raise DataError(
             f"{source and f'{source}: '}the chat template of {tokenizer.name_or_path!r} refuses a conversation of "
@@ -224,7 +232,7 @@ def _literals(tokenizer, template: str, _size: int) -> tuple[str, ...]:
     for roles in shapes:
         try:
             written.append(_written(tokenizer, template, [{"role": role, "content": "text"} for role in roles], False))
-        except (TemplateError, TypeError, ValueError, AttributeError):
+        except _RAISED:
             continue  # it does not take such a conversation
     found = {*special_texts(tokenizer), *markers(written)}
     return tuple(sorted(found, key=lambda text: (-len(text), text)))

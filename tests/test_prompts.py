@@ -292,6 +292,27 @@ def test_a_template_that_loses_a_message_is_refused(template):
         render(byte_tokenizer(template), messages, "[helpful=1][harmless=1]", source="a.jsonl:7")
 
 
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{% set now = strftime_now %}{{ now('%H:%M:%S') }}{{ messages[0].content }}", "prints the day's date"),
+        ("{{ [1, 2]|random }}{{ messages[0].content }}", r"draws at random \('\|random'\)"),
+        ("{{ lipsum(1) }}{{ messages[0].content }}", "draws at random"),
+    ],
+)
+def test_a_template_that_is_no_function_of_the_conversation_is_refused(template, match):
+    with pytest.raises(ModelError, match=match):
+        render(byte_tokenizer(template), user("Hi"))
+    with pytest.raises(ModelError, match=match):
+        control_chat_template(template)
+
+
+@pytest.mark.parametrize("body", ["{{ 1 / 0 }}", "{% for i in range(10**6) %}{% endfor %}", "{{ messages[7].content[0] }}", "{{ 1.b.c }}"])
+def test_whatever_a_template_raises_is_told_with_the_prompts_place(body):
+    with pytest.raises(DataError, match="^f:3: the chat template of .* refuses a conversation of user"):
+        render(byte_tokenizer(body + "{{ messages[0].content }}"), user("Hi"), source="f:3")
+
+
 def test_a_date_in_a_template_is_the_same_on_every_day():
     template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
     plain = byte_tokenizer(template)

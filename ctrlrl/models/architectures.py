@@ -14,7 +14,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from ctrlrl.errors import ModelError
-from ctrlrl.models.reading import check_weight_files, existing, load_config
+from ctrlrl.models.reading import existing, load_config
+from ctrlrl.models.weight_files import check_weight_files
 
 # Architectures of which the engine computes something else than transformers, or nothing: see tests/benchmarks/families.py.
 _WRONG = {

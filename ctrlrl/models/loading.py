@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
@@ -20,8 +21,9 @@ from transformers import (
 from ctrlrl.chat import check_exportable, literals, own_template
 from ctrlrl.errors import ModelError
 from ctrlrl.models.exporting import writable_generation_config
-from ctrlrl.models.reading import check_weight_files, existing, has_tokenizer, load_config, load_tokenizer, reading
+from ctrlrl.models.reading import existing, has_tokenizer, load_config, load_tokenizer, reading
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
+from ctrlrl.models.weight_files import check_tied, check_weights
 from ctrlrl.prompts import control_chat_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,7 +105,13 @@ def check_causal(name: str, role: str) -> None:
     config = load_config(name)
     if not any("CausalLM" in a or "LMHead" in a for a in config.architectures or []):
         raise ModelError(f"{role} {name!r} is a {', '.join(config.architectures or []) or config.model_type}: give a causal language model")
+    kind, named = config.model_type, getattr(getattr(transformers, config.architectures[0], None), "config_class", None)
+    if named and named.model_type != kind:  # transformers goes by the one, the rollout engine by the other
+        what = f"a {config.architectures[0]} and a {kind}"
+        raise ModelError(f"{role} {name!r} is {what} by its config.json: correct architectures or model_type")
     _check_whole(AutoModelForCausalLM, name, "causal language model", config)
+    if config.get_text_config().tie_word_embeddings:
+        check_tied(name)
 
 
 def check_policy(name: str, trained: bool = False) -> None:
@@ -198,7 +206,7 @@ def _read_whole(
     kind: type, name: str, what: str, config: PretrainedConfig, dtype: str, *, attention: str | None = None, new_head: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model, and the names of the weights that its checkpoint lacks: none, but those of a head that is new."""
-    check_weight_files(name)
+    check_weights(name, config)
     with reading(name, what):
         model, info = kind.from_pretrained(
             existing(name),
@@ -229,7 +237,7 @@ def _on_meta(kind: type, name: str, config: PretrainedConfig) -> tuple[PreTraine
 
 def _check_whole(kind: type, name: str, what: str, config: PretrainedConfig, new_head: bool = False) -> None:
     """Raise ModelError if the checkpoint lacks weights of the model, or the tokenizer has tokens that the model cannot read."""
-    check_weight_files(name)
+    check_weights(name, config)
     if getattr(config, "quantization_config", None):
         return  # names and shapes are the quantiser's
     model, info = _on_meta(kind, name, config)

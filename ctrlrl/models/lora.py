@@ -1,5 +1,6 @@
 """Low-rank adapters (peft): put on a model before training, and written on their own after it."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -51,7 +52,7 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig):
     )
     try:
         adapted = peft.get_peft_model(model, settings)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise RecipeError(f"lora.targets = {config.targets!r} cannot be adapted: {str(error).splitlines()[0]}") from None
     layers = [(name, module) for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     if head is not None:

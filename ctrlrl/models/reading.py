@@ -18,6 +18,7 @@ _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 # First folders that name a place on this machine. Any other `a/b` may be a name on the hub, unless the folder `a` is here.
 _LOCAL = {"runs", "models", "checkpoints", "data", "out", "output", "outputs", "results", "tmp"}
+_SHORTEST = 8  # tokens of a conversation
 _NOT_THE_FILES = (CtrlrlError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -54,9 +55,12 @@ def existing(name: str) -> str:
     A path is what begins with `.`, `/` or `~`, has more than one slash or ends in one, whose first folder is here or has one of the
     usual names of local folders, or whose last one is `model`, as in a run directory.
     """
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return str(path)
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            return str(path)
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, the home of nobody
+        raise ModelError(f"model directory {name!r} cannot be read: {error}") from None
     first, _, last = name.partition("/")
     local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
     if local or (last and (first in _LOCAL or last == "model" or Path(first).is_dir())) or name.endswith("/") or not name:
@@ -69,8 +73,14 @@ def load_config(name: str) -> PretrainedConfig:
     place = existing(name)
     for file in _CONFIGS:
         check_json(Path(place) / file)
+    if (Path(place) / "adapter_config.json").is_file():  # transformers would put it on the model, the rollout engine would not
+        raise ModelError(f"{name!r} holds an adapter (adapter_config.json): give a model that it is merged into, as merge_and_unload does")
     with reading(name, "model", ("config.json",)):
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise ModelError(f"{name!r} has {layers} layers by its config.json: give a config.json that fits")
+    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -80,7 +90,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_no_pointer(Path(place) / file)
     check_json(Path(place) / "tokenizer_config.json")
     with reading(name, "tokenizer", _TOKENIZERS):
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    if tokenizer.model_max_length < _SHORTEST:
+        raise ModelError(f"the tokenizer of {name!r} takes {tokenizer.model_max_length} tokens (model_max_length): no conversation fits")
+    return tokenizer
 
 
 def has_tokenizer(name: str) -> bool:
@@ -121,37 +134,3 @@ def check_json(file: Path) -> None:
         raise ModelError(f"{str(file)!r} cannot be read as JSON in UTF-8: {error}: write it again with save_pretrained") from None
     if not isinstance(value, dict):
         raise ModelError(f"{str(file)!r} holds a {type(value).__name__}, not a JSON object: write it again with save_pretrained")
-
-
-def check_weight_files(name: str) -> None:
-    """Raise ModelError if a weight file of a local directory is cut, a pointer, no safetensors, or missing though the index names it."""
-    folder = Path(existing(name))
-    index = folder / "model.safetensors.index.json"
-    check_json(index)
-    if index.is_file():
-        shards = json.loads(index.read_text("utf-8")).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ModelError(f"{str(index)!r} has no weight_map of file names: write it again with save_pretrained")
-        for shard in sorted(set(shards.values())):
-            if not (folder / shard).is_file():
-                raise ModelError(f"{str(folder / shard)!r} is missing, though {index.name} names it: copy the whole directory")
-    for file in sorted(folder.glob("*.safetensors")):
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    check_no_pointer(file)
-    size, wrong = file.stat().st_size, None
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            wrong = "is cut, or no safetensors file"
-        else:
-            try:
-                header = json.loads(opened.read(length))
-                end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-                wrong = f"has {size - 8 - length} bytes of weights, its header tells of {end}" if end != size - 8 - length else None
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-                wrong = "has no header of a safetensors file"
-    if wrong:
-        raise ModelError(f"{str(file)!r} {wrong}: fetch it again, whole")

@@ -19,6 +19,9 @@ def end_token_ids(name: str) -> list[int]:
         _token_id(tokenizer, end, name) for end in (listed if isinstance(listed, (list, tuple)) else [listed])
     }
     ends.discard(None)
+    rows = getattr(load_config(name).get_text_config(), "vocab_size", None)
+    if wrong := [end for end in ends if end < 0 or (rows and end >= rows)]:
+        raise ModelError(f"{name!r} lists the end token {wrong[0]}, and its embedding has {rows} rows: correct eos_token_id")
     if not ends:
         raise ModelError(f"{name!r} names no end token: set eos_token in its tokenizer or generation_config.json")
     return sorted(ends)

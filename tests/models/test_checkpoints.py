@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctrlrl.errors import ModelError, RunError
+from ctrlrl.errors import ModelError, RecipeError, RunError
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.forward import RewardModule, lay_out
@@ -26,6 +26,7 @@ from ctrlrl.models.loading import (
     save_control_tokenizer,
     within_positions,
 )
+from ctrlrl.models.lora import LoraConfig, check_adapters
 from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.models.reading import existing, load_config, load_tokenizer
 from ctrlrl.models.scorer import Scorer, ScorerConfig
@@ -128,6 +129,43 @@ def test_a_cut_weight_file_is_named_and_a_pointer_has_no_fingerprint(changed, mo
     refused(wanted, lambda: check_policy(name), lambda: load_policy(name, "float32"))
     (Path(name) / "tokenizer.json").write_text(POINTER)
     refused("tokenizer.json' is a pointer of Git LFS", lambda: model_fingerprint(name))
+
+
+def test_weights_that_two_readers_would_read_differently_are_refused(changed, models):
+    layer = "model.layers.0.mlp.up_proj.weight"
+    checks = (lambda n: check_policy(n), lambda n: load_policy(n, "float32"))
+    for check in checks:
+        name = changed("policy", lambda w: w.update({layer: w[layer].to(torch.int8)}))
+        refused(f"has '{layer}' in I8, but config.json has no quantization_config", lambda check=check, name=name: check(name))
+        shutil.rmtree(name)
+    check_causal(models["tied"], "reference")
+    name = changed("policy", tie_word_embeddings=True)  # transformers reads its head, vLLM the embedding
+    refused("has a 'lm_head.weight' of its own, though config.json says tie_word_embeddings", lambda: check_causal(name, "reference"))
+    shutil.rmtree(name)
+    name = changed("tied", lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    check_causal(name, "reference")  # the same twice is one
+    shutil.rmtree(name)
+    name = changed("policy", architectures=["MistralForCausalLM"])
+    refused("reference .* is a MistralForCausalLM and a llama by its config.json", lambda: check_causal(name, "reference"))
+
+
+def test_what_no_model_has_is_refused(changed, models):
+    name = changed("policy", num_hidden_layers=-1)
+    refused("has -1 layers by its config.json", lambda: check_policy(name))
+    shutil.rmtree(name)
+    for end in (9999, 384, -1):
+        name = changed("policy", files={"generation_config.json": json.dumps({"eos_token_id": [2, end]})})
+        refused(f"lists the end token {end}, and its embedding has 384 rows", lambda name=name: check_policy(name))
+        shutil.rmtree(name)
+    written = json.loads(Path(models["helpful"], "tokenizer_config.json").read_text())
+    name = changed("helpful", files={"tokenizer_config.json": json.dumps(written | {"model_max_length": 0})})
+    refused("takes 0 tokens", lambda: check_reward_model(name))
+    shutil.rmtree(name)
+    name = changed("policy", files={"adapter_config.json": '{"peft_type": "LORA", "r": 4}'})
+    refused(r"holds an adapter \(adapter_config.json\)", lambda: check_policy(name), lambda: load_policy(name, "float32"))
+    refused("cannot be read: .*File name too long", lambda: load_config("x" * 300))
+    with pytest.raises(RecipeError, match="lora.targets = '\\[' cannot be adapted: unterminated"):
+        check_adapters(models["policy"], LoraConfig(rank=4, targets="["))
 
 
 def test_quantised_weights_are_not_trained(changed):
