@@ -102,6 +102,7 @@ async def _until_stopped(serving, service, sock, began: float) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, _reload, serving, service)
+    sock.listen(settings.backlog)  # whoever reads the address below may connect at once
     address, bound = sock.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     _say(f"{service.model.name} on http://{shown}:{bound} after {time.perf_counter() - began:.0f} s: {serving.summary(service)}")
