@@ -23,7 +23,7 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
 from ctrlrl.errors import DeadlineExceeded, GroupLost, WorkerLost
 from ctrlrl.models.scorer import in_order
-from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig, combine_shares, join_world
+from ctrlrl.models.trainer import CPU_ENVIRONMENT, IMPORTS, Kind, Trainer, TrainerConfig, combine_shares, join_world
 
 # Keys of a GroupConfig that may change at resume: a step's result does not depend on them.
 CHANGEABLE = ("ranks", "resources", "train.zero_stage")
@@ -104,7 +104,7 @@ class TrainerGroup:
     def _start(self) -> None:
         """Fresh ranks in the reserved places, and the wish that they build their engines; wait_ready says if they are lost on the way."""
         config = self._config
-        options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT)
+        options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT, IMPORTS)
         actors = [
             TrainerRank.options(scheduling_strategy=self._placement.at(self.name, rank), **options).remote() for rank in range(config.ranks)
         ]

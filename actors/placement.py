@@ -14,6 +14,7 @@ from ray.exceptions import RaySystemError, RpcError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.nursery import IMPORTS, executable
 from ctrlrl.config import Section
 from ctrlrl.errors import PlacementError
 
@@ -48,10 +49,13 @@ class Resources(Section):
         """The Ray resource demand."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
-    def environment(self, extra: dict[str, str]) -> dict:
-        """Ray options that start a worker with these resources and these environment variables."""
+    def environment(self, extra: dict[str, str], imports: tuple[str, ...]) -> dict:
+        """Ray options that start a worker with these resources and these environment variables. imports: the modules that it will need,
+        which it may have from another process (nursery.py)."""
         threads = self.threads or max(1, int(self.cpus))
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **_PASSIVE, **extra}
+        if threads == 1 and not self.gpus:  # neither CUDA nor threads that a library began in its import survive a fork
+            env[IMPORTS] = ",".join(imports)
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": self.custom, "runtime_env": {"env_vars": env}}
 
 
@@ -106,6 +110,7 @@ def connect(config: ClusterConfig, demands: Demands) -> None:
         log_to_driver=False,
         logging_level="ERROR",
         namespace="ctrlrl",
+        runtime_env={"py_executable": executable()},
     )
 
 

@@ -41,7 +41,7 @@ class Reference:
 
         def create(index: int) -> ActorHandle:
             place = placement.at("reference", index)
-            return ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({})).remote()
+            return ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({}, ("ctrlrl.models.scorer",))).remote()
 
         def build(worker: ActorHandle) -> ray.ObjectRef:
             return worker.build.remote(model, config, temperature)

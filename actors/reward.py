@@ -49,9 +49,10 @@ class Reward:
 
     def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
         self._workers = config.workers
+        options = config.resources.environment({}, ("ctrlrl.models.scorer",))
 
         def create(index: int) -> ActorHandle:
-            return RewardWorker.options(scheduling_strategy=placement.at(name, index), **config.resources.environment({})).remote()
+            return RewardWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()
 
         self.pool = Pool(name, create, lambda worker: worker.build.remote(config), fixed(config.workers), cluster)
         self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close

@@ -16,7 +16,7 @@ from ctrlrl.config import Section
 from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.probe import Expectation
 from ctrlrl.models.proof import proof_of
-from ctrlrl.models.sampler import Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
+from ctrlrl.models.sampler import IMPORTS, Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
 
 
 class RolloutConfig(Section):
@@ -66,7 +66,7 @@ class Rollout:
         self._config = config
         self._current: tuple[int, ray.ObjectRef, Expectation] | None = None
         self._bytes = 0
-        options = config.resources.environment(environment(config.engine))
+        options = config.resources.environment(environment(config.engine), IMPORTS)
 
         def create(index: int) -> ActorHandle:
             return RolloutWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()

@@ -41,6 +41,8 @@ def ray_cluster():
     """One local Ray cluster for all tests that need one."""
     import ray
 
+    from actors.nursery import executable
+
     ray.init(
         address="local",
         num_cpus=32,
@@ -49,6 +51,7 @@ def ray_cluster():
         log_to_driver=False,
         logging_level="ERROR",
         namespace="ctrlrl",
+        runtime_env={"py_executable": executable()},
     )
     yield ray
     ray.shutdown()

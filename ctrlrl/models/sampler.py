@@ -21,6 +21,7 @@ from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_t
 from ctrlrl.models.weights import WeightMessage
 
 # What vLLM raises for a model or settings that it cannot take.
+IMPORTS = ("ctrlrl.models.proof", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker")  # of its process
 ENGINE_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
