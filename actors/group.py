@@ -23,11 +23,12 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
 from ctrlrl.errors import DeadlineExceeded, GroupLost, WorkerLost
 from ctrlrl.models.scorer import in_order
-from ctrlrl.models.trainer import CPU_ENVIRONMENT, IMPORTS, Kind, Trainer, TrainerConfig, combine_shares, join_world
+from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig, combine_shares, join_world
 
 # Keys of a GroupConfig that may change at resume: a step's result does not depend on them.
 CHANGEABLE = ("ranks", "resources", "train.zero_stage")
 
+_IMPORTS = ("ctrlrl.models.trainer", "deepspeed")  # of a rank's process
 _COMPLAINT_S = 5.0
 _PORT_TAKEN = "EADDRINUSE"  # in the text of torch's error
 
@@ -104,7 +105,7 @@ class TrainerGroup:
     def _start(self) -> None:
         """Fresh ranks in the reserved places, and the wish that they build their engines; wait_ready says if they are lost on the way."""
         config = self._config
-        options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT, IMPORTS)
+        options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT, _IMPORTS)
         actors = [
             TrainerRank.options(scheduling_strategy=self._placement.at(self.name, rank), **options).remote() for rank in range(config.ranks)
         ]

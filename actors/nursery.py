@@ -28,7 +28,7 @@ def executable() -> str:
 
 
 def _place(raylet: int, command: list[str]) -> str:
-    """Where the socket of the process to fork from lies, without its ending: beside Ray's own, and no longer, because paths must be short."""
+    """Where the socket of the process to fork from lies, without its ending: beside Ray's own, and no longer, as paths must be short."""
     sockets = next(os.path.dirname(part.partition("=")[2]) for part in command if part.startswith("--raylet-name="))
     same = sorted((key, value) for key, value in os.environ.items() if not key.startswith(_OWN))
     mark = hashlib.sha256(json.dumps([sys.executable, __file__, raylet, same]).encode()).hexdigest()[:8]
@@ -59,7 +59,8 @@ def _start_mother(place: str, raylet: int) -> None:
     for ending in ("s", "n"):
         if os.path.exists(f"{place}.{ending}"):
             os.unlink(f"{place}.{ending}")  # of one that is gone
-    mother = subprocess.Popen([sys.executable, "-P", __file__, "--serve", place, str(raylet)], stdin=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-P", __file__, "--serve", place, str(raylet)]
+    mother = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     while not os.path.exists(f"{place}.s"):
         if mother.poll() is not None:
             raise SystemExit(f"the process that imports {os.environ[IMPORTS]} ended with code {mother.returncode}")

@@ -38,10 +38,11 @@ class Reference:
 
     def __init__(self, config: ReferenceConfig, placement: Placement, cluster: ClusterConfig, *, model: str, temperature: float):
         self._workers = config.workers
+        options = config.resources.environment({}, ("ctrlrl.models.scorer",))
 
         def create(index: int) -> ActorHandle:
             place = placement.at("reference", index)
-            return ReferenceWorker.options(scheduling_strategy=place, **config.resources.environment({}, ("ctrlrl.models.scorer",))).remote()
+            return ReferenceWorker.options(scheduling_strategy=place, **options).remote()
 
         def build(worker: ActorHandle) -> ray.ObjectRef:
             return worker.build.remote(model, config, temperature)

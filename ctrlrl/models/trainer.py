@@ -36,8 +36,6 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "67108864",
 }
 
-IMPORTS = ("ctrlrl.models.trainer", "deepspeed")  # of its process
-
 Kind = Literal["policy", "value", "reward"]
 
 
