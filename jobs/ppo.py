@@ -33,7 +33,7 @@ from ctrlrl.runs import Run
 from jobs.cast import Cast, PPORecipe, check_inputs, judges_of, restore, start_cast, write_checkpoint
 from jobs.interim import Interim
 from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
-from jobs.progress import Clock, Steps
+from jobs.progress import Answers, Clock, Steps
 
 # May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
 FREE = (
@@ -88,7 +88,7 @@ def steps_from_checkpoint(
     progress.begin_at(done)
     with background(32) as beside:
         for step in range(done, config.steps):
-            stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, beside)
+            stats, kl = ppo_step(config, cast, prompts, tokenizer, step, kl, beside, progress)
             stats |= interim.metrics(step + 1, cast.rollout, cast.rewards)
             run.log(step, stats)
             show(stats)
@@ -100,7 +100,14 @@ def steps_from_checkpoint(
 
 
 def ppo_step(
-    config: PPORecipe, cast: Cast, prompts: Sequence[Prompt], tokenizer, step: int, kl: AdaptiveKL, beside: ThreadPoolExecutor
+    config: PPORecipe,
+    cast: Cast,
+    prompts: Sequence[Prompt],
+    tokenizer,
+    step: int,
+    kl: AdaptiveKL,
+    beside: ThreadPoolExecutor,
+    progress: Steps,
 ) -> tuple[dict[str, float], AdaptiveKL]:
     """One step of the algorithm; returns its metrics and the next KL controller."""
     clock = Clock()
@@ -108,12 +115,16 @@ def ppo_step(
     requests = [Request(q.prompt_ids, q.seed) for q in queries]
 
     clock.start("generate")
-    chunks = []
+    chunks, answers = [], Answers(progress, len(queries))
     for rows, completions in cast.rollout.generate(requests, config.sampling):
         samples = collect(queries, rows, completions)
-        chunks.append((rows, samples, score_chunk(cast, samples, tokenizer, beside, config.algorithm.old_logprobs)))
+        answers.drawn(len(rows), sum(map(len, completions.response_ids)))
+        asked = score_chunk(cast, samples, tokenizer, beside, config.algorithm.old_logprobs)
+        asked["scores_BA"].add_done_callback(lambda _, rows=rows: answers.scored(len(rows)))
+        chunks.append((rows, samples, asked))
     clock.start("score")  # what is left of it: chunks are scored while later ones are drawn
     scored = gather(chunks)
+    progress.within(f"training on {len(queries)} answers")
     return learn(config, cast, scored, step, kl, beside, clock)
 
 

@@ -1,12 +1,14 @@
 """Progress of long work: a bar on a terminal, lines in a log; and where the time goes."""
 
 import sys
+import threading
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _LINE_EVERY_S = 2.0  # in a log, but for the first and the last line
+_WITHIN_EVERY_S = 15.0  # in a log, of what happens within a step
 
 
 class Steps:
@@ -14,7 +16,7 @@ class Steps:
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._first, self._done = title, total, done, done
-        self._began, self._told = time.monotonic(), 0.0
+        self._began, self._told, self._figures = time.monotonic(), 0.0, ""
         self._bar = None
         if sys.stdout.isatty():
             columns = (
@@ -49,7 +51,7 @@ class Steps:
 
     def advance(self, figures: str) -> None:
         """One step is done."""
-        self._done += 1
+        self._done, self._figures = self._done + 1, figures
         if self._bar:
             self._bar.update(self._task, completed=self._done, figures=figures)
             return
@@ -59,6 +61,45 @@ class Steps:
         self._told, spent = now, now - self._began
         left = spent / (self._done - self._first) * (self._total - self._done)
         print(f"{self._title} {self._done}/{self._total}  {figures}  {spent:.0f} s, {left:.0f} s left", flush=True)
+
+    def within(self, text: str) -> None:
+        """Something has happened within the running step; a log gets a line when it has had none for long. From any thread."""
+        if self._bar:
+            self._bar.update(self._task, figures=f"{self._figures}  [{text}]".strip())
+        elif time.monotonic() - self._told >= _WITHIN_EVERY_S:
+            self._told = time.monotonic()
+            print(f"{self._title} {self._done}/{self._total}  step {self._done + 1}: {text}", flush=True)
+
+
+class Answers:
+    """What has come of the answers of one step, told within its progress: drawn and scored of how many, tokens/s, seconds left until the
+    last one is scored. From any thread."""
+
+    def __init__(self, progress: Steps, total: int):
+        self._progress, self._total, self._began = progress, total, time.monotonic()
+        self._drawn = self._scored = self._tokens = 0
+        self._lock = threading.Lock()
+        progress.within(self.told())
+
+    def drawn(self, count: int, tokens: int) -> None:
+        """So many more are drawn, with so many tokens."""
+        with self._lock:
+            self._drawn, self._tokens = self._drawn + count, self._tokens + tokens
+            self._progress.within(self.told())
+
+    def scored(self, count: int) -> None:
+        """So many more are scored."""
+        with self._lock:
+            self._scored += count
+            self._progress.within(self.told())
+
+    def told(self) -> str:
+        """Where the step is."""
+        spent, done = max(time.monotonic() - self._began, 1e-9), self._drawn + self._scored
+        text = f"{self._drawn} of {self._total} answers drawn, {self._scored} scored"
+        if not done:
+            return text
+        return f"{text}  {self._tokens / spent:,.0f} tokens/s  {spent / done * (2 * self._total - done):.0f} s left"
 
 
 class Clock:
