@@ -38,7 +38,7 @@ def _place(raylet: int, command: list[str]) -> str:
 def _ask(raylet: int, command: list[str]) -> None:
     """Have a worker forked that runs `command` in this environment and folder."""
     place, end = _place(raylet, command), time.monotonic() + _PATIENCE_S
-    asked = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    asked = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd(), "asker": os.getpid()}).encode()
     with open(f"{place}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         while time.monotonic() < end:
@@ -73,17 +73,17 @@ def _serve(place: str, raylet: int) -> dict | None:
     from contextlib import suppress
     from importlib import import_module
 
-    for name in ("ray._private.workers.default_worker", *os.environ[IMPORTS].split(",")):
-        with suppress(ImportError):  # the worker says so, where it can be told
-            import_module(name)
-    gc.collect()
-    gc.freeze()  # so that pages stay shared with the workers
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no trace is left of workers that have ended
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(f"{place}.n")
         door.listen(64)
         door.settimeout(_LOOK_S)
-        os.rename(f"{place}.n", f"{place}.s")
+        os.rename(f"{place}.n", f"{place}.s")  # whoever asks from now on waits for the imports
+        for name in ("ray._private.workers.default_worker", *os.environ[IMPORTS].split(",")):
+            with suppress(Exception):  # the worker meets the same one, and tells it
+                import_module(name)
+        gc.collect()
+        gc.freeze()  # so that pages stay shared with the workers
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no trace is left of workers that have ended
         while os.path.exists(f"/proc/{raylet}"):
             try:
                 line, _ = door.accept()
@@ -92,8 +92,11 @@ def _serve(place: str, raylet: int) -> dict | None:
             with line:
                 line.settimeout(_PATIENCE_S)
                 asked = json.loads(line.makefile().read())
+                if not os.path.exists(f"/proc/{asked['asker']}"):
+                    continue  # Ray waits a minute for a worker, then asks for another
                 if child := os.fork():
-                    line.sendall(str(child).encode())
+                    with suppress(OSError):
+                        line.sendall(str(child).encode())
                 else:
                     return asked
     with suppress(FileNotFoundError):  # of a session whose folder is gone
