@@ -49,7 +49,7 @@ class Resources(Section):
         """The Ray resource demand."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
-    def environment(self, extra: dict[str, str], imports: tuple[str, ...]) -> dict:
+    def environment(self, extra: dict[str, str], imports: tuple[str, ...] = ()) -> dict:
         """Ray options that start a worker with these resources and these environment variables. imports: the modules that it will need,
         which it may have from another process (nursery.py)."""
         threads = self.threads or max(1, int(self.cpus))
@@ -195,7 +195,10 @@ def _fits(bundles: list[dict[str, float]]) -> bool:
 def _explain(demands: Demands) -> str:
     asked = {key: sum(b.get(key, 0) for bundles in demands.values() for b in bundles) for key in ("CPU", "GPU")}
     each = ", ".join(f"{name}: {len(bundles)} x {bundles[0]}" for name, bundles in demands.items() if bundles)
-    return f"the workers need {asked['CPU']:g} CPU and {asked['GPU']:g} GPU ({each}); {shortage()}"
+    told = f"the workers need {asked['CPU']:g} CPU and {asked['GPU']:g} GPU ({each}); {shortage()}"
+    if asked["GPU"] and not ray.cluster_resources().get("GPU"):
+        return f"{told}. There is no GPU at all: without --recipe the job starts from settings that ask for none"
+    return told
 
 
 def shortage() -> str:

@@ -224,7 +224,7 @@ def summary_lines(manifest: dict, layout: CritiqueLayout) -> list[str]:
     return lines
 
 
-def main(recipe: Recipe = "jobs/recipes/critique.toml", overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False) -> None:
+def main(recipe: Recipe = "", overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False) -> None:
     """Have the policy criticise and rewrite its own answers."""
     raise typer.Exit(run_job(CritiqueRecipe, critique, recipe, overrides, out, {"skip_bad_rows": skip_bad_rows}))
 

@@ -114,7 +114,7 @@ def report_lines(report: dict, out: Path) -> list[str]:
 def main(
     data: Data,
     method: Method = "",
-    recipe: Recipe = "jobs/recipes/distill.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     calibrate: Calibrate = "",

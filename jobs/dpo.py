@@ -211,7 +211,7 @@ def validate(policy: Policy, examples: PairExamples, reference: np.ndarray, mixt
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/dpo.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     resume: Resume = False,

@@ -214,7 +214,7 @@ def _ask_crew(config: EvaluateRecipe, asking: Asking, store: ShardStore, identit
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/evaluate.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     levels: Levels = "",

@@ -135,7 +135,7 @@ def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray) -> 
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/finetune.toml",
+    recipe: Recipe = "",
     objective: Objective = "",
     overrides: Set = None,
     out: Out = "",

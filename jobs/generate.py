@@ -278,7 +278,7 @@ def summary_lines(manifest: dict, layout: Layout) -> list[str]:
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/generate.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     scale: Scale = "",

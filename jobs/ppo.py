@@ -259,7 +259,7 @@ def headline(stats: dict[str, float]) -> str:
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/ppo.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     resume: Resume = False,

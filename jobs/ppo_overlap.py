@@ -166,7 +166,7 @@ def write_with_ahead(cast: Cast, kl: AdaptiveKL, ahead: list[Drawn], folder: Pat
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/ppo.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     resume: Resume = False,

@@ -114,7 +114,7 @@ def export(trainer: RewardTrainer, tokenizer, folder: Path) -> None:
 
 
 def main(
-    recipe: Recipe = "jobs/recipes/reward_model.toml",
+    recipe: Recipe = "",
     overrides: Set = None,
     out: Out = "",
     resume: Resume = False,
