@@ -172,13 +172,13 @@ def _address(process: subprocess.Popen, log) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
+    """End the server, and whatever it has left: one that is stopped while its engine starts leaves the engine's process."""
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 if __name__ == "__main__":

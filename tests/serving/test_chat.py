@@ -1,13 +1,16 @@
 """`ctrlrl chat`: a conversation in the terminal, against the tests' server and with one of its own."""
 
+import asyncio
 import fcntl
 import json
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +21,8 @@ from ctrlrl.errors import RecipeError
 from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, render
 from ctrlrl.serving.client import Client, NotAnswered
+from ctrlrl.serving.policies import Limits
+from jobs import chat, serve
 from jobs.talk import Talk
 
 DRAWING = {"temperature": 0, "max_tokens": 8}
@@ -141,6 +146,22 @@ def test_a_cst_model_and_a_terminal_that_is_not_steered(endless, capsys):
     assert "this model's dial is a system prompt" in capsys.readouterr().err
 
 
+def test_a_server_takes_connections_when_it_tells_its_address(monkeypatch):
+    model, taken = SimpleNamespace(name="m", healthy=True), []
+
+    def said(line):
+        if " on http://" in line:
+            host, _, port = line.partition(" on http://")[2].split()[0].rpartition(":")
+            with socket.create_connection((host, int(port)), 60):
+                taken.append(line)
+            model.healthy = False  # which ends the server
+
+    monkeypatch.setattr(serve, "_say", said)
+    service = SimpleNamespace(model=model, gate=SimpleNamespace(running=0))
+    serving = SimpleNamespace(config=SimpleNamespace(limits=Limits(grace_s=1)), summary=lambda _: "")
+    assert asyncio.run(serve._until_stopped(serving, service, serve._bound("127.0.0.1", 0), 0.0)) == 1 and len(taken) == 1
+
+
 def test_a_pipe_with_a_server_of_its_own(exported, tmp_path):
     """Also: what was asked is answered as the tests' server would, and nothing is left running."""
     dials = tmp_path / "dials.toml"
@@ -201,6 +222,16 @@ def test_ctrl_c_stops_an_answer_and_twice_ends(endless, tmp_path):
     os.write(leader, b"\x03")
     assert process.wait(60) == 130
     os.close(leader)
+
+
+def test_what_a_server_leaves_behind_is_ended():
+    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    left = int(process.stdout.readline())
+    chat._end(process)
+    assert process.stdout.read() == "" and "sleep" not in _command(left)  # standard output ends with the last that holds it
 
 
 @pytest.mark.parametrize(("options", "words"), [
