@@ -75,10 +75,12 @@ def completed(kind: type[Section], dumped: str) -> dict:
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Every leaf in which two dumped configs differ, as `a.b: old -> new`."""
+    """Every leaf in which two dumped configs differ, as `a.b: old -> new`, or `a.0.b` in lists of equally many."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(isinstance(part, dict) for part in (*a, *b)):
+            a, b = ({str(i): part for i, part in enumerate(parts)} for parts in (a, b))
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:

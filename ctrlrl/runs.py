@@ -35,7 +35,8 @@ class Run:
 
     @classmethod
     def open(cls, out: str, config: Section, *, resume: bool, keep: int = 2, free: tuple[str, ...] = ()) -> "Run":
-        """A run in `out`, new or continued; nothing but its lock is written before `begin`. free: recipe keys that may change at resume.
+        """A run in `out`, new or continued; nothing but its lock is written before `begin`. free: recipe keys that may change at resume, as
+        `out` may: a run's directory may be moved.
 
         RunError: another process writes there; it is in use already and `resume` is not asked; another recipe is being resumed; a
         relative path in a submitted job.
@@ -50,7 +51,7 @@ class Run:
             if recipe.exists():
                 old, new = completed(type(config), recipe.read_text()), json.loads(dump(config))
                 found = [d for d in differences(old, new) if not d.endswith(_ALIKE)]
-                changed = [d for d in found if not d.startswith(tuple(f"{key}{end}" for key in free for end in ":."))]
+                changed = [d for d in found if not d.startswith(tuple(f"{key}{end}" for key in (*free, "out") for end in ":."))]
                 if changed:
                     raise RunError(f"{out!r} was started with another recipe ({'; '.join(changed)}): undo the change, or give another out")
         except BaseException:

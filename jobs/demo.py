@@ -35,7 +35,7 @@ from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
 from jobs.dpo import DPORecipe, dpo
 from jobs.evaluate import EvaluateRecipe, evaluate, is_finished, reward_workers
-from jobs.finetune import FinetuneRecipe, finetune
+from jobs.finetune import FinetuneRecipe, check_reused, finetune
 from jobs.generate import GenerateRecipe, generate
 from jobs.launch import mistakes_told
 from jobs.measure import summary_lines, system_lines
@@ -87,7 +87,7 @@ class Demo:
         """CLM or ExMATE on the MOEC table."""
         data = str(self.directory / "distill")
         config = self.recipe(FinetuneRecipe, "finetune", objective, objective=objective, data=data, policy__model=self.policy)
-        return self._trained(config, finetune)
+        return self._trained(config, finetune, check_reused)
 
     def ppo(self, steps: int | None = None) -> int:
         """PPO with the min control reward."""
@@ -158,14 +158,15 @@ class Demo:
             print("\n" + "\n".join(offer(self.directory, served, self.world.reward)), flush=True)
         return 0
 
-    def _trained(self, config, job: Callable[..., int]) -> int:
-        """Run a training job, or continue it, unless its model is there; RunError if that was made with other settings."""
+    def _trained(self, config, job: Callable[..., int], check: Callable[..., None] = lambda config: None) -> int:
+        """Run a training job, or continue it, unless its model is there; RunError if that was made with other settings, or by `check`."""
         out = Path(config.out)
         if (out / "model").is_dir():
             free = ("cluster", "checkpoint_every", "skip_bad_rows")
             if changed := [change for change in changes(out, config) if not change.startswith(free)]:
                 remedy = f"give the old values, another --out, or --fresh --only {out.name}"
                 raise RunError(f"{str(out)!r} was made with other settings ({'; '.join(changed)}): {remedy}")
+            check(config)
             print(f"{out.name}: reused from {out}", flush=True)
             return 0
         return job(config, resume=(out / RECIPE).exists())

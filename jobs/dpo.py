@@ -57,6 +57,7 @@ from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, tr
 from jobs.progress import Steps
 from jobs.reading import renderable
 
+_REFERENCE = "reference.parquet"  # of a run directory
 _CHUNK = 512  # pairs that the reference scores between two lines of progress
 
 
@@ -117,7 +118,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
-    with open_run(config, resume) as run:
+    with open_run(config, resume, sources(config)) as run:
         origins = same_origins(run.directory, {"policy.model": config.policy.model}, {"pairs": batch_fingerprint(batch)})
         connect(config.cluster, demands_of(config))
         reference = reference_logprobs(config, run, batch)
@@ -137,6 +138,12 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
             return train_offline(config, run, policy, task, epochs)
         finally:
             end_all(policy.close, place.release)
+
+
+def sources(config: DPORecipe) -> tuple[str, ...]:
+    """The recipe keys of what a run knows by content; the reference's weights by its stored logprobs."""
+    stored = (absolute_out(config.out) / _REFERENCE).exists()
+    return ("critiques", *(f"tasks.{i}.data" for i in range(len(config.tasks))), "policy.model", *["reference.model"] * stored)
 
 
 def read_data(config: DPORecipe, tokenizer, rejects: list[Reject] | None = None) -> tuple[Mixture, TokenBatch]:
@@ -175,7 +182,7 @@ def demands_of(config: DPORecipe) -> dict[str, list[dict[str, float]]]:
 
 def reference_logprobs(config: DPORecipe, run: Run, batch: TokenBatch) -> np.ndarray:
     """Summed logprobs under the reference, float64 [pairs, 2]: those stored in the run directory, or computed now and stored there."""
-    path = run.directory / "reference.parquet"
+    path = run.directory / _REFERENCE
     fingerprint = {
         "model": model_fingerprint(config.reference_model),
         "dtype": config.reference.dtype,

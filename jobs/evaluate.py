@@ -141,6 +141,13 @@ def is_finished(config: EvaluateRecipe) -> bool:
         return not store.missing()
 
 
+def check_measured(config: EvaluateRecipe) -> None:
+    """RunError if the figures that lie in the recipe's `out` are of another model than lies at its path now."""
+    store = read_json(absolute_out(config.out) / "answers" / "store.json")
+    if store is not None and store.get("fingerprint", {}).get("model") != model_fingerprint(config.model):
+        raise RunError(f"{config.out!r} measures another model than {config.model!r} is now: remove it, and the model is measured anew")
+
+
 def ask(config: EvaluateRecipe, asking: Asking, store: ShardStore, identity: dict, crew: Crew | None) -> int:
     """Have the missing answers made by `crew`, or by one that is started for it; returns the exit code."""
     if crew is None:

@@ -6,6 +6,7 @@ PLM and CLM maximise the likelihood of the answer under its control, ExMATE also
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -27,10 +28,11 @@ from ctrlrl.models.exporting import check_export
 from ctrlrl.models.layout import check_layout
 from ctrlrl.models.loading import check_policy, load_tokenizer, save_control_tokenizer, within_positions
 from ctrlrl.models.lora import check_adapters
-from ctrlrl.models.origins import record_origins, same_origins, table_fingerprint
+from ctrlrl.models.origins import Origins, record_origins, same_origins, table_fingerprint
 from ctrlrl.models.vocabulary import final_token_id
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
+from ctrlrl.runs import absolute_out
 from jobs.interim import InterimCrew, InterimCrewConfig
 from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
@@ -69,9 +71,8 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     train = Subset(examples, kept)
     interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows, config.chat)
     epochs = epochs_of(config, train)
-    with open_run(config, resume) as run:
-        data = table_fingerprint(read_distilled(config.data))
-        origins = same_origins(run.directory, {"policy.model": config.policy.model}, {"data": data})
+    with open_run(config, resume, ("data", "policy.model")) as run:
+        origins = origins_of(config, run.directory)
         policy_config = scheduled(config.policy, config, epochs.total)
         demands = {"policy": config.policy.bundles}
         connect(config.cluster, demands | config.evaluation.demands)
@@ -94,6 +95,17 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                 return train_offline(config, run, policy, task, epochs)
         finally:
             end_all(policy.close, place.release)
+
+
+def origins_of(config: FinetuneRecipe, directory: Path, **remedy: str) -> Origins:
+    """What a run in `directory` began with; RunError as of same_origins."""
+    data = table_fingerprint(read_distilled(config.data))
+    return same_origins(directory, {"policy.model": config.policy.model}, {"data": data}, **remedy)
+
+
+def check_reused(config: FinetuneRecipe) -> None:
+    """RunError if the model that lies in the recipe's `out` was made from another table or base than lie there now."""
+    origins_of(config, absolute_out(config.out), remedy=f"remove {config.out!r}, and the model is trained anew")
 
 
 def objective(config: FinetuneRecipe) -> Loss:

@@ -19,6 +19,7 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
 from ctrlrl.data.epochs import BatchConfig, Epochs, Examples
 from ctrlrl.errors import GroupLost, RecipeError
+from ctrlrl.models.origins import known_by_content
 from ctrlrl.runs import Run
 from jobs.launch import StopRequest, background
 from jobs.progress import Clock, Steps
@@ -82,10 +83,11 @@ def scheduled(trained: GroupConfig, config: OfflineRecipe, steps: int) -> GroupC
     return trained.scheduled(steps, round(config.warmup_share * steps))
 
 
-def open_run(config: OfflineRecipe, resume: bool) -> Run:
-    """The run directory of an offline job."""
+def open_run(config: OfflineRecipe, resume: bool, sources: tuple[str, ...]) -> Run:
+    """The run directory of an offline job. sources: recipe keys of what its origins know by content."""
     groups = (f"{group}.{key}" for group in ("policy", "reward_model") for key in CHANGEABLE)
     free = ("cluster", "checkpoint_every", "keep_checkpoints", "evaluation", "skip_bad_rows", *groups)
+    free += known_by_content(config.out, *sources)
     return Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free)
 
 

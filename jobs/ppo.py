@@ -23,7 +23,7 @@ from ctrlrl.data.batches import Loss
 from ctrlrl.data.rejects import write_rejects
 from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import GroupLost
-from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
+from ctrlrl.models.origins import known_by_content, record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.sampler import Completions, Request
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, value_loss
@@ -58,7 +58,8 @@ def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | 
         chat=config.chat,
         judges=judges_of(config),
     )
-    with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=FREE) as run:
+    free = (*FREE, *known_by_content(config.out, "prompts", *config.models))
+    with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free) as run:
         data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
         origins = same_origins(run.directory, config.models, {"prompts": data})
         cast = start_cast(config)

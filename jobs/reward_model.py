@@ -64,7 +64,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     examples = encode_pairs(config, tokenizer, pairs)
     train = Subset(examples, kept)
     epochs = epochs_of(config, train)
-    with open_run(config, resume) as run:
+    with open_run(config, resume, ("data", "reward_model.model")) as run:
         data = rows_fingerprint([pair.messages, pair.chosen, pair.rejected] for pair in pairs)
         origins = same_origins(run.directory, {"reward_model.model": config.reward_model.model}, {"data": data})
         trainer_config = scheduled(config.reward_model, config, epochs.total)

@@ -23,8 +23,8 @@ from ctrlrl.models.loading import check_policy, check_reward_model
 from ctrlrl.runs import only_writer
 from jobs.cast import demands_of as cast_demands
 from jobs.distill import DistillRecipe, distill
-from jobs.evaluate import EvaluateRecipe, evaluate
-from jobs.finetune import FinetuneRecipe, finetune
+from jobs.evaluate import EvaluateRecipe, check_measured, evaluate
+from jobs.finetune import FinetuneRecipe, check_reused, finetune
 from jobs.generate import GenerateRecipe, generate
 from jobs.launch import Out, Set, SkipBadRows, run_job
 from jobs.measure import summary_lines
@@ -56,12 +56,25 @@ def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list
         connect(study.cluster, {"study": [most_demanded(steps)]})
     for number, (name, chain) in enumerate(planned.items(), 1):
         for step in chain:
-            print(f"\n[{number}/{len(planned)}] {name}: {step.folder.name}{', reused' * step.finished}", flush=True)
-            if not step.finished and (code := run(step)):
+            done = reused(step)
+            print(f"\n[{number}/{len(planned)}] {name}: {step.folder.name}{', reused' * done}", flush=True)
+            if not done and (code := run(step)):
                 return code
     measured = {name: read_json(chain[-1].folder / METRICS_FILE) for name, chain in planned.items()}
     print("\n".join(["", study.title, *summary_lines(measured), "", f"Report: ctrlrl report {out}"]), flush=True)
     return 0
+
+
+def reused(step: Step) -> bool:
+    """Whether a step is finished; RunError if it was made from another table or model than the steps before it have made since."""
+    if not step.finished:
+        return False
+    match step.config:
+        case FinetuneRecipe():
+            check_reused(step.config)
+        case EvaluateRecipe():
+            check_measured(step.config)
+    return True
 
 
 def run(step: Step) -> int:

@@ -160,6 +160,9 @@ def test_differences():
         "seed: 0 -> 1",
     ]
     assert differences({"a": {"b": 1}}, {"a": 2}) == ['a: {"b": 1} -> 2'] and differences({"a": 1}, {}) == ["a: 1 -> null"]
+    two, other = [{"b": 1, "c": 2}, {"b": 3}], [{"b": 1, "c": 2}, {"b": 4}]
+    assert differences({"a": two}, {"a": other}) == ["a.1.b: 3 -> 4"] and len(differences({"a": two}, {"a": two[:1]})) == 1
+    assert differences({"a": [1, 2]}, {"a": [1, 3]}) == ["a: [1, 2] -> [1, 3]"]
 
 
 class Places(Section):

@@ -160,6 +160,8 @@ def test_a_run_is_resumed_with_the_recipe_it_was_started_with(tmp_path):
     with pytest.raises(RunError, match=r"another recipe \(steps: 1 -> 2\)"):
         Run.open(str(tmp_path / "run"), Recipe(steps=2), resume=True)
     Run.open(str(tmp_path / "run"), Recipe(steps=2), resume=True, free=("steps",))
+    (tmp_path / "run" / "recipe.json").write_text('{"out": "where/it/lay", "steps": 1}')
+    Run.open(str(tmp_path / "run"), Recipe(), resume=True)
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000009\n")
     again = Run.open(str(tmp_path / "run"), Recipe(), resume=True)

@@ -11,6 +11,7 @@ from ctrlrl.config import differences
 from ctrlrl.data.atomic import write_json
 from ctrlrl.errors import RunError
 from ctrlrl.models.fingerprint import model_contents
+from ctrlrl.runs import absolute_out
 
 _FILE = "origins.json"  # of a run directory
 _ROWS = 10_000
@@ -34,10 +35,12 @@ def table_fingerprint(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def same_origins(directory: Path, models: Mapping[str, str], data: Mapping[str, str]) -> Origins:
+def same_origins(
+    directory: Path, models: Mapping[str, str], data: Mapping[str, str], remedy: str = "start a new run in another out"
+) -> Origins:
     """The origins of a run in `directory`, for `record_origins`. models: recipe key -> name or path; data: recipe key -> fingerprint.
 
-    RunError, which names them, if a run that goes on began with others.
+    RunError, which names them and the remedy, if a run that goes on, or whose model is used, began with others.
     """
     contents = {name: model_contents(name) for name in set(models.values())}
     found = {"models": {key: contents[name] for key, name in models.items()}, "data": dict(data)}
@@ -54,8 +57,14 @@ def same_origins(directory: Path, models: Mapping[str, str], data: Mapping[str, 
         raise RunError(f"{path} cannot be read: {error}: restore it, or delete it and trust that data and weights are the same") from None
     if changed:
         names = ", ".join(change.partition(": ")[0] for change in changed)
-        raise RunError(f"{str(directory)!r} was started with other content of {names}: restore it, or start a new run in another out")
+        raise RunError(f"{str(directory)!r} was started with other content of {names}: restore it, or {remedy}")
     return found
+
+
+def known_by_content(out: str, *keys: str) -> tuple[str, ...]:
+    """Those of the recipe `keys` that a run in `out` knows by content, so that a resumed one may find the same at other paths: all of
+    them, if it says what it began with."""
+    return keys if (absolute_out(out) / _FILE).exists() else ()
 
 
 def record_origins(directory: Path, origins: Origins) -> None:

@@ -106,7 +106,7 @@ def generation(world: Path, out: Path, calm: Path, seed: int, scale: int) -> Job
         "generate", "--recipe", "jobs/recipes/demo_generate.toml", "--scale", f"{scale}x", "--out", str(out), *sets(*settings)
     ]  # fmt: skip
     kinds = (*(f"{a}:{w}" for a in ("kill", "stop") for w in ("rollout", "reward")), "node", "torn", "full")
-    return Job("generate", command, out, 10 * scale, lambda: len(list((out / "samples").glob("[0-9]*.parquet"))), kinds, check)
+    return Job("generate", command, out, 10 * scale, lambda: len(list((out / "samples/shards").glob("[0-9]*.json"))), kinds, check)
 
 
 def finetuning(world: Path, table: Path, out: Path, calm: Path, seed: int, steps: int) -> Job:
@@ -167,11 +167,11 @@ def main() -> None:
     os.environ["RAY_ADDRESS"] = cluster.address  # of the jobs
     faults, report, calm = Faults(cluster, disk, dice), [], FOLDER / "calm"
     share = {"ppo": 0.45, "generate": 0.25, "finetune": 0.3}
-    chosen = [options.only] if options.only else list(share)
+    chosen, asked = [options.only] if options.only else list(share), 0
     try:
         for name in chosen:
             count = options.faults if options.only else round(options.faults * share[name])
-            seed, out = options.seed, disk / name
+            seed, out, asked = options.seed, disk / name, asked + count
             if name == "ppo":
                 job = ppo(world, out, seed, 30)
             elif name == "generate":
@@ -188,7 +188,9 @@ def main() -> None:
             kinds = tuple(kind for kind in job.kinds if mounted or kind != "full")
             report += run(job, faults, count, dice, kinds)
             shutil.rmtree(out)
-        print("\n".join([f"{len(report)} faults; nothing lost, doubled or stuck", *summary(report)]))
+        print("\n".join([f"{len(report)} of {asked} faults; nothing lost, doubled or stuck", *summary(report)]))
+        if len(report) < asked:  # or nothing is shown
+            raise SystemExit("chaos: a job ended before all its faults had struck")
         if options.report:
             options.report.write_text(json.dumps({"seed": options.seed, "faults": report}, indent=2) + "\n")
     finally:

@@ -1,6 +1,8 @@
 """Shared by the tests of jobs: recipes on the tiny models, a table to train on, and undisturbed directories."""
 
 import json
+import operator
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,19 +61,30 @@ def assert_controllable():
 
 @pytest.fixture
 def assert_bound_to_origins(tmp_path):
-    """A function: a run of `job` in `out` says what it began with, under these keys, and is refused, before actors start, with other."""
+    """A function: a run of `job` in `out` says what it began with, under these keys, and is refused, before actors start, with other.
 
-    def check(job, config, out: Path, models: set[str], data: str) -> None:
+    paths: recipe keys of the data. That they and the models lay elsewhere then counts for nothing.
+    """
+
+    def check(job, config, out: Path, models: set[str], data: str, paths: tuple[str, ...] = ()) -> None:
         origins = json.loads((out / "origins.json").read_text())
         assert set(origins["models"]) == models and set(origins["data"]) == {data}
         again = config.model_copy(update={"out": str(tmp_path / "bound")})
         (tmp_path / "bound").mkdir()
-        (tmp_path / "bound" / "recipe.json").write_text(dump(again))
+        recipe = json.loads(dump(again)) | {"out": "/before/it/moved"}
+        for key in (*models, *(paths or (data,))):
+            *sections, leaf = (int(part) if part.isdecimal() else part for part in key.split("."))
+            section = reduce(operator.getitem, sections, recipe)
+            section[leaf] = f"/before/it/moved/{leaf}"
+        (tmp_path / "bound" / "recipe.json").write_text(json.dumps(recipe))
         for part, key in (("data", data), *(("models", key) for key in models)):
             changed = {**origins, part: {**origins[part], key: "other" if part == "data" else {"model.safetensors": "other"}}}
             (tmp_path / "bound" / "origins.json").write_text(json.dumps(changed))
             with pytest.raises(RunError, match=f"was started with other content of .*{key}"):
                 job(again, resume=True)
+        (tmp_path / "bound" / "origins.json").unlink()  # as of an earlier version: then the paths are all that is known
+        with pytest.raises(RunError, match="was started with another recipe .*/before/it/moved/"):
+            job(again, resume=True)
 
     return check
 

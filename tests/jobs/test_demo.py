@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import jobs.demo
 from ctrlrl.cli import app
 from ctrlrl.config import dump, load
 from ctrlrl.control import ATTRIBUTES, CORNERS, Control
@@ -15,7 +18,9 @@ from ctrlrl.data.lock import DirectoryLock
 from ctrlrl.demo.models import FULL, DemoWorld, fingerprint
 from ctrlrl.errors import RunError, StorageError
 from ctrlrl.evaluation.metrics import METRICS
+from ctrlrl.models.origins import record_origins
 from jobs.demo import PARTS, TRAINED, UNTRAINED, Demo, removable, run_demo
+from jobs.finetune import origins_of
 from jobs.serving import ServeConfig
 
 METHODS = {"before", "prompting", "reranking", "clm", "exmate", "ppo", "cst", "dpo"}
@@ -116,6 +121,26 @@ def test_a_trained_model_is_reused_with_its_settings_alone(demo, capsys):
         demo.ppo(30)
     (demo.directory / "ppo" / "recipe.json").write_text(dump(demo.ppo_recipe()).replace(str(demo.directory), "/elsewhere/before/it/moved"))
     assert demo.ppo() == 0
+
+
+def test_a_model_of_another_table_is_not_reused(demo, distilled, models, monkeypatch, capsys):
+    demo = replace(demo, world=replace(demo.world, policy=Path(models["policy"])))
+
+    def trained(config, resume):
+        (demo.directory / "clm" / "model").mkdir(parents=True)
+        record_origins(demo.directory / "clm", origins_of(config, demo.directory / "clm"))
+        (demo.directory / "clm" / "recipe.json").write_text(dump(config))
+        return 0
+
+    monkeypatch.setattr(jobs.demo, "finetune", trained)
+    (demo.directory / "distill").mkdir(parents=True)
+    table = pq.read_table(distilled)
+    pq.write_table(table, demo.directory / "distill" / "train.parquet")
+    assert demo.finetune("clm") == 0 and "reused" not in capsys.readouterr().out
+    assert demo.finetune("clm") == 0 and "clm: reused from" in capsys.readouterr().out
+    pq.write_table(table.slice(1), demo.directory / "distill" / "train.parquet")
+    with pytest.raises(RunError, match="other content of data: restore it, or remove '.*/clm', and the model is trained anew"):
+        demo.finetune("clm")
 
 
 def test_every_method_is_evaluated_on_prompts_that_nothing_was_trained_on(demo):

@@ -93,7 +93,7 @@ def test_a_stopped_run_resumes_to_the_bit_and_computes_no_reference(tuned, dpo_o
 
 
 def test_a_run_is_bound_to_its_data_and_weights(tuned, dpo_overrides, assert_bound_to_origins):
-    assert_bound_to_origins(dpo, recipe(dpo_overrides, tuned), tuned, {"policy.model"}, "pairs")
+    assert_bound_to_origins(dpo, recipe(dpo_overrides, tuned), tuned, {"policy.model"}, "pairs", ("critiques", "tasks.0.data"))
 
 
 def test_the_model_is_an_ordinary_directory_with_its_chat_template(tuned, models):

@@ -7,9 +7,11 @@ import threading
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from ctrlrl.cli import app
 from ctrlrl.errors import GroupLost
-from jobs.launch import StopRequest, background
+from jobs.launch import StopRequest, background, mistakes_told
 
 # A job that waits in one of its threads, or in what it does at its end.
 JOB = """
@@ -52,6 +54,25 @@ def test_an_interrupted_job_ends_whatever_it_waits_for():
         for job in jobs.values():
             job.kill()
             job.wait()
+
+
+class Entered(Exception):
+    """That a command came to the context which answers interrupts."""
+
+
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_every_command_answers_interrupts_so(command, monkeypatch):
+    if command == "doctor":
+        pytest.skip("it looks, and runs nothing")
+
+    def enter(self):
+        raise Entered
+
+    monkeypatch.setattr(mistakes_told, "__enter__", enter)
+    needed = {"submit": ["ppo"], "study": ["scale"], "calibrate": ["runs/x", "--out", "x"]}
+    needed |= dict.fromkeys(("score", "distill", "inspect", "report", "serve", "chat"), ["runs/x"])
+    for more in ([], ["--table", "x"]) if command == "evaluate" else ([],):
+        assert isinstance(CliRunner().invoke(app, [command, *needed.get(command, []), *more]).exception, Entered)
 
 
 def test_calls_beside_the_job_are_waited_for_and_not_begun_after_an_error():

@@ -2,16 +2,22 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
-from ctrlrl.config import load
+from ctrlrl.config import dump, load
 from ctrlrl.control import ATTRIBUTES
+from ctrlrl.errors import RunError
 from ctrlrl.evaluation.exhibits import collect
-from jobs.study import most_demanded, run_study
-from jobs.variants import RECIPES, StudyRecipe, plan
+from ctrlrl.models.fingerprint import model_fingerprint
+from ctrlrl.models.origins import record_origins
+from jobs.evaluate import EvaluateRecipe
+from jobs.finetune import FinetuneRecipe, origins_of
+from jobs.study import most_demanded, reused, run_study
+from jobs.variants import RECIPES, Step, StudyRecipe, plan
 
 STUDIES = sorted(path.stem for path in (RECIPES / "studies").glob("*.toml"))
 INPUTS = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"} | {a: a for a in ATTRIBUTES}
@@ -165,6 +171,33 @@ def toml(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {toml(part)}" for key, part in value.items()) + "}"
     return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list | tuple) else json.dumps(value)
+
+
+def test_what_was_made_of_another_table_or_model_is_not_reused(models, finetune_overrides, prompt_file, tmp_path):
+    tuned, measured, model = (tmp_path / name for name in ("tuned", "measured", "policy"))
+    (tuned / "model").mkdir(parents=True)
+    config = load(FinetuneRecipe, None, [*finetune_overrides, f"out={tuned}"])
+    record_origins(tuned, origins_of(config, tuned))
+    (tuned / "recipe.json").write_text(dump(config))
+    assert reused(Step("finetune", tuned, config))
+    origins = json.loads((tuned / "origins.json").read_text())
+    for other in ({"data": {"data": "other"}}, {"models": {"policy.model": {"model.safetensors": "other"}}}):
+        (tuned / "origins.json").write_text(json.dumps(origins | other))
+        with pytest.raises(RunError, match=f"other content of .*: restore it, or remove '{tuned}', and the model is trained anew"):
+            reused(Step("finetune", tuned, config))
+
+    shutil.copytree(models["policy"], model)
+    (measured / "answers").mkdir(parents=True)
+    (measured / "metrics.json").write_text("{}")
+    (measured / "answers" / "store.json").write_text(json.dumps({"fingerprint": {"model": model_fingerprint(str(model))}}))
+    judges = {a: {"model": models[a]} for a in ATTRIBUTES}
+    asked = {"out": str(measured), "model": str(model), "prompts": prompt_file, "judges": {"optimisation": judges}}
+    step = Step("evaluate", measured, load(EvaluateRecipe, None, settings=asked))
+    assert reused(step)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(RunError, match=f"'{measured}' measures another model than .* is now: remove it, and the model is measured anew"):
+        reused(step)
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from ctrlrl.errors import RunError
-from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins, table_fingerprint
+from ctrlrl.models.origins import known_by_content, record_origins, rows_fingerprint, same_origins, table_fingerprint
 
 
 @pytest.fixture
@@ -55,6 +55,13 @@ def test_a_run_that_never_began_or_does_not_say_is_not_held_to_anything(run, cap
     (directory / "origins.json").unlink()
     same_origins(directory, {"policy.model": str(own)}, {"data": "b"})
     assert capsys.readouterr().out.count("does not say which data and weights it began with") == 1
+
+
+def test_the_keys_of_what_is_known_by_content_may_change_their_paths(run):
+    directory, _ = run
+    assert known_by_content(str(directory), "data", "policy.model") == ("data", "policy.model")
+    (directory / "origins.json").unlink()
+    assert known_by_content(str(directory), "data") == ()
 
 
 def test_fingerprints_are_of_rows_in_order():
