@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.nursery import IMPORTS, executable
 from ctrlrl.config import Section
+from ctrlrl.data.disk import storage_error
 from ctrlrl.errors import PlacementError
 
 _DRAIN_QUESTION_S = 2.0
@@ -102,16 +103,25 @@ def connect(config: ClusterConfig, demands: Demands) -> None:
     asked = Counter()
     for bundle in (bundle for bundles in demands.values() for bundle in bundles):
         asked.update(bundle)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(asked["CPU"])),
-        resources={name: amount for name, amount in asked.items() if name not in _BUILT_IN},
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        namespace="ctrlrl",
-        runtime_env={"py_executable": executable()},
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(asked["CPU"])),
+            resources={name: amount for name, amount in asked.items() if name not in _BUILT_IN},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            namespace="ctrlrl",
+            runtime_env={"py_executable": executable()},
+        )
+    except Exception as error:  # Ray's own deadlines are plain Exceptions
+        if storage_error(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlacementError(
+            f"Ray cannot be started on this machine: {reason} It has {os.cpu_count()} cores and a load of {os.getloadavg()[0]:.0f}: "
+            "end other work, or set cluster.address to a running cluster, and run the same command again"
+        ) from error
 
 
 def reserve(demands: Demands, config: ClusterConfig) -> Placement:

@@ -18,7 +18,7 @@ class Proof:
 
     def __init__(self, model: str, engine: EngineConfig):
         self._model, self._tolerance = model, TOLERANCE[engine.dtype]
-        self._probe = [ids[: engine.max_model_tokens - 1] for ids in probe_of(model)]  # and one is drawn
+        self._probe = _probe_within(model, engine)
         self._expected = self._by_transformers(engine.dtype)
 
     @torch.no_grad()
@@ -32,12 +32,7 @@ class Proof:
 
     def check(self, logprobs: Callable[[Sequence[Sequence[int]]], list[np.ndarray]]) -> None:
         """ModelError if an engine's `logprobs`, at temperature 1, fail or differ by more than rounding does."""
-        try:
-            given = logprobs(self._probe)
-        except ENGINE_ERRORS as error:
-            raise ModelError(
-                f"the rollout engine cannot run {self._model!r}: {reason_of(error)}: use a model of another architecture"
-            ) from None
+        given = _answer(self._model, logprobs, self._probe)
         error, allowed = mean_difference(given, self._expected), allowed_difference(self._expected, self._tolerance)
         if error > allowed:
             raise ModelError(
@@ -47,12 +42,34 @@ class Proof:
 
 
 class Compared:
-    """In place of a Proof where the architecture was compared with transformers already: usual models pay nothing."""
+    """In place of a Proof where the architecture was compared with transformers already: the weights alone are in question."""
 
-    def check(self, logprobs: Callable) -> None:
-        pass
+    def __init__(self, model: str, engine: EngineConfig):
+        self._model, self._probe = model, _probe_within(model, engine)
+
+    def check(self, logprobs: Callable[[Sequence[Sequence[int]]], list[np.ndarray]]) -> None:
+        """ModelError if an engine's `logprobs` fail or are not finite."""
+        _answer(self._model, logprobs, self._probe)
 
 
 def proof_of(model: str, engine: EngineConfig) -> Proof | Compared:
     """What an engine with this model has to pass at its start."""
-    return Compared() if compared(model) else Proof(model, engine)
+    return Compared(model, engine) if compared(model) else Proof(model, engine)
+
+
+def _answer(model: str, logprobs: Callable, probe: list[Sequence[int]]) -> list[np.ndarray]:
+    """What the engine says; ModelError if it cannot, or says nothing finite (it would sample from that, and tell nobody)."""
+    try:
+        given = logprobs(probe)
+    except ENGINE_ERRORS as error:
+        raise ModelError(f"the rollout engine cannot run {model!r}: {reason_of(error)}: use a model of another architecture") from None
+    if not np.isfinite(np.concatenate(given)).all():
+        raise ModelError(
+            f"the rollout engine's logprobs of {model!r} are not finite: its weights are broken, or overflow in this dtype: restore them, "
+            'or set rollout.engine.dtype = "float32"'
+        )
+    return given
+
+
+def _probe_within(model: str, engine: EngineConfig) -> list[Sequence[int]]:
+    return [ids[: engine.max_model_tokens - 1] for ids in probe_of(model)]  # and one is drawn

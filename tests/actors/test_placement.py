@@ -38,6 +38,19 @@ def test_no_cluster_at_the_address(monkeypatch):
         connect(ClusterConfig(address="10.0.0.1:6379"), {})
 
 
+def test_a_machine_on_which_ray_does_not_start_is_told(monkeypatch):
+    import ray
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(PlacementError, match=r"cannot be started on this machine: The current node timed out .*It has \d+ cores"):
+        connect(ClusterConfig(), {})
+
+
 def test_resources_become_a_bundle_and_an_environment():
     resources = Resources(cpus=4, gpus=1, threads=2)
     assert resources.bundle == {"CPU": 4, "GPU": 1}

@@ -94,7 +94,11 @@ def test_an_engine_must_compute_what_transformers_does(models, monkeypatch):
     with pytest.raises(ModelError, match="cannot run .*: AttributeError: no such kernel"):
         proof.check(fail)
     Proof(models["policy"], EngineConfig(dtype="bfloat16", max_model_tokens=8)).check(short)
-    proof_of(models["policy"], EngineConfig(dtype="float32")).check(fail)  # a llama, known to be right: not asked
+    known = proof_of(models["policy"], EngineConfig(dtype="float32"))  # a llama: only whether its weights are numbers
+    known.check(partial(answer, shift=0.01))
+    for asked in (known, proof):
+        with pytest.raises(ModelError, match="are not finite: its weights are broken"):
+            asked.check(partial(answer, shift=float("nan")))
     monkeypatch.setattr("ctrlrl.models.architectures._RIGHT", frozenset())
     with pytest.raises(ModelError, match="cannot run"):
         proof_of(models["policy"], EngineConfig(dtype="float32")).check(fail)
