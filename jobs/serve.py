@@ -34,6 +34,8 @@ def main(
         if new_key:
             raise SystemExit(print_key(new_key))
         os.environ.update({key: value for key, value in _PASSIVE.items() if key not in os.environ})
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until the server runs; ends the engine's process, too
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         import uvloop
 
         from jobs.serving import load_serving
