@@ -28,11 +28,12 @@ if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
 
 def _end_with_parent() -> None:
     """Have this process ended when the one that made it dies, however that comes: an engine alone would hold its memory for ever."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here, since a process that has just forked should load nothing
 if multiprocessing.parent_process() is not None:
     _end_with_parent()  # an engine's process that does not fork from the server's, but imports this anew (in Ray's workers)
 # Text that stands where vLLM's schema wants messages; the prompt is the ids.

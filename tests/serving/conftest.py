@@ -72,7 +72,7 @@ class Server:
 
     def _wait(self, words: str, after: int = 0) -> str:
         """The first line of the log, from a position on, that has these words."""
-        end = time.monotonic() + 240
+        end = time.monotonic() + 400
         while time.monotonic() < end:
             found = [line for line in self.log.read_text()[after:].splitlines() if words in line]
             if found:
