@@ -4,13 +4,9 @@ vLLM never sees a message and renders no template: its serving class is handed a
 request. Everything behind the prompt (drawing, text, streaming, logprobs, usage) is vLLM's own.
 """
 
-import ctypes
 import gc
-import multiprocessing
 import os
 import re
-import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,17 +21,6 @@ from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, environment, reas
 if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
     torch._C._cpu._init_amx()  # of each process that imports this, the engine's too: small bf16 matrices die with SIGILL without it
 
-
-def _end_with_parent() -> None:
-    """Have this process ended when the one that made it dies, however that comes: an engine alone would hold its memory for ever."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here, since a process that has just forked should load nothing
-if multiprocessing.parent_process() is not None:
-    _end_with_parent()  # an engine's process that does not fork from the server's, but imports this anew (in Ray's workers)
 # Text that stands where vLLM's schema wants messages; the prompt is the ids.
 _NO_MESSAGES = [{"role": "user", "content": ""}]
 
@@ -83,7 +68,6 @@ class ServedModel:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        os.register_at_fork(after_in_child=_end_with_parent)
         self.name, self.max_model_tokens = name, engine.max_model_tokens
         settings = dict(
             model=existing(model),
