@@ -152,6 +152,7 @@ def _bound(host: str, port: int):
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
+        sock.listen(2048)  # who comes before the model is there waits
     except (OSError, OverflowError) as error:
         raise RunError(f"cannot listen on {host}:{port}: {error}: give another --host or --port") from None
     return sock
