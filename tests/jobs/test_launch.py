@@ -89,8 +89,9 @@ def test_calls_beside_the_job_are_waited_for_and_not_begun_after_an_error():
 
 
 def test_a_second_interrupt_is_left_to_whoever_handled_the_first_kind_before():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop and stop.exit_code == 130
         signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler

@@ -64,8 +64,10 @@ def test_another_reward_model_scores_the_same_answers_in_its_own_store(copy, mod
 
 def test_distillation_writes_table_report_and_picture(generated, tmp_path):
     layout, _ = generated
-    for method, rows in (("vanilla", 240), ("oversampling", None), ("moec", None)):
-        code, output = cli("distill", layout.directory, "--method", method, "--out", tmp_path / method)
+    code, output = cli("distill", layout.directory, "--method", "moec", "--out", tmp_path / "none")
+    assert code == 2 and "moec keeps 0 of 240 samples" in output and "Add --calibrate quantile" in output  # random scores: none is extreme
+    for method, rows, *more in (("vanilla", 240), ("oversampling", None), ("moec", None, "--calibrate", "quantile")):
+        code, output = cli("distill", layout.directory, "--method", method, "--out", tmp_path / method, *more)
         assert code == 0, output
         report = json.loads((tmp_path / method / "report.json").read_text())
         table = pq.read_table(tmp_path / method / "train.parquet")
