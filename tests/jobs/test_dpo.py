@@ -31,7 +31,7 @@ def dpo_overrides(critiqued, models, tmp_path_factory) -> list[str]:
     persona.write_text("".join(json.dumps({**PERSONA, "prompt": f"Bread or {i} cakes?"}) + "\n" for i in range(20)))
     settings = {
         "critiques": str(critiqued[0].directory), "policy.model": models["policy"], "seed": 2, "epochs": 2, "steps": 4,
-        "batch.sequences": 8, "validation.share": 0.25, "validation.every": 2, "policy.train.dtype": "float32",
+        "batch.sequences": 8, "validation.share": 0.25, "validation.every": 2, "checkpoint_every": 2, "policy.train.dtype": "float32",
         "policy.train.learning_rate": 2e-3, "policy.train.zero_stage": 0, "reference.dtype": "float32", "reference.workers": 2,
         "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
@@ -90,6 +90,10 @@ def test_a_stopped_run_resumes_to_the_bit_and_computes_no_reference(tuned, dpo_o
     (tmp_path / "run" / "reference.parquet").write_bytes(b"")
     with pytest.raises(RunError, match="delete it"):
         dpo(config, resume=True)
+
+
+def test_a_run_goes_on_with_more_ranks(tuned, dpo_overrides, assert_resumes_on_two_ranks):
+    assert_resumes_on_two_ranks(dpo, recipe(dpo_overrides, tuned), tuned, 2, "policy")
 
 
 def test_a_run_is_bound_to_its_data_and_weights(tuned, dpo_overrides, assert_bound_to_origins):

@@ -20,6 +20,7 @@ from ctrlrl.control import CORNERS
 from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.runs import read_metrics
 from jobs.finetune import FinetuneRecipe, finetune, read_examples
+from jobs.interim import InterimCrewConfig
 
 STEPS = 6  # three epochs of 60 rows or less in batches of about 32
 
@@ -111,6 +112,11 @@ def test_a_run_that_is_stopped_and_resumed_equals_an_undisturbed_one(finished, t
     assert {name.partition("/")[0] for name in states[0]} == {"weight", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_goes_on_with_more_ranks(finished, assert_resumes_on_two_ranks):
+    out, config = finished
+    assert_resumes_on_two_ranks(finetune, config, out, 3, "policy", evaluation=InterimCrewConfig())
 
 
 # --- wrong input, without actors ---

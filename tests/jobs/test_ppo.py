@@ -24,6 +24,7 @@ from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import render
 from ctrlrl.runs import read_metrics
+from jobs.interim import InterimConfig
 from jobs.ppo import PPORecipe, headline, recall_chunk, train
 
 
@@ -153,6 +154,11 @@ def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(fin
         assert {k: (v, undisturbed[k]) for k, v in resumed.items() if k not in timed and v != undisturbed[k]} == {}
     a, b = (load_policy(str(folder / "model"), "float32").state_dict() for folder in (out, tmp_path / "run"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_goes_on_with_more_ranks(finished, assert_resumes_on_two_ranks):
+    out, config = finished
+    assert_resumes_on_two_ranks(train, config, out, 1, "policy", "value", evaluation=InterimConfig())
 
 
 def test_a_lora_run_with_rloo_rolls_out_its_adapter_and_stops_at_sigterm(ray_cluster, ppo_overrides, tmp_path, monkeypatch):
