@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,8 +24,10 @@ _PATIENCE_S = 300.0
 
 
 def executable() -> str:
-    """The command that Ray is to start workers with, in place of Python."""
-    return f"{sys.executable} -I -S {os.path.abspath(__file__)}"
+    """The shell's words for the command that Ray is to start workers with, in place of Python; that itself where there is no /proc."""
+    if not os.path.exists("/proc/self"):
+        return sys.executable
+    return shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__)])
 
 
 def _place(raylet: int, command: list[str]) -> str:
