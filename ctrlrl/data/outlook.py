@@ -68,11 +68,15 @@ def few_kept(report: dict) -> str:
         none = " (none is extreme)" if low >= LOW_END and high <= HIGH_START else ""
         ranges.append(f"{attribute} from {low:.2f} to {high:.2f}{none}")
     rows, prompts = report["rows"], report["prompts"]
+    spread = (
+        "Add --calibrate quantile, which spreads the stored outputs of the reward models over [0, 1] (no model runs again); or draw"
+        if "calibration" not in report
+        else "Draw"
+    )
     return (
         f"{report['method']} keeps {rows['after']:,} of {rows['before']:,} samples, of {prompts['after']:,} of {prompts['before']:,} "
         f"prompts: it needs prompts with answers in at least two corners of scores up to {LOW_END:g} and from {HIGH_START:g}, and the "
-        f"scores are {', '.join(ranges)}. Add --calibrate quantile, which spreads the stored outputs of the reward models over [0, 1] "
-        "(no model runs again); or draw more answers a prompt (ctrlrl generate --scale); or use --method oversampling"
+        f"scores are {', '.join(ranges)}. {spread} more answers a prompt (ctrlrl generate --scale); or use --method oversampling"
     )
 
 

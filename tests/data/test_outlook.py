@@ -52,10 +52,13 @@ def test_the_outlook_is_what_distillation_then_keeps(tmp_path):
 
 def test_why_nothing_is_left_names_the_ranges_and_what_mends_it(tmp_path):
     source, _ = narrow(tmp_path)
-    said = few_kept(distill(source, tmp_path / "out", method="moec", seed=0))
+    report = distill(source, tmp_path / "out", method="moec", seed=0)
+    said = few_kept(report)
     assert "moec keeps 0 of 60 samples, of 0 of 12 prompts" in said
     assert "helpful from 0.42 to 0.58 (none is extreme), harmless from 0.42 to 0.58 (none is extreme)" in said
-    assert "Add --calibrate quantile" in said
+    assert "Add --calibrate quantile" in said and "; or draw more answers" in said
+    again = few_kept(report | {"calibration": {}})
+    assert "calibrate" not in again and ". Draw more answers" in again
 
 
 def test_a_store_without_raw_outputs_promises_what_its_scores_do(tmp_path):
