@@ -12,7 +12,6 @@ from pydantic import Field
 
 from ctrlrl.config import Section
 from ctrlrl.control import ATTRIBUTES, CORNERS
-from ctrlrl.data.atomic import write_json
 from ctrlrl.data.calibration import fit_to_store
 from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples, shards_of
 from ctrlrl.data.distill import distill as distil_shards
@@ -59,9 +58,6 @@ def distill(config: DistillRecipe) -> int:
     with only_writer(config.out) as out:
         source = calibrated(source, config)
         report = distil_shards(source, out, memory=int(config.memory_gib * 2**30), **settings)
-        if config.calibrate:
-            report |= {"calibration": {attribute: source.maps[attribute].content_hash for attribute in ATTRIBUTES}}
-            write_json(out / REPORT, report)
         score_distribution(report["histogram"], out / PICTURE, extremes=report["classes"]["extreme"])
         if report["prompts"]["after"] < LEAST * report["prompts"]["before"]:
             (out / REPORT).unlink()  # without it the table does not count

@@ -83,6 +83,8 @@ def distill(
             report["table_sha256"] = file_sha256(out / TABLE)
             report["sources"] = {name: getattr(source, name).fingerprint for name in ("samples", *ATTRIBUTES)}
             report["shards"] = shards_of(source)
+            if source.maps:
+                report["calibration"] = {attribute: source.maps[attribute].content_hash for attribute in ATTRIBUTES}
             write_json(out / REPORT, report)
             return report
         finally:
