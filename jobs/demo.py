@@ -45,6 +45,7 @@ RECIPES = Path(__file__).parent / "recipes"
 STEPS = ("world", "generate", "distill", "clm", "exmate", "ppo", "critique", "cst", "dpo", "evaluate", "report")
 TRAINED = {"clm": "control", "exmate": "control", "ppo": "control", "cst": "system", "dpo": "system"}  # and how each is evaluated
 PARTS = (*(step for step in STEPS if step not in ("world", "evaluate")), "evaluations")  # the folders beside the world
+FIRST = "clm"  # trained first, so that there is something to see while the others train
 UNTRAINED = {"before": "control", "prompting": "prompting", "reranking": "reranking"}
 FAST = {"ppo": {"steps": 6}, "generate": {"samples_per_prompt": 4}, "evaluate": {"max_prompts": 20}}  # what --fast changes in the recipes
 
@@ -111,9 +112,16 @@ class Demo:
         critiques = str(self.directory / "critique")
         return self._trained(self.recipe(DPORecipe, "dpo", name, method=method, critiques=critiques, policy__model=self.policy), dpo)
 
-    def evaluate(self) -> int:
-        """Every method that was trained, and the uncontrolled policy under both baselines."""
-        configs = [self.evaluation(name) for name in (*UNTRAINED, *TRAINED)]
+    def look(self) -> int:
+        """The first trained model's answers to one prompt at the four corners, with their scores: its evaluation, before all others."""
+        if code := self.evaluate((FIRST,)):
+            return code
+        print("\n" + "\n".join(four_answers(pq.read_table(self.directory / "evaluations" / FIRST / TABLE))), flush=True)
+        return 0
+
+    def evaluate(self, names: tuple[str, ...] = (*UNTRAINED, *TRAINED)) -> int:
+        """Every one of these methods that was trained, and the uncontrolled policy under both baselines."""
+        configs = [self.evaluation(name) for name in names]
         todo = [config for config in configs if Path(config.model).is_dir() and not is_finished(config)]
         if not todo:
             return 0
@@ -204,7 +212,7 @@ def _run_steps(directory: Path, seed: int, only: str, fast: bool, ppo_steps: int
     actions: dict[str, Callable[[], int]] = {
         "generate": demo.generate,
         "distill": demo.distill,
-        "clm": lambda: demo.finetune("clm"),
+        "clm": lambda: demo.finetune("clm") or (0 if only else demo.look()),
         "exmate": lambda: demo.finetune("exmate"),
         "ppo": lambda: demo.ppo(ppo_steps),
         "critique": demo.critique,

@@ -33,7 +33,7 @@ CELL_NAMES = {cell: f"{'helpful' if cell[0] else 'unhelpful'}, {'safe' if cell[1
 class WorldSize:
     """How much is trained. Every model takes one pass over its rows; processes = 1 builds in this process."""
 
-    conversations: int = 24000
+    conversations: int = 20000
     policy_tokens: int = 1472
     policy_width: int = 128
     policy_layers: int = 3

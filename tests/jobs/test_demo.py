@@ -117,7 +117,7 @@ def test_a_trained_model_is_reused_with_its_settings_alone(demo, capsys):
     (folder / "model").mkdir(parents=True)
     (folder / "recipe.json").write_text(dump(demo.ppo_recipe()))
     assert demo.ppo() == 0 and "ppo: reused from" in capsys.readouterr().out
-    with pytest.raises(RunError, match="other settings .steps: 75 -> 30.: give the old values, another --out, or --fresh --only ppo"):
+    with pytest.raises(RunError, match="other settings .steps: 45 -> 30.: give the old values, another --out, or --fresh --only ppo"):
         demo.ppo(30)
     (demo.directory / "ppo" / "recipe.json").write_text(dump(demo.ppo_recipe()).replace(str(demo.directory), "/elsewhere/before/it/moved"))
     assert demo.ppo() == 0
@@ -154,6 +154,50 @@ def test_every_method_is_evaluated_on_prompts_that_nothing_was_trained_on(demo):
     fast = Demo(demo.directory, demo.world, 3, True)
     assert fast.evaluation("ppo").max_prompts == 20 and fast.ppo_recipe().steps == 6 and fast.ppo_recipe().seed == 3
     assert demo.ppo_recipe(9).steps == 9 and demo.ppo_recipe().algorithm.combine == "min"
+
+
+def test_the_first_trained_model_answers_before_the_others_are_trained(demo, write_evaluation, capsys, monkeypatch):
+    done = []
+
+    def evaluate(demo, names="all"):
+        done.append(f"evaluate {names}")
+        if names == ("clm",):
+            write_evaluation(demo.directory / "evaluations" / "clm", method="control", seed=0)
+        return 0
+
+    def step(name):
+        return lambda demo, *given: done.append(" ".join((name, *filter(None, given)))) or 0
+
+    monkeypatch.setattr(jobs.demo, "build", lambda *_, **__: demo.world)
+    monkeypatch.setattr(jobs.demo, "connect", lambda *_: None)
+    monkeypatch.setattr(Demo, "evaluate", evaluate)
+    for name in ("generate", "distill", "finetune", "ppo", "critique", "prefer", "report"):
+        monkeypatch.setattr(Demo, name, step(name))
+    assert run_demo(str(demo.directory)) == 0
+    assert done[:5] == ["generate", "distill", "finetune clm", "evaluate ('clm',)", "finetune exmate"]
+    assert done[5:] == ["ppo", "critique", "prefer cst", "prefer dpo", "evaluate all", "report"]
+    clm = capsys.readouterr().out.split("] clm, after")[1].split("] exmate, after")[0]
+    answers = clm.split("Asked: Question 0")[1].splitlines()[1:5]
+    assert [line.split()[0] for line in answers] == [corner.spell() for corner in CORNERS]
+    done.clear()
+    assert run_demo(str(demo.directory), only="clm") == 0 and done == ["finetune clm"]
+
+
+def test_methods_that_are_named_are_evaluated_alone(demo, monkeypatch):
+    started = []
+    for name in ("clm", "ppo"):
+        (demo.directory / name / "model").mkdir(parents=True)
+
+    def start_crew(cluster, rewards):
+        started.append(sorted(rewards))
+        raise RunError("no engines in this test")
+
+    monkeypatch.setattr(jobs.demo, "start_crew", start_crew)
+    assert demo.evaluate(("exmate",)) == 0 and not started  # it has no model yet
+    with pytest.raises(RunError, match="no engines"):
+        demo.evaluate(("clm",))
+    monkeypatch.setattr(jobs.demo, "is_finished", lambda config: config.name == "clm")
+    assert demo.evaluate(("clm",)) == 0 and len(started) == 1
 
 
 def test_the_report_says_what_was_measured_and_how_to_talk_to_the_model(demo, write_evaluation, capsys, monkeypatch):
