@@ -28,7 +28,7 @@ class Replica:
         self._serving = load_serving(config.model, config.dials, config.overrides, config.name)
         if not self._serving.config.keys:
             raise RecipeError(f"{config.dials} has no [keys]: a server on a cluster is reached by others")
-        self._service = self._serving.start()
+        self._service = await self._serving.start()
 
     def __serve_build_asgi_app__(self):
         from ctrlrl.serving.app import build_app

@@ -70,7 +70,7 @@ async def _serve(serving, host: str, port: int) -> int:
     check_address(host, not serving.config.keys)
     sock = _bound(host, port)
     began = time.perf_counter()
-    service = serving.start()
+    service = await serving.start()
     try:
         return await _until_stopped(serving, service, sock, began)
     finally:
@@ -107,7 +107,7 @@ async def _until_stopped(serving, service, sock, began: float) -> int:
     sock.listen(settings.backlog)  # whoever reads the address below may connect at once
     address, bound = sock.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    _say(f"{service.model.name} on http://{shown}:{bound} after {time.perf_counter() - began:.0f} s: {serving.summary(service)}")
+    _say(f"model {service.model.name!r} on http://{shown}:{bound} after {time.perf_counter() - began:.0f} s: {serving.summary(service)}")
     gc.collect()
     gc.freeze()  # what is here now stays: collections during answers need not look at it
     watch = asyncio.create_task(_watch(service, server))

@@ -38,9 +38,9 @@ class Serving:
         """The same with the file as it is now."""
         return load_serving(self.model, self.dials, self.overrides, self.name)
 
-    def start(self) -> Service:
-        """Start the engine, in a running event loop, then read the reward models: their threads must not be forked."""
-        model = ServedModel(self.model, self.config.engine, self.name)
+    async def start(self) -> Service:
+        """Start the engine and have it show that it answers, then read the reward models: their threads must not be forked."""
+        model = await ServedModel.start(self.model, self.config.engine, self.name)
         scores = scores_of(reward_configs(self.config)) if self.config.rewards else None
         return Service(model, load_tokenizer(self.model), self.config, self.kind, scores)
 

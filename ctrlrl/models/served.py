@@ -4,22 +4,24 @@ vLLM never sees a message and renders no template: its serving class is handed a
 request. Everything behind the prompt (drawing, text, streaming, logprobs, usage) is vLLM's own.
 """
 
+import asyncio
 import gc
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 
 from ctrlrl.errors import ModelError
 from ctrlrl.models.architectures import carries_state
 from ctrlrl.models.loading import end_token_ids, existing
+from ctrlrl.models.proof import proof_of
 from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, environment, reason_of
-
-if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
-    torch._C._cpu._init_amx()  # of each process that imports this, the engine's too: small bf16 matrices die with SIGILL without it
 
 # Text that stands where vLLM's schema wants messages; the prompt is the ids.
 _NO_MESSAGES = [{"role": "user", "content": ""}]
@@ -52,16 +54,25 @@ class BadField(ValueError):
         self.param = param
 
 
-class InWorker:
-    """Named to vLLM, so that the engine's process imports this file before it loads the model, however it is started."""
-
-
 class EngineFailed(RuntimeError):
     """The engine has ended, or cannot answer this request."""
 
 
 class ServedModel:
-    """A model that answers many requests at a time; made and used inside one running event loop. `name`: as clients ask for it."""
+    """A model that answers many requests at a time; `start`ed and used inside one running event loop. `name`: as clients ask for it."""
+
+    @classmethod
+    async def start(cls, model: str, engine: EngineConfig, name: str) -> "ServedModel":
+        """An engine that has shown that it answers, and as transformers does; ModelError if it cannot."""
+        with _one_thread():
+            proof, served = proof_of(model, engine), cls(model, engine, name)
+        try:
+            given = await served._outcome(proof.probe)
+            proof.check(lambda _: given())
+        except BaseException:
+            served.close()
+            raise
+        return served
 
     def __init__(self, model: str, engine: EngineConfig, name: str):
         os.environ.update(environment(engine) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
@@ -84,7 +95,7 @@ class ServedModel:
             enable_chunked_prefill=torch.cuda.is_available(),
             enable_log_requests=False,
             use_tqdm_on_load=False,
-            worker_extension_cls=f"{__name__}.InWorker",
+            worker_extension_cls="ctrlrl.models.engine_process.InWorker",
         )
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
@@ -92,16 +103,38 @@ class ServedModel:
             raise ModelError(f"the serving engine cannot start with {model!r}: {reason_of(error)}") from None
         self._chat, self._request = _chat(self._engine, name, end_token_ids(model))
 
-    async def answer(self, fields: dict, prompt_ids: Sequence[int]) -> tuple[dict | AsyncIterator[str], Drawn]:
+    async def _outcome(self, probe: Sequence[Sequence[int]]) -> Callable[[], list[np.ndarray]]:
+        """A function that returns the logprobs of a probe, or raises RuntimeError where the engine did."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            found = list(await asyncio.gather(*(self._logprobs(i, ids) for i, ids in enumerate(probe))))
+            await self._engine.reset_prefix_cache()
+        except (*ENGINE_ERRORS, EngineDeadError) as error:
+            failed = RuntimeError("it ends at the first request; what it said is above" if self._engine.errored else reason_of(error))
+            return partial(_raise, failed)
+        return lambda: found
+
+    async def _logprobs(self, number: int, ids: Sequence[int]) -> np.ndarray:
+        """As Sampler.logprobs, of one sequence. Where there is room a second token is drawn, since that runs other code than a prompt."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=min(2, self.max_model_tokens - len(ids)), ignore_eos=True, prompt_logprobs=0, detokenize=False)
+        async for output in self._engine.generate({"prompt_token_ids": list(ids)}, params, f"proof-{number}"):
+            steps = output.prompt_logprobs
+        return np.array([step[token].logprob for step, token in zip(steps[1:], ids[1:], strict=True)], np.float32)
+
+    async def answer(self, fields: dict, prompt_ids: Sequence[int], salt: str) -> tuple[dict | AsyncIterator[str], Drawn]:
         """A chat completion as OpenAI's schema has it, or with `stream` its server-sent events, and what is counted meanwhile.
 
-        fields: of the request, without messages and model. BadField for values that vLLM refuses; EngineFailed if the engine does.
+        fields: of the request, without messages and model. salt: only requests with the same one share what is kept of prompts, so that
+        the time of an answer tells nothing of others'. BadField for values that vLLM refuses; EngineFailed if the engine does.
         """
         from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMServerError
 
         try:
             request = self._request(**fields, messages=_NO_MESSAGES, model=self.name)
-            request._prompt_ids, request._drawn = list(prompt_ids), Drawn()
+            request._prompt_ids, request._salt, request._drawn = list(prompt_ids), salt, Drawn()
             found = await self._chat.create_chat_completion(request)
         except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
             raise _refusal(error) from None
@@ -139,6 +172,23 @@ def schema_fields() -> frozenset[str]:
     return frozenset(ChatCompletionRequest.model_fields)
 
 
+@contextmanager
+def _one_thread():
+    """torch's threads must not be there when the engine's process is forked: it would wait for them for ever."""
+    if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
+        torch._C._cpu._init_amx()  # else small bf16 matrices die with SIGILL on CPUs with AMX
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _raise(error: Exception):
+    raise error
+
+
 def _refusal(error: Exception) -> BadField:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -159,13 +209,14 @@ def _chat(engine, name: str, ends: Sequence[int]):
 
     class Request(ChatCompletionRequest):
         _prompt_ids: list = PrivateAttr(default_factory=list)
+        _salt: str = PrivateAttr(default="")
         _drawn: Drawn = PrivateAttr(default_factory=Drawn)
 
     class Rendered:
         """In the place of vLLM's renderer of messages."""
 
         async def render_chat(self, request):
-            return [], [tokens_input(request._prompt_ids)]
+            return [], [tokens_input(request._prompt_ids, cache_salt=request._salt)]
 
     async def noted(outputs, drawn: Drawn):
         async for output in outputs:

@@ -30,7 +30,7 @@ class Model(Protocol):
     max_model_tokens: int
     healthy: bool
 
-    async def answer(self, fields: dict, prompt_ids: Sequence[int]) -> tuple[Any, Any]: ...
+    async def answer(self, fields: dict, prompt_ids: Sequence[int], salt: str) -> tuple[Any, Any]: ...
 
     def metrics(self) -> bytes: ...
 
@@ -96,7 +96,7 @@ class Service:
         fields = {**request.fields, "max_tokens": self._room(request, len(ids), policies)}
         if request.dial.rerank > 1:
             return await self._best(visit, fields, ids)
-        answer, visit.drawn = await self._answered(fields, ids)
+        answer, visit.drawn = await self._answered(fields, ids, caller.name)
         return answer
 
     async def score(self, messages: list[dict[str, str]]) -> dict[str, float]:
@@ -174,9 +174,9 @@ class Service:
             raise Refused(400, f"max_tokens = {request.max_tokens}, but the prompt of {prompt} tokens leaves {room}", "max_tokens")
         return request.max_tokens or min(room, policies.limits.max_new_tokens or room)
 
-    async def _answered(self, fields: dict, ids: list[int]):
+    async def _answered(self, fields: dict, ids: list[int], key: str):
         try:
-            return await self.model.answer(fields, ids)
+            return await self.model.answer(fields, ids, key)
         except ValueError as error:
             raise Refused(400, str(error), getattr(error, "param", None)) from None
         except RuntimeError as error:
@@ -185,7 +185,7 @@ class Service:
     async def _best(self, visit: Visit, fields: dict, ids: list[int]) -> dict | AsyncIterator[str]:
         """Of several answers the one whose scores are nearest to the dial; a stream gets it in one piece."""
         dial = visit.asked.dial
-        answer, visit.drawn = await self._answered(candidates(fields, dial.rerank), ids)
+        answer, visit.drawn = await self._answered(candidates(fields, dial.rerank), ids, visit.caller.name)
         scores = await self._scored(visit.asked.messages, [choice["message"].get("content") or "" for choice in answer["choices"]])
         best = chosen(answer, scores, dial.control)
         return as_events(best, fields) if visit.asked.stream else best

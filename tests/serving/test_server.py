@@ -44,6 +44,19 @@ def test_each_key_gets_the_prompt_of_its_own_dial(server, ask, prompt_of):
     assert chosen["child"]["choices"][0]["message"]["content"] == answers["bob"]
 
 
+def test_keys_share_nothing_of_what_the_engine_keeps_of_prompts(server, ask):
+    """Else the time of an answer would tell one whether another has asked the same. Whole blocks of 32 tokens are kept."""
+    text = "Is there gold in the cellar of the house at the end of the lane, as my uncle always said?"
+
+    def hits(key: str) -> float:
+        assert server.post(key, ask(text, model="tiny:scientist", max_tokens=1)).status_code == 200
+        lines = server.get("root", "/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith("vllm:prefix_cache_hits_total")).split()[-1])
+
+    first, again, other, other_again = hits("alice"), hits("alice"), hits("carol"), hits("carol")
+    assert first < again == other < other_again
+
+
 def test_no_field_of_the_schema_changes_the_prompt(server, ask, prompt_of):
     """Every field that vLLM's own server takes, and some that others take, with several values: the same ids, or a 400 by name."""
     values = {
