@@ -75,7 +75,7 @@ class ServedModel:
         return served
 
     def __init__(self, model: str, engine: EngineConfig, name: str):
-        os.environ.update(environment(engine) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+        os.environ.update(environment(engine) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "CTRLRL_SERVER_PID": str(os.getpid())})
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
