@@ -25,10 +25,10 @@ def watch(server: int, parent: int) -> None:
     """Wait for a process to end, then end this one; and first its parent, if that is not the process waited for."""
     try:
         select.select([os.pidfd_open(server)], [], [])
+        if parent != server and os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # it has ended already
-    if parent != server and os.getppid() == parent:
-        os.kill(parent, signal.SIGKILL)
+        pass  # it had ended before this one looked, and then the parent may be anybody
     os.kill(os.getpid(), signal.SIGKILL)
 
 
