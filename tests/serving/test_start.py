@@ -67,7 +67,8 @@ def test_who_cannot_answer_is_refused_and_a_killed_server_leaves_no_engine(unfit
         while " on http://" not in logs["fit"].read_text():
             assert servers["fit"].poll() is None and time.monotonic() < end, logs["fit"].read_text()
             time.sleep(0.1)
-        engines = [*processes_of(servers["fit"].pid), *(below for child in processes_of(servers["fit"].pid) for below in processes_of(child))]
+        children = processes_of(servers["fit"].pid)
+        engines = [*children, *(below for child in children for below in processes_of(child))]
         assert engines
         servers["fit"].kill()
         end = time.monotonic() + 60
