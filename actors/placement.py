@@ -124,6 +124,16 @@ def connect(config: ClusterConfig, demands: Demands) -> None:
         ) from error
 
 
+def gpus_of(config: ClusterConfig) -> float:
+    """GPUs of the cluster that a job would run on: the one at the address, or of this machine."""
+    if ray.is_initialized() or config.address or os.environ.get("RAY_ADDRESS"):
+        connect(config, {})
+        return ray.cluster_resources().get("GPU", 0)
+    import torch  # here, because a command that starts nothing need not wait for it
+
+    return torch.cuda.device_count()
+
+
 def reserve(demands: Demands, config: ClusterConfig) -> Placement:
     """Reserve all places at once, packed on few nodes. Raises PlacementError at the deadline, or at once when no node can be added."""
     bundles = [bundle for name in demands for bundle in demands[name]]

@@ -60,6 +60,25 @@ def laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     return merged
 
 
+def part_of(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `values` is a key of `kind`, or of a section that every `kind` has (of one that may be left out, nothing)."""
+    found = {}
+    for key, value in values.items():
+        inner = kind.model_fields[key].annotation if key in kind.model_fields else None
+        if isinstance(value, Mapping):
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and (part := part_of(inner, value)):
+                found[key] = part
+        elif inner is not None:
+            found[key] = value
+    return found
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    parts = (leaves(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {f"{prefix}{k}": v} for k, v in values.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def dump(config: Section) -> str:
     """The resolved config as stable JSON (sorted keys), written with every run and compared at resume."""
     return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)

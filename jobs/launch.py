@@ -39,15 +39,15 @@ def run_job(
     options: Mapping[str, Any] | None = None,
     **arguments,
 ) -> int:
-    """Read the recipe and run `job(config, **arguments)`; a user's mistake becomes one message and exit code 2.
+    """Read the recipe, or settings that fit, and run `job(config, **arguments)`; a user's mistake becomes one message and exit code 2.
 
     out, options: recipe keys that have options of their own on the command line; an empty one was not given.
     """
-    from ctrlrl.config import load  # here, because pydantic would double the command line's start
+    from jobs.settings import settled  # here, because pydantic would double the command line's start
 
     with mistakes_told():
         given = {key: value for key, value in {"out": out, **(options or {})}.items() if value}
-        return job(load(kind, recipe or None, overrides or [], options=given), **arguments) or 0
+        return job(settled(kind, recipe, overrides or [], given, resume=bool(arguments.get("resume"))), **arguments) or 0
 
 
 class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():`)

@@ -1,0 +1,96 @@
+"""What a job starts from where no recipe is named: the run that it resumes, a laptop's settings, or a node's."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ctrlrl.config import dump, leaves, load, part_of
+from ctrlrl.errors import RecipeError
+from jobs import settings
+from jobs.critique import CritiqueRecipe
+from jobs.distill import DistillRecipe
+from jobs.dpo import DPORecipe
+from jobs.evaluate import EvaluateRecipe
+from jobs.finetune import FinetuneRecipe
+from jobs.generate import GenerateRecipe
+from jobs.ppo import PPORecipe
+from jobs.ppo_overlap import OverlapRecipe
+from jobs.reward_model import RewardModelRecipe
+from jobs.score import ScoreRecipe
+from jobs.settings import settled
+
+RECIPES = Path(settings.__file__).parent / "recipes"
+PPO = ["policy.model=p", "prompts=x.jsonl", "reward.helpful.model=a", "reward.harmless.model=b"]
+GIVEN = {
+    PPORecipe: PPO,
+    OverlapRecipe: PPO,
+    GenerateRecipe: ["policy=p", *PPO[1:]],
+    CritiqueRecipe: ["policy=p", "prompts=x.jsonl"],
+    EvaluateRecipe: ["model=p", "prompts=x.jsonl", "judges.optimisation.helpful.model=a", "judges.optimisation.harmless.model=b"],
+    FinetuneRecipe: ["policy.model=p", "data=d"],
+    DPORecipe: ["policy.model=p", "critiques=c"],
+    RewardModelRecipe: ["reward_model.model=p", "data=d"],
+    ScoreRecipe: ["data=d", "reward.helpful.model=a"],  # a section that may be left out: nothing is laid under it
+}
+
+
+@pytest.fixture
+def gpus(monkeypatch, request):
+    """As many GPUs are there as the test is given."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(settings, "gpus_of", lambda cluster: getattr(request, "param", 0))
+
+
+@pytest.mark.parametrize("gpus", [0, 8], indirect=True)
+@pytest.mark.parametrize("kind", GIVEN, ids=lambda kind: kind.__name__)
+def test_each_job_starts_from_settings_that_fit(kind, gpus, capsys, request):
+    there = request.node.callspec.params["gpus"]
+    values = leaves(settled(kind, "", GIVEN[kind], {}, resume=False).model_dump())
+    asked = {gpu for key, gpu in values.items() if key.endswith("resources.gpus") and not key.startswith("judges")}
+    assert asked == {1 if there and kind is not ScoreRecipe else 0}
+    dtypes = {v for k, v in values.items() if k.endswith(".dtype") and not k.startswith("judges")}
+    assert dtypes == {"bfloat16" if there and kind is not ScoreRecipe else "float32"}
+    assert values.get("sampling.max_new_tokens", 64) == (64 if not there or "sampling.max_new_tokens" not in values else 512)
+    said = capsys.readouterr().out
+    name, why = ("node", "8 GPUs are there") if there else ("laptop", "no GPU is there")
+    assert said.startswith(f"settings: jobs/recipes/{name}.toml, because {why}") and said.count("\n") == 1
+
+
+def test_what_the_command_line_says_stands(gpus, capsys):
+    config = settled(PPORecipe, "", [*PPO, "sampling.max_new_tokens=9", "policy.train.dtype=bfloat16"], {"out": "elsewhere"}, resume=False)
+    assert (config.sampling.max_new_tokens, config.policy.train.dtype, config.value.train.dtype) == (9, "bfloat16", "float32")
+    assert (config.algorithm.queries_per_step, config.out) == (32, "elsewhere")
+    assert "algorithm.queries_per_step=32" in capsys.readouterr().out
+
+
+def test_every_key_of_the_two_files_is_one_of_some_job():
+    for name in ("laptop", "node"):
+        values = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+        taken = {key for kind in GIVEN for key in leaves(part_of(kind, values))}
+        assert taken == set(leaves(values))
+
+
+def test_a_recipe_that_asks_for_gpus_is_refused_where_there_are_none(gpus, tmp_path, capsys):
+    recipe = str(RECIPES / "ppo.toml")
+    with pytest.raises(RecipeError, match=r"asks for GPUs \(.*policy\.resources\.gpus.*this machine has none.*laptop\.toml"):
+        settled(PPORecipe, recipe, [], {}, resume=False)
+    elsewhere = settled(PPORecipe, recipe, ["cluster.address=ray:6379"], {}, resume=False)
+    assert elsewhere.policy.resources.gpus == 1 and elsewhere.sampling.max_new_tokens == 512  # nothing is laid under a recipe
+
+
+def test_a_resumed_run_goes_on_with_its_own_settings(gpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    begun = load(OverlapRecipe, None, [*PPO, f"out={out}", "lag=2", "sampling.max_new_tokens=77"])
+    (out / "recipe.json").write_text(dump(begun))
+    found = settled(OverlapRecipe, "", [*PPO, "steps=5"], {"out": str(out)}, resume=True)
+    assert json.loads(dump(found)) == json.loads(dump(begun)) | {"steps": 5}
+    assert settled(PPORecipe, "", PPO, {"out": str(out)}, resume=True).sampling.max_new_tokens == 77  # the run tells what else differs
+    assert settled(OverlapRecipe, "", [*PPO, f"out={out}"], {}, resume=False).sampling.max_new_tokens == 64
+
+
+def test_a_job_without_workers_has_nothing_to_fit(gpus, capsys):
+    assert settled(DistillRecipe, "", ["data=d"], {}, resume=False) == load(DistillRecipe, None, ["data=d"])
+    assert capsys.readouterr().out == ""
