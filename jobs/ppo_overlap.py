@@ -37,7 +37,7 @@ from jobs.interim import Interim
 from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
 from jobs.ppo import collect, gather, headline, judge_chunk, learn, recall_chunk
 from jobs.ppo import train as train_by
-from jobs.progress import Clock, Steps
+from jobs.progress import Answers, Clock, Steps
 
 _AHEAD = "ahead.parquet"  # of a checkpoint: the batches that were on their way
 
@@ -80,14 +80,14 @@ def overlapped_steps(
     done, kl = restore(config, cast, run)
     progress.begin_at(done)
     with background(32) as beside:
-        draw = partial(draw_batch, config, cast, prompts, tokenizer, beside)
+        draw = partial(draw_batch, config, cast, prompts, tokenizer, beside, progress)
         ahead = deque(resumed(config, cast, run, prompts, tokenizer, beside))
         for step in range(done + len(ahead), min(done + config.lag, config.steps)):
             ahead.append(draw(step, done))
         for step in range(done, config.steps):
             coming = step + config.lag
             pending = beside.submit(draw, coming, step) if coming < config.steps else None
-            stats, kl = overlapped_step(config, cast, step, kl, ahead, pending, beside)
+            stats, kl = overlapped_step(config, cast, step, kl, ahead, pending, beside, progress)
             stats |= interim.metrics(step + 1, cast.rollout, cast.rewards)
             run.log(step, stats)
             show(stats)
@@ -100,7 +100,14 @@ def overlapped_steps(
 
 
 def overlapped_step(
-    config: OverlapRecipe, cast: Cast, step: int, kl: AdaptiveKL, ahead: deque[Batch], pending: Future | None, beside: ThreadPoolExecutor
+    config: OverlapRecipe,
+    cast: Cast,
+    step: int,
+    kl: AdaptiveKL,
+    ahead: deque[Batch],
+    pending: Future | None,
+    beside: ThreadPoolExecutor,
+    progress: Steps,
 ) -> tuple[dict[str, float], AdaptiveKL]:
     """Train on the first batch of `ahead` while `pending` is drawn, then publish; returns the metrics and the next KL controller."""
     clock, drawing = Clock(), pending is not None
@@ -120,6 +127,7 @@ def overlapped_step(
     clock.start("score")
     scored = gather(batch.chunks(cast, beside, config.algorithm.old_logprobs))
     correction = config.correction if config.lag else 0.0
+    progress.within(f"training on {len(scored.samples.queries)} answers")
     stats, kl = learn(config, cast, scored, step, kl, beside, clock, before_publish=arrived, correction=correction)
     drawn = ahead[-1] if drawing and ahead else batch if drawing else None  # in this step
     return stats | {
@@ -130,15 +138,24 @@ def overlapped_step(
 
 
 def draw_batch(
-    config: OverlapRecipe, cast: Cast, prompts: Sequence[Prompt], tokenizer, beside: ThreadPoolExecutor, step: int, updates: int
+    config: OverlapRecipe,
+    cast: Cast,
+    prompts: Sequence[Prompt],
+    tokenizer,
+    beside: ThreadPoolExecutor,
+    progress: Steps,
+    step: int,
+    updates: int,
 ) -> Batch:
     """Draw the batch of `step` with the weights that the rollout workers have, of `updates` updates; it is judged as it comes."""
     began = time.perf_counter()
     queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed)
-    chunks, judged = [], []
+    chunks, judged, answers = [], [], Answers(progress, len(queries), f"batch {step + 1}: ")
     for rows, completions in cast.rollout.generate([Request(q.prompt_ids, q.seed) for q in queries], config.sampling):
         chunks.append((rows, collect(queries, rows, completions)))
         judged.append(judge_chunk(cast, chunks[-1][1], tokenizer, beside))
+        answers.drawn(len(rows), sum(map(len, completions.response_ids)))
+        judged[-1]["scores_BA"].add_done_callback(lambda _, rows=rows: answers.scored(len(rows)))
     return Batch(Drawn(step, updates, tuple(chunks)), tuple(judged), time.perf_counter() - began)
 
 

@@ -73,10 +73,10 @@ class Steps:
 
 class Answers:
     """What has come of the answers of one step, told within its progress: drawn and scored of how many, tokens/s, seconds left until the
-    last one is scored. From any thread."""
+    last one is scored. whose: which batch they are, where it is not that of the running step. From any thread."""
 
-    def __init__(self, progress: Steps, total: int):
-        self._progress, self._total, self._began = progress, total, time.monotonic()
+    def __init__(self, progress: Steps, total: int, whose: str = ""):
+        self._progress, self._total, self._whose, self._began = progress, total, whose, time.monotonic()
         self._drawn = self._scored = self._tokens = 0
         self._lock = threading.Lock()
         progress.within(self.told())
@@ -96,7 +96,7 @@ class Answers:
     def told(self) -> str:
         """Where the step is."""
         spent, done = max(time.monotonic() - self._began, 1e-9), self._drawn + self._scored
-        text = f"{self._drawn} of {self._total} answers drawn, {self._scored} scored"
+        text = f"{self._whose}{self._drawn} of {self._total} answers drawn, {self._scored} scored"
         if not done:
             return text
         return f"{text}  {self._tokens / spent:,.0f} tokens/s  {spent / done * (2 * self._total - done):.0f} s left"

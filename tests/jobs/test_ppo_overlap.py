@@ -57,9 +57,11 @@ def test_at_lag_1_every_batch_is_of_the_policy_one_update_before(undisturbed):
     assert rows[1]["correction/ess"] < 1 - 1e-6  # ... which is weighed
 
 
-def test_lag_0_is_ppo_to_the_bit(ray_cluster, recipe, tmp_path):
+def test_lag_0_is_ppo_to_the_bit(ray_cluster, recipe, tmp_path, capsys):
     assert jobs.ppo.train(recipe(f"out={tmp_path / 'ppo'}", kind=PPORecipe)) == 0
+    capsys.readouterr()
     assert train(recipe(f"out={tmp_path / 'overlap'}", "lag=0")) == 0
+    assert "step 1: batch 1: 0 of" in capsys.readouterr().out  # before there is anything else to tell
     for row, other in zip(untimed(tmp_path / "overlap"), untimed(tmp_path / "ppo"), strict=True):
         assert row.pop("policy/lag") == 0 and row == other
     assert same_models(tmp_path / "overlap", tmp_path / "ppo")
@@ -131,7 +133,7 @@ def test_a_batch_older_than_the_lag_is_an_error(recipe):
 
     old = Batch(Drawn(5, 3, ()), (), 0.0)
     with pytest.raises(VersionMismatch, match="drawn after 3 updates came to step 5, where lag = 1 is allowed"):
-        jobs.ppo_overlap.overlapped_step(recipe("lag=1"), None, 5, None, deque([old]), None, None)
+        jobs.ppo_overlap.overlapped_step(recipe("lag=1"), None, 5, None, deque([old]), None, None, None)
 
 
 def test_the_lag_is_one_of_three(recipe):

@@ -39,3 +39,9 @@ def test_a_log_hears_of_quick_steps_alone(clock, capsys):
             Answers(steps, 4).drawn(4, 10)
             steps.advance("figures")
         assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_a_batch_ahead_is_told_from_the_step_that_trains(clock, capsys):
+    with Steps("ppo", 3) as steps:
+        Answers(steps, 4, "batch 2: ")
+        assert capsys.readouterr().out == "ppo 0/3  step 1: batch 2: 0 of 4 answers drawn, 0 scored\n"
