@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import ray
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from ray._raylet import GcsClient
 from ray.exceptions import RaySystemError, RpcError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -34,6 +34,17 @@ class ClusterConfig(Section):
     call_deadline_s: float = Field(1800, gt=0, description="longest wait for one call of a worker")
     start_deadline_s: float = Field(600, gt=0, description="longest wait for a worker to load its model")
     replacements: int = Field(8, ge=0, description="losses of one pool, or restarts of a job's groups, in an hour before the job gives up")
+    _first_line: str = PrivateAttr("")
+
+    def begin_with(self, line: str) -> None:
+        """Have `line` printed when the job comes to its cluster: what it was given is in order then."""
+        self._first_line = line
+
+    def begin(self) -> None:
+        """Print that line, once."""
+        if self._first_line:
+            print(self._first_line, flush=True)
+        self._first_line = ""
 
 
 class Resources(Section):
@@ -89,6 +100,7 @@ def connect(config: ClusterConfig, demands: Demands) -> None:
 
     A local cluster oversubscribes CPUs, because most workers wait for each other; GPUs are never oversubscribed.
     """
+    config.begin()
     if ray.is_initialized():
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
@@ -217,7 +229,7 @@ def _explain(demands: Demands) -> str:
     each = ", ".join(f"{name}: {len(bundles)} x {bundles[0]}" for name, bundles in demands.items() if bundles)
     told = f"the workers need {asked['CPU']:g} CPU and {asked['GPU']:g} GPU ({each}); {shortage()}"
     if asked["GPU"] and not ray.cluster_resources().get("GPU"):
-        return f"{told}. There is no GPU at all: without --recipe the job starts from settings that ask for none"
+        return f"{told}. There is no GPU at all: without --recipe the job starts from settings that ask for none (jobs/recipes/laptop.toml)"
     return told
 
 

@@ -20,13 +20,17 @@ class PolicyConfig(GroupConfig):
 
 
 class Policy:
-    """Typed handle of the policy's ranks; train, export, save, load and the rest are TrainerGroup's."""
+    """Typed handle of the policy's ranks; train, export, save, load and the rest are TrainerGroup's. value_head: it has one."""
 
-    def __init__(self, config: PolicyConfig, placement: Placement, cluster: ClusterConfig, *, temperature: float, seed: int):
-        self._group = TrainerGroup("policy", "policy", config.model, config, placement, cluster, temperature=temperature, seed=seed)
+    def __init__(
+        self, config: PolicyConfig, placement: Placement, cluster: ClusterConfig, *, temperature: float, seed: int, value_head: bool = False
+    ):
+        kind = "policy_value" if value_head else "policy"
+        self._group = TrainerGroup("policy", kind, config.model, config, placement, cluster, temperature=temperature, seed=seed)
         self.train, self.export, self.save, self.load = self._group.train, self._group.export, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
         self.restart, self.dtype, self.model = self._group.restart, config.train.dtype, config.model
+        self.value_head = value_head
 
     def export_controllable(self, tokenizer, directory: Path) -> None:
         """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""
@@ -36,6 +40,11 @@ class Policy:
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens under the current weights, one fp32 array a row."""
         return self._group.score(batch)
+
+    def logprobs_and_values(self, batch: TokenBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """`logprobs`, and what the value head says of the state before each of these tokens, in one forward."""
+        both = self._group.score(batch, Trainer.score_both)
+        return [row[:, 0] for row in both], [row[:, 1] for row in both]
 
     def base_logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """`logprobs` of the model that training with adapters began with."""

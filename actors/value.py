@@ -1,4 +1,4 @@
-"""The value model of PPO: an engine of its own, with its own learning rate and ZeRO stage."""
+"""The value model of PPO: an engine of its own, with its own learning rate and ZeRO stage. (Or a head of the policy: policy.py.)"""
 
 import numpy as np
 
@@ -8,9 +8,14 @@ from ctrlrl.data.batches import TokenBatch
 
 
 class ValueConfig(GroupConfig):
-    """`model` is a causal backbone; empty means the policy's model. The head starts at zero."""
+    """`model` is a causal backbone; empty means the policy's model. The head starts at zero.
+
+    head: no model and no workers; the values are a second head of the policy, trained with it by the sum of both losses, at the policy's
+    learning rate: one forward and backward for both, and no second copy of weights and optimiser. Then nothing else here counts.
+    """
 
     model: str = ""
+    head: bool = False
 
 
 class Value:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.ending import end_all
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
@@ -80,6 +80,18 @@ class PPORecipe(Section):
             raise ValueError('algorithm.old_logprobs = "engine" needs sampling.top_p = 1: the engine\'s logprobs are those after top-p')
         return self
 
+    @field_validator("value", "reference", mode="before")
+    @classmethod
+    def _in_one_word(cls, given, info):
+        word = {"value": "head", "reference": "adapter"}[info.field_name]
+        return {word: True} if given == word else given
+
+    @model_validator(mode="after")
+    def _value_is_there(self):
+        if self.value.head and (self.value.model or not self.has_value):
+            raise ValueError('value.head = true is a head of the policy: leave value.model out, and set algorithm.advantage = "gae"')
+        return self
+
     @property
     def optimiser_steps(self) -> int:
         """Those of the whole run: of the policy, and of the value model."""
@@ -88,13 +100,18 @@ class PPORecipe(Section):
 
     @property
     def has_value(self) -> bool:
-        """Whether a value model is trained."""
+        """Whether values are learned."""
         return self.algorithm.advantage == "gae"
+
+    @property
+    def has_value_model(self) -> bool:
+        """Whether they are those of a model of their own."""
+        return self.has_value and not self.value.head
 
     @property
     def models(self) -> dict[str, str]:
         """Name or path of every model that a run reads, by recipe key."""
-        value = {"value.model": self.value.model or self.policy.model} if self.has_value else {}
+        value = {"value.model": self.value.model or self.policy.model} if self.has_value_model else {}
         rewards = {f"reward.{attribute}.model": reward.model for attribute, reward in self.reward}
         reference = {} if self.reference.adapter else {"reference.model": self.reference.model or self.policy.model}
         return {"policy.model": self.policy.model, **reference, **value, **rewards}
@@ -102,7 +119,7 @@ class PPORecipe(Section):
 
 @dataclass(frozen=True)
 class Cast:
-    """The five kinds of actors of a run (no value model with advantage = "rloo")."""
+    """The five kinds of actors of a run. value: None where values are a head of the policy, or none are needed (rloo, grpo)."""
 
     policy: Policy
     value: Value | None
@@ -131,7 +148,7 @@ def demands_of(config: PPORecipe) -> Demands:
     """The places that the actors of a run need."""
     return {
         "policy": config.policy.bundles,
-        "value": config.value.bundles if config.has_value else [],
+        "value": config.value.bundles if config.has_value_model else [],
         "rollout": config.rollout.bundles,
         **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
         "reference": [] if config.reference.adapter else [config.reference.resources.bundle] * config.reference.workers,
@@ -157,13 +174,14 @@ def start_cast(config: PPORecipe) -> Cast:
         return start(Reference(frozen, place, cluster, model=frozen.model or model, temperature=temperature))
 
     try:
-        trained = start(Policy(policy, place, cluster, temperature=config.sampling.temperature, seed=config.seed))
+        head, temperature = config.value.head, config.sampling.temperature
+        trained = start(Policy(policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
         cast = Cast(
             rollout=start(Rollout(config.rollout, model, place, cluster)),
             rewards={a: start(Reward(f"reward.{a}", reward, place, cluster)) for a, reward in config.reward},
             reference=start_reference(trained),
             policy=trained,
-            value=start(Value(value, place, cluster, model=value.model or model, seed=config.seed)) if config.has_value else None,
+            value=start(Value(value, place, cluster, model=value.model or model, seed=config.seed)) if config.has_value_model else None,
             placement=place,
         )
         ready(cast.groups, cluster)
@@ -216,7 +234,7 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
         check_causal(reference, "reference")
         check_layout(reference, config.reference.layout)
         check_same_vocabulary(policy, reference, "reference")
-    if config.has_value:
+    if config.has_value_model:
         check_value(value)
         check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")

@@ -26,7 +26,7 @@ from ctrlrl.errors import GroupLost
 from ctrlrl.models.origins import known_by_content, record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.sampler import Completions, Request
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
-from ctrlrl.ppo.loss import policy_loss, value_loss
+from ctrlrl.ppo.loss import policy_loss, policy_value_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.runs import Run
@@ -154,14 +154,13 @@ def learn(
     steps = minibatch_rows(len(scored.samples.queries), step, config.algorithm, config.seed)
 
     clock.start("train")
-    algorithm = config.algorithm
-    updates = [beside.submit(cast.policy.train, experience.batch, objective(config, kl), steps)]
+    of_value = partial(value_loss, clip=config.algorithm.value_clip, factor=config.algorithm.value_factor)
+    of_policy = objective(config, kl)
+    if config.value.head:
+        of_policy = partial(policy_value_loss, policy=of_policy, value=of_value)
+    updates = [beside.submit(cast.policy.train, experience.batch, of_policy, steps)]
     if cast.value:
-        updates.append(
-            beside.submit(
-                cast.value.train, experience.batch, partial(value_loss, clip=algorithm.value_clip, factor=algorithm.value_factor), steps
-            )
-        )
+        updates.append(beside.submit(cast.value.train, experience.batch, of_value, steps))
     trained = [update.result() for update in updates]
 
     before_publish()
@@ -179,7 +178,7 @@ def learn(
         "policy/version": published.version,
         "samples/digest": digest(scored.samples.queries),
     }
-    return stats, kl.updated(experience.stats["kl/k1"], algorithm.kl)
+    return stats, kl.updated(experience.stats["kl/k1"], config.algorithm.kl)
 
 
 def objective(config: PPORecipe, kl: AdaptiveKL) -> Loss:
@@ -224,6 +223,10 @@ def judge_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecu
 def recall_chunk(cast: Cast, samples: Samples, beside: ThreadPoolExecutor, old: str) -> dict[str, Future]:
     """What the trained models say of a chunk, with the weights that they have, or `old`: "engine", what the sampler said."""
     batch, zeros = samples.token_batch(), tuple(np.zeros(len(r), np.float32) for r in samples.response_ids)
+    if cast.policy.value_head:
+        both = beside.submit(cast.policy.logprobs_and_values, batch)
+        logprobs, values = (beside.submit(lambda i=i: both.result()[i]) for i in (0, 1))
+        return {"old_logprobs": _known(samples.sampler_logprobs) if old == "engine" else logprobs, "values": values}
     return {
         "old_logprobs": _known(samples.sampler_logprobs) if old == "engine" else beside.submit(cast.policy.logprobs, batch),
         "values": beside.submit(cast.value.values, batch) if cast.value else _known(zeros),
@@ -242,7 +245,8 @@ def update_stats(trained: list[list[dict[str, float]]]) -> dict[str, float]:
     for part, steps in zip(("policy", "value"), trained, strict=False):
         for name in steps[0]:
             values = [s[name] for s in steps]
-            stats[f"{part}/{name}"] = max(values) if name.endswith("_max") else float(np.mean(values))
+            owner = "value" if name.startswith("value_") else part  # those of a head of the policy as well
+            stats[f"{owner}/{name}"] = max(values) if name.endswith("_max") else float(np.mean(values))
     stats["policy/first_ratio"] = trained[0][0]["ratio_mean"]
     return stats
 

@@ -1,7 +1,6 @@
 """What a job starts from where its command names no recipe: the settings of the run that it resumes, or those that fit the machine."""
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 from actors.placement import gpus_of
 from ctrlrl.config import AnySection, leaves, load, part_of
-from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.files import RECIPE
 from ctrlrl.runs import absolute_out
 
@@ -17,41 +15,32 @@ _RECIPES = Path(__file__).parent / "recipes"
 
 
 def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], options: Mapping[str, Any], *, resume: bool) -> AnySection:
-    """The config of a job, and one line about it on the terminal if it starts workers.
+    """The config of a job; one that starts workers begins with a line on the terminal that says which settings and why.
 
     Without `recipe`: with `resume` from what the run in `out` was begun with, else from jobs/recipes/laptop.toml where there is no GPU,
-    else from jobs/recipes/node.toml. RecipeError: a mistake in any of it, or `recipe` asks for GPUs where there are none.
+    else from jobs/recipes/node.toml. RecipeError: a mistake in any of it.
     """
     config = load(kind, recipe or None, overrides, options=options)
     if "cluster" not in kind.model_fields:
         return config
     if recipe:
-        _refuse_gpus_that_are_not_there(config, recipe)
-        print(f"settings: {recipe}", flush=True)
-        return config
+        return _begun_with(config, f"settings: {recipe}")
     begun = absolute_out(config.out) / RECIPE if resume else None
     if begun and begun.is_file():
-        print(f"settings: those that {config.out!r} was begun with", flush=True)
         known = {key: value for key, value in json.loads(begun.read_text()).items() if key in kind.model_fields}
-        return load(kind, None, overrides, known, options)
+        return _begun_with(load(kind, None, overrides, known, options), f"settings: those that {config.out!r} was begun with")
     gpus = gpus_of(config.cluster)
     name, why = ("node", f"{gpus:g} GPUs are there") if gpus else ("laptop", "no GPU is there")
     values = part_of(kind, tomllib.loads((_RECIPES / f"{name}.toml").read_text()))
     fitted = load(kind, None, overrides, values, options)
     taken = {key: value for key in leaves(values) if (value := _value(fitted, key)) != _value(config, key)}
     told = ", ".join(f"{key}={json.dumps(value)}" for key, value in taken.items())
-    print(f"settings: jobs/recipes/{name}.toml, because {why} and no --recipe is given; --set changes them: {told}", flush=True)
-    return fitted
+    return _begun_with(fitted, f"settings: jobs/recipes/{name}.toml, because {why} and no --recipe is given; --set changes them: {told}")
 
 
-def _refuse_gpus_that_are_not_there(config, recipe: str) -> None:
-    asking = [key for key, gpus in leaves(config.model_dump()).items() if key.endswith("resources.gpus") and gpus]
-    elsewhere = config.cluster.address or os.environ.get("RAY_ADDRESS")  # there GPUs may come when they are asked for
-    if asking and not elsewhere and not gpus_of(config.cluster):
-        raise RecipeError(
-            f"recipe {recipe!r} asks for GPUs ({', '.join(asking)}) and this machine has none: leave --recipe out and name models and data "
-            "with --set (the settings are then those of jobs/recipes/laptop.toml), or name a cluster that has them: cluster.address"
-        )
+def _begun_with(config: AnySection, line: str) -> AnySection:
+    config.cluster.begin_with(line)
+    return config
 
 
 def _value(config, key: str) -> Any:

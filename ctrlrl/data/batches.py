@@ -73,6 +73,15 @@ class ValueOutputs:
     values_BT: Tensor
 
 
+@dataclass(frozen=True)
+class PolicyValueOutputs:
+    """Both, of a model that has two heads."""
+
+    logprobs_BT: Tensor
+    entropy_BT: Tensor
+    values_BT: Tensor
+
+
 # Every objective: (outputs, batch) -> (this micro-batch's share of the global loss, shares of stats). Shares add up over
 # micro-batches and ranks; a stat whose name ends in `_max` is combined by maximum.
 Loss = Callable[[object, MicroBatch], tuple[Tensor, dict[str, Tensor]]]

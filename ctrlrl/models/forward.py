@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ctrlrl.data.batches import MicroBatch, TokenBatch, TokenOutputs, ValueOutputs, shared_prompts
+from ctrlrl.data.batches import MicroBatch, PolicyValueOutputs, TokenBatch, TokenOutputs, ValueOutputs, shared_prompts
 from ctrlrl.errors import ModelError
 from ctrlrl.models.pooling import raw_scores
 from ctrlrl.models.segments import SEGMENTS, Segments, packed_row, why_not_packed
@@ -35,8 +35,8 @@ class ModelInputs:
     shape: tuple[int, int]
     segments: Segments | None = None
 
-    def run(self, model: PreTrainedModel):
-        """The output of a transformers model on these inputs; ModelError if they would depend on each other."""
+    def run(self, model: PreTrainedModel, **options):
+        """The output of a transformers model on these inputs; ModelError if they would depend on each other. options: of its forward."""
         longest = self.segments.longest if self.segments else self.model["input_ids"].shape[1]
         if (limit := steady_length(model.config)) and longest > limit:
             raise ModelError(
@@ -44,7 +44,7 @@ class ModelInputs:
                 f"keep prompt and answer within {limit} tokens"
             )
         with packed_row(self.segments):
-            return model(**self.model, use_cache=False)
+            return model(**self.model, use_cache=False, **options)
 
     def grid(self, values_M: Tensor) -> Tensor:
         """Flat values of the scored tokens as [B, T], 0 elsewhere; differentiable."""
@@ -174,9 +174,15 @@ class PolicyModule(nn.Module):
         head = self.causal.get_output_embeddings()
         return [] if head is None else list(head.parameters())
 
-    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+        return self.read(inputs)[:2]
+
+    def read(self, inputs: ModelInputs, states: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logprobs and entropy as [B, T], and with `states` the last hidden states [M, H] that they were read from."""
         if self.full_logits:
-            logits = inputs.run(self.causal).logits.flatten(0, 1)[inputs.reads].float() / self.temperature
+            output = inputs.run(self.causal, output_hidden_states=states)
+            hidden = output.hidden_states[-1].flatten(0, 1)[inputs.reads] if states else None
+            logits = output.logits.flatten(0, 1)[inputs.reads].float() / self.temperature
             log_probs = logits.log_softmax(-1)
             logprobs = log_probs.gather(1, inputs.targets[:, None]).squeeze(1)
             entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
@@ -186,7 +192,27 @@ class PolicyModule(nn.Module):
             logprobs, entropy = token_logprobs(
                 hidden, head.weight, inputs.targets, temperature=self.temperature, bias_V=getattr(head, "bias", None)
             )
-        return inputs.grid(logprobs), inputs.grid(entropy)
+        return inputs.grid(logprobs), inputs.grid(entropy), hidden
+
+
+class PolicyValueModule(PolicyModule):
+    """A policy with a second head on its last hidden state, whose forward also returns the value of the state before each scored token.
+
+    The head starts at zero and belongs to training alone: it is in checkpoints, and in no exported model.
+    """
+
+    outputs_type = PolicyValueOutputs
+
+    def __init__(self, model: nn.Module, temperature: float):
+        super().__init__(model, temperature)
+        self.value_head = nn.Linear(self.causal.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs_BT, entropy_BT, hidden_MH = self.read(inputs, states=True)
+        values_M = self.value_head(hidden_MH.to(self.value_head.weight.dtype)).squeeze(-1)
+        return logprobs_BT, entropy_BT, inputs.grid(values_M.float())
 
 
 class ValueModule(nn.Module):

@@ -20,7 +20,7 @@ from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch, plan_batch
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.earlier_state import is_earlier, load_earlier
-from ctrlrl.models.forward import PolicyModule, RewardModule, ValueModule, lay_out, micro_batch
+from ctrlrl.models.forward import PolicyModule, PolicyValueModule, RewardModule, ValueModule, lay_out, micro_batch
 from ctrlrl.models.layout import Layout, settle
 from ctrlrl.models.loading import DTYPES, load_classifier, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters, without_adapters
@@ -36,7 +36,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "67108864",
 }
 
-Kind = Literal["policy", "value", "reward"]
+Kind = Literal["policy", "policy_value", "value", "reward"]
 
 
 class TrainerConfig(Section):
@@ -121,7 +121,7 @@ class Trainer:
         if self._norm_is_ours:
             self.engine.enable_backward_allreduce = False  # else backward() or step() reduces as well as _gradient_norm
         self.module = module
-        if config.zero_stage == 3 and kind == "policy":  # before the first forward, whose order of gathering is kept
+        if config.zero_stage == 3 and isinstance(module, PolicyModule):  # before the first forward, whose order of gathering is kept
             for weight in module.head_weights():
                 deepspeed.zero.register_external_parameter(module, weight)
         if kind != "reward" and (config.zero_stage == 3 or self.device.type == "cuda"):  # with the engine's own weights and kernels
@@ -179,19 +179,19 @@ class Trainer:
             parts.append(_masked(batch.select(np.arange(batch.group))))
         return parts
 
-    @torch.no_grad()
     def score(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
         """Rows that this rank scored, and logprobs, values (one for each scored token) or a score, one fp32 array a row."""
+        return self._score(batch, lambda outputs: outputs[0].view(len(outputs[0]), -1))  # a reward model's are [B]
+
+    def score_both(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
+        """`score` of a policy with a value head: (logprob, value) of each scored token, one fp32 array [T, 2] a row."""
+        return self._score(batch, lambda outputs: torch.stack([outputs[0], outputs[2]], -1))
+
+    @torch.no_grad()
+    def _score(self, batch: TokenBatch, of):
         self.engine.eval()
-        return score_rows(
-            lambda inputs: self.engine(inputs)[0].view(inputs.shape[0], -1),  # a reward model's outputs are [B]
-            batch,
-            self.layout,
-            self.config.micro_batch_tokens,
-            self.device,
-            self.rank,
-            self.world,
-        )
+        given = batch, self.layout, self.config.micro_batch_tokens, self.device, self.rank, self.world
+        return score_rows(lambda inputs: of(self.engine(inputs)), *given)
 
     def probe(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
         """`score` of a policy at temperature 1, which is what an engine says of tokens that it did not draw."""
@@ -252,7 +252,7 @@ def combine_shares(shares: list[dict[str, float]]) -> dict[str, float]:
 def score_rows(
     forward, batch: TokenBatch, layout: str, budget: int, device, rank: int = 0, world: int = 1
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Run `forward` (inputs -> [B, T]) over this rank's micro-batches; returns row indices and one fp32 array of scored tokens a row."""
+    """Run `forward` (inputs -> [B, T, …]) over this rank's micro-batches; returns row indices and one fp32 array of scored tokens a row."""
     plan = plan_batch(replace(batch, group=1), budget, layout)
     turns = math.ceil(len(plan) / world)
     rows, results = [], []
@@ -275,7 +275,7 @@ def _masked(batch: TokenBatch) -> TokenBatch:
 
 def _module(kind: Kind, name: str, config: TrainerConfig, temperature: float):
     """The model `name` as a module of forward.py, in float32 where a copy in another dtype is made later."""
-    load = {"policy": load_policy, "value": load_value_model, "reward": load_classifier}[kind]
+    load = {"value": load_value_model, "reward": load_classifier}.get(kind, load_policy)
     model = load(name, "float32" if config.zero_stage < 3 else config.dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -285,7 +285,7 @@ def _module(kind: Kind, name: str, config: TrainerConfig, temperature: float):
         model = with_adapters(model, config.lora)
     if kind == "reward":
         return RewardModule(model, reads_token_types(name))
-    return PolicyModule(model, temperature) if kind == "policy" else ValueModule(model)
+    return ValueModule(model) if kind == "value" else (PolicyValueModule if kind == "policy_value" else PolicyModule)(model, temperature)
 
 
 def _engine_settings(config: TrainerConfig) -> dict:

@@ -10,7 +10,7 @@ Both return this micro-batch's share of the global loss and of the stats: Σ ove
 import torch
 from torch import Tensor
 
-from ctrlrl.data.batches import MicroBatch, TokenOutputs, ValueOutputs
+from ctrlrl.data.batches import Loss, MicroBatch, PolicyValueOutputs, TokenOutputs, ValueOutputs
 from ctrlrl.errors import RecipeError
 from ctrlrl.ppo.reward import kl_k1, kl_k3
 from ctrlrl.tensors import masked_row_mean, masked_sum, masked_variance
@@ -117,6 +117,15 @@ def value_loss(outputs: ValueOutputs, batch: MicroBatch, *, clip: float = 0.2, f
         "value_error_sq": masked_sum(error_BT.detach(), mask_BT) / denominator,
     }
     return loss, stats
+
+
+def policy_value_loss(
+    outputs: PolicyValueOutputs, batch: MicroBatch, *, policy: Loss, value: Loss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """policy_loss + value_loss of one model with two heads, both with their options given, and the stats of both."""
+    of_policy, stats = policy(TokenOutputs(outputs.logprobs_BT, outputs.entropy_BT), batch)
+    of_value, value_stats = value(ValueOutputs(outputs.values_BT), batch)
+    return of_policy + of_value, stats | value_stats
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import render
 from ctrlrl.runs import read_metrics
+from jobs.cast import demands_of
 from jobs.interim import InterimConfig
 from jobs.ppo import PPORecipe, headline, recall_chunk, train
 
@@ -161,6 +162,20 @@ def test_a_run_goes_on_with_more_ranks(finished, assert_resumes_on_two_ranks):
     assert_resumes_on_two_ranks(train, config, out, 1, "policy", "value", evaluation=InterimConfig())
 
 
+def test_values_may_be_a_head_of_the_policy_which_resumes_to_the_bit(ray_cluster, ppo_overrides, tmp_path):
+    whole, parts = (load(PPORecipe, None, [*ppo_overrides, "value=head", f"out={tmp_path / name}"]) for name in ("whole", "parts"))
+    assert whole.value.head and not [key for key in whole.models if key.startswith("value")] and demands_of(whole)["value"] == []
+    assert train(whole) == 0
+    assert train(parts.model_copy(update={"steps": 1})) == 0 and train(parts, resume=True) == 0
+    rows = read_metrics(tmp_path / "whole")
+    assert rows[0]["value/value_loss"] > 0 and rows[0]["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert rows[0]["value/explained_variance"] <= 0 < abs(rows[1]["value/value_mean"])  # the head starts at zero, and learns
+    for name in ("value/value_loss", "policy/loss", "policy/entropy", "samples/digest"):
+        assert [row[name] for row in rows] == [row[name] for row in read_metrics(tmp_path / "parts")]
+    one, other = (load_policy(str(tmp_path / name / "model"), "float32").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one) and not [name for name in one if "value" in name]
+
+
 def test_a_lora_run_with_rloo_rolls_out_its_adapter_and_stops_at_sigterm(ray_cluster, ppo_overrides, tmp_path, monkeypatch):
     import jobs.ppo
 
@@ -241,6 +256,9 @@ def test_killed_workers_and_a_killed_policy_rank_change_nothing(finished, ppo_ov
     ("changes", "said"),
     [
         (["reference.adapter=true"], "needs policy.train.lora.rank above 0"),
+        (["reference=adapter"], "needs policy.train.lora.rank above 0"),  # the same in one word
+        (["value=head", "algorithm.advantage=rloo"], 'set algorithm.advantage = "gae"'),
+        (["value.head=true", "value.model=x"], "leave value.model out"),
         (["reference.adapter=true", "policy.train.lora.rank=4", "policy.train.zero_stage=3"], "zero_stage 0 to 2"),
         (["reference.adapter=true", "policy.train.lora.rank=4", "reference.model=x"], "no reference.model"),
         (["algorithm.old_logprobs=engine", "sampling.top_p=0.9"], "needs sampling.top_p = 1"),

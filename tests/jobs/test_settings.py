@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ctrlrl.config import dump, leaves, load, part_of
-from ctrlrl.errors import RecipeError
 from jobs import settings
+from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe
 from jobs.distill import DistillRecipe
 from jobs.dpo import DPORecipe
@@ -47,12 +47,15 @@ def gpus(monkeypatch, request):
 @pytest.mark.parametrize("kind", GIVEN, ids=lambda kind: kind.__name__)
 def test_each_job_starts_from_settings_that_fit(kind, gpus, capsys, request):
     there = request.node.callspec.params["gpus"]
-    values = leaves(settled(kind, "", GIVEN[kind], {}, resume=False).model_dump())
+    config = settled(kind, "", GIVEN[kind], {}, resume=False)
+    values = leaves(config.model_dump())
     asked = {gpu for key, gpu in values.items() if key.endswith("resources.gpus") and not key.startswith("judges")}
     assert asked == {1 if there and kind is not ScoreRecipe else 0}
     dtypes = {v for k, v in values.items() if k.endswith(".dtype") and not k.startswith("judges")}
     assert dtypes == {"bfloat16" if there and kind is not ScoreRecipe else "float32"}
     assert values.get("sampling.max_new_tokens", 64) == (64 if not there or "sampling.max_new_tokens" not in values else 512)
+    assert capsys.readouterr().out == ""  # a mistake in its input is one message
+    config.cluster.begin()
     said = capsys.readouterr().out
     name, why = ("node", "8 GPUs are there") if there else ("laptop", "no GPU is there")
     assert said.startswith(f"settings: jobs/recipes/{name}.toml, because {why}") and said.count("\n") == 1
@@ -62,6 +65,7 @@ def test_what_the_command_line_says_stands(gpus, capsys):
     config = settled(PPORecipe, "", [*PPO, "sampling.max_new_tokens=9", "policy.train.dtype=bfloat16"], {"out": "elsewhere"}, resume=False)
     assert (config.sampling.max_new_tokens, config.policy.train.dtype, config.value.train.dtype) == (9, "bfloat16", "float32")
     assert (config.algorithm.queries_per_step, config.out) == (32, "elsewhere")
+    config.cluster.begin()
     assert "algorithm.queries_per_step=32" in capsys.readouterr().out
 
 
@@ -72,12 +76,17 @@ def test_every_key_of_the_two_files_is_one_of_some_job():
         assert taken == set(leaves(values))
 
 
-def test_a_recipe_that_asks_for_gpus_is_refused_where_there_are_none(gpus, tmp_path, capsys):
-    recipe = str(RECIPES / "ppo.toml")
-    with pytest.raises(RecipeError, match=r"asks for GPUs \(.*policy\.resources\.gpus.*this machine has none.*laptop\.toml"):
-        settled(PPORecipe, recipe, [], {}, resume=False)
-    elsewhere = settled(PPORecipe, recipe, ["cluster.address=ray:6379"], {}, resume=False)
-    assert elsewhere.policy.resources.gpus == 1 and elsewhere.sampling.max_new_tokens == 512  # nothing is laid under a recipe
+def test_nothing_is_laid_under_a_recipe(gpus, capsys):
+    config = settled(PPORecipe, str(RECIPES / "ppo.toml"), [], {}, resume=False)
+    assert config.policy.resources.gpus == 1 and config.sampling.max_new_tokens == 512
+    config.cluster.begin()
+    config.cluster.begin()
+    assert capsys.readouterr().out == f"settings: {RECIPES / 'ppo.toml'}\n"  # once
+
+
+def test_ppo_fits_a_node_of_eight_gpus():
+    bundles = demands_of(load(PPORecipe, RECIPES / "ppo.toml"))
+    assert sum(bundle.get("GPU", 0) for places in bundles.values() for bundle in places) == 8
 
 
 def test_a_resumed_run_goes_on_with_its_own_settings(gpus, tmp_path, capsys):

@@ -18,7 +18,7 @@ from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
 from ctrlrl.models.loading import load_policy
 from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
 from ctrlrl.objectives.likelihood import likelihood
-from ctrlrl.ppo.loss import value_loss
+from ctrlrl.ppo.loss import policy_loss, policy_value_loss, value_loss
 
 # Twenty optimiser steps of ragged batches; ranks and stages must agree after all of them.
 HALF = 17  # steps before the checkpoint
@@ -59,12 +59,72 @@ def reference(models):
     return plain_loop(models["policy"], ppo_batch())
 
 
-def start_policy(model, cluster_config, ranks=1, **train):
+def start_policy(model, cluster_config, ranks=1, value_head=False, **train):
     config = PolicyConfig(model=model, ranks=ranks, train=TrainerConfig(**{"learning_rate": 1e-3, "dtype": "float32", **train}))
     place = reserve({"policy": [config.resources.bundle] * ranks}, cluster_config)
-    policy = Policy(config, place, cluster_config, temperature=1.0, seed=0)
+    policy = Policy(config, place, cluster_config, temperature=1.0, seed=0, value_head=value_head)
     policy.wait_ready()
     return policy, place
+
+
+TWO_HEADS = partial(policy_value_loss, policy=partial(policy_loss, clip=0.2), value=partial(value_loss, clip=0.3, factor=0.5))
+
+
+def plain_two_heads(name, batch, steps):
+    """Two heads on one trunk by hand: the model's own logits and last hidden state, one sequence at a time, the two losses added up."""
+    model = load_policy(name, "float32", "eager")
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def outputs(row):
+        tokens, first = torch.as_tensor(batch.tokens[row]), batch.prompt_lengths[row]
+        found = model(input_ids=tokens[None], output_hidden_states=True, use_cache=False)
+        logprobs = found.logits[0, first - 1 : -1].float().log_softmax(-1).gather(1, tokens[first:, None])[:, 0]
+        return logprobs, head(found.hidden_states[-1][0, first - 1 : -1])[:, 0]
+
+    for rows in steps:
+        optimizer.zero_grad()
+        tokens = int(batch.select(rows).scored_lengths.sum())
+        for row in rows:
+            logprobs, values = outputs(row)
+            old, advantages, returns, before = (torch.as_tensor(batch.per_token[name][row]) for name in (
+                "old_logprobs", "advantages", "returns", "old_values"))  # fmt: skip
+            ratio = (logprobs - old).exp()
+            gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+            near = before + (values - before).clamp(-0.3, 0.3)
+            error = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+            ((0.5 * error - gain).sum() / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        return [np.stack([part.numpy() for part in outputs(row)], 1) for row in range(len(batch))]
+
+
+@pytest.mark.parametrize("train", [{"zero_stage": 0}, {"zero_stage": 3, "layout": "padded"}], ids=["stage 0", "stage 3"])
+def test_a_policy_with_a_value_head_trains_both_as_a_plain_loop_does(ray_cluster, models, cluster_config, tmp_path, train):
+    batch, steps = ppo_batch(), [np.arange(6), np.arange(5, 11), np.arange(11)]
+    policy, place = start_policy(models["policy"], cluster_config, value_head=True, **train)
+    try:
+        before, values = policy.logprobs_and_values(batch)
+        assert not np.concatenate(values).any()  # a new head
+        assert np.concatenate(before) == pytest.approx(np.concatenate(policy.logprobs(batch)), abs=1e-6)
+        policy.train(batch, TWO_HEADS, steps)
+        logprobs, values = policy.logprobs_and_values(batch)
+        wanted = np.concatenate(plain_two_heads(models["policy"], batch, steps))
+        assert np.concatenate(values) == pytest.approx(wanted[:, 1], abs=2e-4) and np.abs(wanted[:, 1]).max() > 1e-2
+        assert np.concatenate(logprobs) == pytest.approx(wanted[:, 0], abs=2e-4)
+        policy.save(tmp_path / "state")
+        policy.train(batch, TWO_HEADS, steps)
+        policy.load(tmp_path / "state")  # the head is in it
+        assert np.array_equal(np.concatenate(policy.logprobs_and_values(batch)[1]), np.concatenate(values))
+        policy.export(tmp_path / "model")
+    finally:
+        policy.close()
+        place.release()
+    exported, began = (load_policy(str(name), "float32").state_dict() for name in (tmp_path / "model", models["policy"]))
+    assert exported.keys() == began.keys()  # an ordinary model, without the second head
 
 
 def test_a_checkpoint_of_a_worker_on_a_full_disk_is_told_and_the_one_before_stays(ray_cluster, models, cluster_config, tmp_path):
