@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Self
 
 import ray
 from pydantic import Field, PrivateAttr
@@ -36,9 +37,11 @@ class ClusterConfig(Section):
     replacements: int = Field(8, ge=0, description="losses of one pool, or restarts of a job's groups, in an hour before the job gives up")
     _first_line: str = PrivateAttr("")
 
-    def begin_with(self, line: str) -> None:
-        """Have `line` printed when the job comes to its cluster: what it was given is in order then."""
-        self._first_line = line
+    def beginning_with(self, line: str) -> Self:
+        """The same, but `line` is printed when the job comes to its cluster: what it was given is in order then."""
+        copy = self.model_copy()  # a default is one object for all
+        copy._first_line = line
+        return copy
 
     def begin(self) -> None:
         """Print that line, once."""

@@ -39,8 +39,7 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
 
 
 def _begun_with(config: AnySection, line: str) -> AnySection:
-    config.cluster.begin_with(line)
-    return config
+    return config.model_copy(update={"cluster": config.cluster.beginning_with(line)})
 
 
 def _value(config, key: str) -> Any:
