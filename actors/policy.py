@@ -30,7 +30,6 @@ class Policy:
         self.train, self.export, self.save, self.load = self._group.train, self._group.export, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
         self.restart, self.dtype, self.model = self._group.restart, config.train.dtype, config.model
-        self.value_head = value_head
 
     def export_controllable(self, tokenizer, directory: Path) -> None:
         """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""

@@ -4,6 +4,7 @@ import numpy as np
 
 from actors.group import GroupConfig, TrainerGroup
 from actors.placement import ClusterConfig, Placement
+from actors.policy import Policy
 from ctrlrl.data.batches import TokenBatch
 
 
@@ -16,6 +17,13 @@ class ValueConfig(GroupConfig):
 
     model: str = ""
     head: bool = False
+
+
+class ValueHead:
+    """The second head of the policy, where a Value is expected: it needs no workers, and is trained and kept with the policy."""
+
+    def __init__(self, policy: Policy):
+        self.with_logprobs = policy.logprobs_and_values
 
 
 class Value:

@@ -14,7 +14,7 @@ from actors.reference import AdapterReference, Reference, ReferenceConfig
 from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
-from actors.value import Value, ValueConfig
+from actors.value import Value, ValueConfig, ValueHead
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.control import CORNERS
@@ -119,10 +119,10 @@ class PPORecipe(Section):
 
 @dataclass(frozen=True)
 class Cast:
-    """The five kinds of actors of a run. value: None where values are a head of the policy, or none are needed (rloo, grpo)."""
+    """The five kinds of actors of a run. value: None where no values are needed (rloo, grpo)."""
 
     policy: Policy
-    value: Value | None
+    value: Value | ValueHead | None
     rollout: Rollout
     rewards: dict[str, Reward]
     reference: Reference | AdapterReference
@@ -131,7 +131,7 @@ class Cast:
     @property
     def groups(self) -> list[Policy | Value]:
         """The trained models: what one of them loses, all go back to the checkpoint for."""
-        return [self.policy, *([self.value] if self.value else [])]
+        return [self.policy, *([self.value] if isinstance(self.value, Value) else [])]
 
     @property
     def pools(self) -> dict[str, Rollout | Reward | Reference]:
@@ -173,6 +173,11 @@ def start_cast(config: PPORecipe) -> Cast:
             return AdapterReference(trained)
         return start(Reference(frozen, place, cluster, model=frozen.model or model, temperature=temperature))
 
+    def start_value(trained: Policy) -> Value | ValueHead | None:
+        if not config.has_value_model:
+            return ValueHead(trained) if config.has_value else None
+        return start(Value(value, place, cluster, model=value.model or model, seed=config.seed))
+
     try:
         head, temperature = config.value.head, config.sampling.temperature
         trained = start(Policy(policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
@@ -181,7 +186,7 @@ def start_cast(config: PPORecipe) -> Cast:
             rewards={a: start(Reward(f"reward.{a}", reward, place, cluster)) for a, reward in config.reward},
             reference=start_reference(trained),
             policy=trained,
-            value=start(Value(value, place, cluster, model=value.model or model, seed=config.seed)) if config.has_value_model else None,
+            value=start_value(trained),
             placement=place,
         )
         ready(cast.groups, cluster)
@@ -203,7 +208,7 @@ def restore(config: PPORecipe, cast: Cast, run: Run) -> tuple[int, AdaptiveKL]:
     done, folder = last
     kl = _read_kl(folder / _STATE)
     cast.policy.load(folder / "policy")
-    if cast.value:
+    if isinstance(cast.value, Value):
         cast.value.load(folder / "value")
     publish(cast.policy, cast.rollout, done)
     return done, kl
@@ -219,7 +224,7 @@ def _read_kl(path: Path) -> AdaptiveKL:
 def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
     """All that a resumed run needs; everything else is a function of the recipe and the step."""
     cast.policy.save(folder / "policy")
-    if cast.value:
+    if isinstance(cast.value, Value):
         cast.value.save(folder / "value")
     write_checked(folder / _STATE, {"kl": kl.to_dict()})
 

@@ -18,6 +18,7 @@ from actors.gauges import show
 from actors.group import CHANGEABLE
 from actors.recovery import Restarts
 from actors.sync import publish
+from actors.value import Value, ValueHead
 from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.batches import Loss
 from ctrlrl.data.rejects import write_rejects
@@ -156,10 +157,10 @@ def learn(
     clock.start("train")
     of_value = partial(value_loss, clip=config.algorithm.value_clip, factor=config.algorithm.value_factor)
     of_policy = objective(config, kl)
-    if config.value.head:
+    if isinstance(cast.value, ValueHead):
         of_policy = partial(policy_value_loss, policy=of_policy, value=of_value)
     updates = [beside.submit(cast.policy.train, experience.batch, of_policy, steps)]
-    if cast.value:
+    if isinstance(cast.value, Value):
         updates.append(beside.submit(cast.value.train, experience.batch, of_value, steps))
     trained = [update.result() for update in updates]
 
@@ -223,8 +224,8 @@ def judge_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecu
 def recall_chunk(cast: Cast, samples: Samples, beside: ThreadPoolExecutor, old: str) -> dict[str, Future]:
     """What the trained models say of a chunk, with the weights that they have, or `old`: "engine", what the sampler said."""
     batch, zeros = samples.token_batch(), tuple(np.zeros(len(r), np.float32) for r in samples.response_ids)
-    if cast.policy.value_head:
-        both = beside.submit(cast.policy.logprobs_and_values, batch)
+    if isinstance(cast.value, ValueHead):
+        both = beside.submit(cast.value.with_logprobs, batch)
         logprobs, values = (beside.submit(lambda i=i: both.result()[i]) for i in (0, 1))
         return {"old_logprobs": _known(samples.sampler_logprobs) if old == "engine" else logprobs, "values": values}
     return {

@@ -257,7 +257,7 @@ def test_killed_workers_and_a_killed_policy_rank_change_nothing(finished, ppo_ov
     [
         (["reference.adapter=true"], "needs policy.train.lora.rank above 0"),
         (["reference=adapter"], "needs policy.train.lora.rank above 0"),  # the same in one word
-        (["value=head", "algorithm.advantage=rloo"], 'set algorithm.advantage = "gae"'),
+        (["value=head", "algorithm.advantage=rloo", "algorithm.samples_per_query=2"], 'set algorithm.advantage = "gae"'),
         (["value.head=true", "value.model=x"], "leave value.model out"),
         (["reference.adapter=true", "policy.train.lora.rank=4", "policy.train.zero_stage=3"], "zero_stage 0 to 2"),
         (["reference.adapter=true", "policy.train.lora.rank=4", "reference.model=x"], "no reference.model"),
