@@ -2,8 +2,9 @@
 
 A worker's imports (torch, transformers, vLLM or DeepSpeed) take 6 to 12 processor seconds, more than a small model takes to load. Ray is
 told to start workers with this file (`executable`). One that names its imports in CTRLRL_IMPORTS is forked from a process that has made
-them, with the same environment, on the same node: the first who asks starts it, and it ends with the node's raylet. Any other worker is
-started as if this file were Python itself. For workers without GPUs alone: CUDA does not survive a fork.
+them, with the same environment, on the same node: the first who asks starts it, and it ends with the node's raylet. What kinds of workers
+have in common they import once: the process to fork from is then a fork itself. Any other worker is started as if this file were Python
+itself. For workers without GPUs alone: CUDA does not survive a fork.
 """
 
 import fcntl
@@ -16,9 +17,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
-IMPORTS = "CTRLRL_IMPORTS"  # modules, separated by commas
+IMPORTS = "CTRLRL_IMPORTS"  # modules, separated by commas; first those that other kinds of workers import, too, and a semicolon
 _OWN = ("RAY_", "_", "SHLVL", "PWD", "OLDPWD")  # variables that may differ between workers with the same imports
+_LATE = (IMPORTS, "CTRLRL_", "VLLM_")  # variables that nothing looks at before the semicolon
 _LOOK_S = 0.5
 _PATIENCE_S = 300.0
 
@@ -30,18 +33,24 @@ def executable() -> str:
     return shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__)])
 
 
-def _place(raylet: int, command: list[str]) -> str:
-    """Where the socket of the process to fork from lies, without its ending: beside Ray's own, and no longer, as paths must be short."""
+def _place(raylet: int, command: list[str], but: tuple[str, ...] = ()) -> str:
+    """Where the socket of the process to fork from lies, without its ending: beside Ray's own, and no longer, as paths must be short.
+    but: beginnings of variables that may differ, too."""
     sockets = next(os.path.dirname(part.partition("=")[2]) for part in command if part.startswith("--raylet-name="))
-    same = sorted((key, value) for key, value in os.environ.items() if not key.startswith(_OWN))
-    mark = hashlib.sha256(json.dumps([sys.executable, __file__, raylet, same]).encode()).hexdigest()[:8]
+    same = sorted((key, value) for key, value in os.environ.items() if not key.startswith((*_OWN, *but)))
+    mark = hashlib.sha256(json.dumps([sys.executable, __file__, raylet, same, but and _common()]).encode()).hexdigest()[:8]
     return os.path.join(sockets, mark)
 
 
-def _ask(raylet: int, command: list[str]) -> None:
-    """Have a worker forked that runs `command` in this environment and folder."""
-    place, end = _place(raylet, command), time.monotonic() + _PATIENCE_S
-    asked = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd(), "asker": os.getpid()}).encode()
+def _common() -> str:
+    """The modules before the semicolon."""
+    return os.environ[IMPORTS].rpartition(";")[0]
+
+
+def _ask(place: str, wanted: dict, start: Callable[[], None]) -> int:
+    """Have the process that listens at `place` fork one in this environment and folder; its process id. start: have one listen there."""
+    here = {"environment": dict(os.environ), "folder": os.getcwd(), "asker": os.getpid()}
+    end, asked = time.monotonic() + _PATIENCE_S, json.dumps(here | wanted).encode()
     with open(f"{place}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         while time.monotonic() < end:
@@ -50,28 +59,52 @@ def _ask(raylet: int, command: list[str]) -> None:
                     line.connect(f"{place}.s")
                     line.sendall(asked)
                     line.shutdown(socket.SHUT_WR)
-                    if line.recv(32):
-                        return
+                    if child := line.recv(32):
+                        return int(child)
             except (FileNotFoundError, ConnectionError):
-                _start_mother(place, raylet)
+                start()
     raise SystemExit(f"no worker was forked within {_PATIENCE_S:g} s")
 
 
-def _start_mother(place: str, raylet: int) -> None:
-    """Start the process to fork from, and return when it listens."""
+def _start_mother(place: str, raylet: int, command: list[str]) -> None:
+    """Have a process to fork from listen at `place`: itself a fork, of one that has imported what others import, too, or a new one."""
+    _tidy(place)
+    if not _common():
+        _start_new(place, raylet, dict(os.environ))
+        return
+    first = _place(raylet, command, _LATE)
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(_LATE)} | {IMPORTS: _common()}
+
+    def start() -> None:
+        _tidy(first)
+        _start_new(first, raylet, plain)
+
+    child = _ask(first, {"serve": place}, start)
+    while not os.path.exists(f"{place}.s"):
+        if not os.path.exists(f"/proc/{child}"):
+            raise SystemExit(f"the process that imports {os.environ[IMPORTS]} ended")
+        time.sleep(0.02)
+
+
+def _tidy(place: str) -> None:
+    """Remove what one that is gone left at `place`."""
     for ending in ("s", "n"):
         if os.path.exists(f"{place}.{ending}"):
-            os.unlink(f"{place}.{ending}")  # of one that is gone
+            os.unlink(f"{place}.{ending}")
+
+
+def _start_new(place: str, raylet: int, environment: dict[str, str]) -> None:
+    """Start a process to fork from in this environment, and return when it listens."""
     command = [sys.executable, "-P", __file__, "--serve", place, str(raylet)]
-    mother = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    mother = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
     while not os.path.exists(f"{place}.s"):
         if mother.poll() is not None:
-            raise SystemExit(f"the process that imports {os.environ[IMPORTS]} ended with code {mother.returncode}")
+            raise SystemExit(f"the process that imports {environment[IMPORTS]} ended with code {mother.returncode}")
         time.sleep(0.02)
 
 
 def _serve(place: str, raylet: int) -> dict | None:
-    """Import, and fork a worker for each who asks, while the raylet lives. In a worker: what was asked; else None."""
+    """Import, and fork a process for each who asks, while the raylet lives. In such a process: what was asked; else None."""
     import gc
     from contextlib import suppress
     from importlib import import_module
@@ -81,7 +114,7 @@ def _serve(place: str, raylet: int) -> dict | None:
         door.listen(64)
         door.settimeout(_LOOK_S)
         os.rename(f"{place}.n", f"{place}.s")  # whoever asks from now on waits for the imports
-        for name in ("ray._private.workers.default_worker", *os.environ[IMPORTS].split(",")):
+        for name in ("ray._private.workers.default_worker", *os.environ[IMPORTS].replace(";", ",").split(",")):
             with suppress(Exception):  # the worker meets the same one, and tells it
                 import_module(name)
         gc.collect()
@@ -107,7 +140,15 @@ def _serve(place: str, raylet: int) -> dict | None:
     return None
 
 
-def _become_worker(asked: dict) -> None:
+def _become(asked: dict) -> None:
+    """Have the environment and folder that were asked for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+
+
+def _work(command: list[str]) -> None:
     """Be the worker that was asked for."""
     import random
     import runpy
@@ -115,13 +156,9 @@ def _become_worker(asked: dict) -> None:
     import numpy as np
 
     os.setpgid(0, 0)  # Ray ends a worker with its whole process group
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.chdir(asked["folder"])
-    os.environ.clear()
-    os.environ.update(asked["environment"])
     random.seed()
     np.random.seed()  # not the same numbers as all its siblings
-    script, *sys.argv = asked["command"][0], *asked["command"]
+    script, *sys.argv = command[0], *command
     sys.path.insert(0, os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")
 
@@ -129,13 +166,21 @@ def _become_worker(asked: dict) -> None:
 def main() -> None:
     """As Ray calls it: `nursery.py SCRIPT ARGUMENTS`; as `_start_mother` does: `nursery.py --serve PLACE RAYLET`."""
     if sys.argv[1] == "--serve":
-        if asked := _serve(sys.argv[2], int(sys.argv[3])):
-            _become_worker(asked)
+        asked = _serve(sys.argv[2], int(sys.argv[3]))
+        while asked and "serve" in asked:  # a process to fork others from in turn
+            os.setsid()
+            _become(asked)
+            asked = _serve(asked["serve"], int(os.environ["RAY_RAYLET_PID"]))
+        if asked:
+            _become(asked)
+            _work(asked["command"])
         return
     raylet = os.environ.get("RAY_RAYLET_PID", "")
     if not os.environ.get(IMPORTS) or not raylet:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-    _ask(int(raylet), sys.argv[1:])
+    command = sys.argv[1:]
+    place = _place(int(raylet), command)
+    _ask(place, {"command": command}, lambda: _start_mother(place, int(raylet), command))
 
 
 if __name__ == "__main__":

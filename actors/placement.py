@@ -24,6 +24,9 @@ _DRAIN_QUESTION_S = 2.0
 # Workers mostly wait for each other: threads of one that spin while they wait take the processor from another
 # (spinning OpenMP threads on a busy machine cut the decoding of vLLM from 24 to 1 tokens/s).
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+# What rollout and scoring workers import both, which takes half of their start; and without GPUs, the environment of an eager engine.
+MODELS = ("ctrlrl.models.loading",)
+UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 _BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}
 
 
@@ -64,13 +67,13 @@ class Resources(Section):
         """The Ray resource demand."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
-    def environment(self, extra: dict[str, str], imports: tuple[str, ...] = ()) -> dict:
+    def environment(self, extra: dict[str, str], imports: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> dict:
         """Ray options that start a worker with these resources and these environment variables. imports: the modules that it will need,
-        which it may have from another process (nursery.py)."""
+        which it may have from another process (nursery.py); common: those before them that other kinds of workers need, too."""
         threads = self.threads or max(1, int(self.cpus))
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **_PASSIVE, **extra}
         if threads == 1 and not self.gpus:  # neither CUDA nor threads that a library began in its import survive a fork
-            env[IMPORTS] = ",".join(imports)
+            env[IMPORTS] = ";".join(",".join(part) for part in (common, imports) if part)
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": self.custom, "runtime_env": {"env_vars": env}}
 
 

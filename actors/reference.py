@@ -5,7 +5,7 @@ import ray
 from pydantic import Field
 from ray.actor import ActorHandle
 
-from actors.placement import ClusterConfig, Placement, Resources
+from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.policy import Policy
 from actors.pool import Pool
 from actors.scaling import fixed
@@ -38,7 +38,7 @@ class Reference:
 
     def __init__(self, config: ReferenceConfig, placement: Placement, cluster: ClusterConfig, *, model: str, temperature: float):
         self._workers = config.workers
-        options = config.resources.environment({}, ("ctrlrl.models.scorer",))
+        options = config.resources.environment({} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",), MODELS)
 
         def create(index: int) -> ActorHandle:
             place = placement.at("reference", index)

@@ -8,7 +8,7 @@ import ray
 from pydantic import Field
 from ray.actor import ActorHandle
 
-from actors.placement import ClusterConfig, Placement, Resources
+from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import fixed
 from ctrlrl.config import Section
@@ -49,7 +49,7 @@ class Reward:
 
     def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
         self._workers = config.workers
-        options = config.resources.environment({}, ("ctrlrl.models.scorer",))
+        options = config.resources.environment({} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",), MODELS)
 
         def create(index: int) -> ActorHandle:
             return RewardWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()

@@ -9,7 +9,7 @@ from pydantic import Field
 from ray.actor import ActorHandle
 
 from actors.member import Entry
-from actors.placement import ClusterConfig, Placement, Resources
+from actors.placement import MODELS, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import Workers, fixed
 from ctrlrl.config import Section
@@ -66,7 +66,7 @@ class Rollout:
         self._config = config
         self._current: tuple[int, ray.ObjectRef, Expectation] | None = None
         self._bytes = 0
-        options = config.resources.environment(environment(config.engine), IMPORTS)
+        options = config.resources.environment(environment(config.engine), IMPORTS, MODELS)
 
         def create(index: int) -> ActorHandle:
             return RolloutWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()

@@ -11,12 +11,13 @@ import ray
 
 from actors.placement import Resources
 
-MODULE = "wave"  # of the standard library, and imported by nothing else here
+MODULE, COMMON = "wave", "chunk"  # of the standard library, and imported by nothing else here
 
 
 @pytest.fixture
 def tellers(ray_cluster):
-    """A function: what so many workers with these resources say. (Their class is a local one, which travels with them.)"""
+    """A function: what so many workers with these resources say: of themselves, and from which process theirs was forked.
+    (Their class is a local one, which travels with them.)"""
     actors = []
 
     class Told:
@@ -26,12 +27,16 @@ def tellers(ray_cluster):
             found = {key: os.environ.get(key) for key in ("CTRLRL_MARK", "OMP_NUM_THREADS")}
             return mother, MODULE in sys.modules, found, np.random.random(), os.getpgid(0) == os.getpid()
 
+        def family(self):
+            mother = os.getppid()
+            grandmother = int(Path(f"/proc/{mother}/stat").read_text().rpartition(")")[2].split()[1])
+            return grandmother, mother, os.environ["CTRLRL_MARK"], COMMON in sys.modules and MODULE in sys.modules
 
-    def ask(count, resources, mark="a"):
-        options = resources.environment({"CTRLRL_MARK": mark}, (MODULE,))
+    def ask(count, resources, mark="a", common=(), call="tell", **more):
+        options = resources.environment({"CTRLRL_MARK": mark, **more}, (MODULE,), common)
         new = [ray.remote(max_restarts=0)(Told).options(**options).remote() for _ in range(count)]
         actors.extend(new)
-        return ray.get([actor.tell.remote() for actor in new], timeout=300)
+        return ray.get([getattr(actor, call).remote() for actor in new], timeout=300)
 
     yield ask
     for actor in actors:
@@ -49,6 +54,19 @@ def test_workers_with_the_same_environment_share_a_mother_and_nothing_random(tel
     os.kill(first[0], signal.SIGKILL)
     ((again, imported, *_),) = tellers(1, Resources())
     assert again not in (None, first[0], other) and imported
+
+
+def test_kinds_of_workers_share_what_they_import_both(tellers):
+    kinds = [("c", {}), ("d", {}), ("d", {"OTHER": "1"}), ("c", {})]
+    found = [tellers(1, Resources(), mark, (COMMON,), "family", **more)[0] for mark, more in kinds]
+    (first, second, third, again) = found
+    assert first[0] == second[0] != third[0]  # each has another mother; a variable that imports may look at, another grandmother
+    assert len({first[1], second[1], third[1]}) == 3 and again == first
+    assert [mark for _, _, mark, _ in found] == ["c", "d", "d", "c"] and all(imported for *_, imported in found)
+    os.kill(first[0], signal.SIGKILL)
+    os.kill(second[1], signal.SIGKILL)
+    ((grandmother, mother, *_),) = tellers(1, Resources(), "d", (COMMON,), "family")
+    assert grandmother not in (first[0], third[0]) and mother not in (first[1], second[1], third[1])
 
 
 def test_a_worker_with_threads_is_started_by_itself(tellers):

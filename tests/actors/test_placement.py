@@ -60,3 +60,5 @@ def test_resources_become_a_bundle_and_an_environment():
     }  # fmt: skip
     alone = Resources(cpus=0.5).environment({}, ("wave", "cgi"))["runtime_env"]["env_vars"]
     assert (alone["OMP_NUM_THREADS"], alone["CTRLRL_IMPORTS"]) == ("1", "wave,cgi")  # without GPUs, with one thread, it may be forked
+    both = Resources().environment({}, ("wave",), ("cgi", "chunk"))["runtime_env"]["env_vars"]
+    assert both["CTRLRL_IMPORTS"] == "cgi,chunk;wave"
