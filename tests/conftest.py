@@ -186,7 +186,7 @@ def write_evaluation(make_answers):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files that start a cluster or a server come first: short ones end the run, so that neither of two processes waits long for the other."""
+    """Files that start a cluster or a server come first: short ones end the run, so that no process waits long for the other."""
     long = {item.path for item in items if not {"ray_cluster", "server"}.isdisjoint(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: item.path not in long)
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,7 +127,7 @@ def test_the_engine_gets_a_path_without_a_tilde(models, monkeypatch):
     def engine(model, **_):
         raise Asked(model)
 
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, __spec__=ModuleSpec("vllm", None)))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, __spec__=find_spec("vllm")))  # its sources are looked at
     monkeypatch.setitem(sys.modules, "vllm.config", SimpleNamespace(WeightTransferConfig=dict))
     monkeypatch.setattr("ctrlrl.models.sampler.register_transfer", lambda: None)
     monkeypatch.setenv("HOME", str(Path(models["policy"]).parent))
