@@ -49,7 +49,7 @@ def check_engine_takes(model: str) -> None:
         raise ModelError(
             f"{model!r} is a {architecture}, which the rollout engine (vLLM) does not know: use a model of another architecture"
         )
-    if carries_state(model) and engine_on_cpu() and not compared(model):
+    if carries_state(model) and engine_on_cpu() and config.model_type not in _RIGHT:
         raise ModelError(
             f"{model!r} is a {config.model_type}, whose layers carry a state along the sequence: the rollout engine (vLLM) does not run "
             "such an architecture rightly on this device (CPU): use a model with attention alone, or an engine for GPUs"
@@ -81,8 +81,13 @@ def carries_state(model: str) -> bool:
 
 
 def compared(model: str) -> bool:
-    """Whether the engine was found to compute what transformers does for models of this architecture."""
-    return load_config(model).model_type in _RIGHT
+    """Whether the engine was found to compute what transformers does for models of this architecture with these keys: one that
+    transformers' configuration does not have, and so ignores, the engine may obey (num_key_value_heads in a gpt_neox)."""
+    config = load_config(model)
+    kind = type(config)
+    known = {*kind().to_dict(), *getattr(kind, "__dataclass_fields__", ()), *kind.attribute_map}
+    ignored = [key for key, value in config.to_dict().items() if key not in known and key[0] != "_" and isinstance(value, int | float)]
+    return config.model_type in _RIGHT and not ignored
 
 
 @lru_cache

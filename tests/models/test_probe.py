@@ -1,5 +1,7 @@
 """The weight handshake: which samplers are let in."""
 
+import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from ctrlrl.errors import ModelError, VersionMismatch
 from ctrlrl.models.loading import load_policy, load_tokenizer
 from ctrlrl.models.probe import TOLERANCE, Expectation, mean_difference, probe_batch, probe_of
-from ctrlrl.models.proof import Proof, proof_of
+from ctrlrl.models.proof import Compared, Proof, proof_of
 from ctrlrl.models.sampler import EngineConfig
 
 NEW = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
@@ -102,3 +104,14 @@ def test_an_engine_must_compute_what_transformers_does(models, monkeypatch):
     monkeypatch.setattr("ctrlrl.models.architectures._RIGHT", frozenset())
     with pytest.raises(ModelError, match="cannot run"):
         proof_of(models["policy"], EngineConfig(dtype="float32")).check(fail)
+
+
+def test_keys_that_transformers_ignores_are_a_reason_to_compare(models, tmp_path):
+    """vLLM may obey them: it reads num_key_value_heads of a gpt_neox, which has none in transformers."""
+    for name, more in (("text", {"made_by": "hand", "_note": 1}), ("size", {"num_experts_per_head": 2})):
+        folder = shutil.copytree(models["policy"], tmp_path / name)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    engine = EngineConfig(dtype="float32")
+    assert isinstance(proof_of(str(tmp_path / "text"), engine), Compared)
+    assert isinstance(proof_of(str(tmp_path / "size"), engine), Proof)
