@@ -1,6 +1,7 @@
 """`ctrlrl serve`: one model behind OpenAI's HTTP, its dials in the operator's hands.
 
-The engine's process is forked first; the HTTP and what is ours run in this one. SIGHUP reads the file of dials again.
+The engine has processes of its own, which are started first and end with this one; the HTTP and what is ours run here. SIGHUP reads the
+file of dials again.
 """
 
 import asyncio

@@ -101,7 +101,7 @@ def _within(model: str, config: ServeConfig) -> ServeConfig:
     if "max_model_tokens" not in config.engine.model_fields_set:
         tokens = within_positions(model, config.engine.max_model_tokens)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"max_model_tokens": tokens})})
-    prompt_room(model, config.engine, SamplingConfig(max_new_tokens=1), section="serve")
+    prompt_room(model, config.engine, SamplingConfig(max_new_tokens=1), section="")
     return config
 
 

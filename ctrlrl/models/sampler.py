@@ -54,7 +54,7 @@ def prompt_room(model: str, engine: EngineConfig, sampling: SamplingConfig, sect
     """Tokens that a prompt may have beside its answer; RecipeError if the engine, of this section of the recipe, has more tokens than
     the model has positions, ModelError if it cannot take the model at all."""
     check_engine_takes(model)
-    positions, key = within_positions(model, engine.max_model_tokens), f"{section}.engine.max_model_tokens"
+    positions, key = within_positions(model, engine.max_model_tokens), f"{section}.engine.max_model_tokens".lstrip(".")
     rope = getattr(load_config(model), "rope_parameters", None) or {}
     stretched = rope.get("rope_type") in ("linear", "dynamic")  # to more positions than the configuration names; vLLM knows how many
     if positions < engine.max_model_tokens and not stretched:
