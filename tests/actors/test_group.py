@@ -27,6 +27,7 @@ def test_a_stopped_rank_is_reported_by_name_within_its_deadline_and_a_dead_one_a
                 ray_cluster.kill(ranks.actors[0])
                 with pytest.raises(ray_cluster.exceptions.RayActorError):  # once it is dead
                     ray_cluster.get(ranks.actors[0].__ray_ready__.remote())
+                refs = [ranks.actors[0].meeting_point.remote()]  # it may have answered before
         return wait(group, ranks, refs, deadline_s, doing)
 
     cluster = ClusterConfig(placement_deadline_s=30, start_deadline_s=240, call_deadline_s=120)
