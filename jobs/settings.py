@@ -33,18 +33,10 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
     name, why = ("node", f"{gpus:g} GPUs are there") if gpus else ("laptop", "no GPU is there")
     values = part_of(kind, tomllib.loads((_RECIPES / f"{name}.toml").read_text()))
     fitted = load(kind, None, overrides, values, options)
-    taken = {key: value for key in leaves(values) if (value := _value(fitted, key)) != _value(config, key)}
-    told = ", ".join(f"{key}={json.dumps(value)}" for key, value in taken.items())
+    now, without = (leaves(settings.model_dump(mode="json")) for settings in (fitted, config))
+    told = ", ".join(f"{key}={json.dumps(now[key])}" for key in leaves(values) if now[key] != without[key])
     return _begun_with(fitted, f"settings: jobs/recipes/{name}.toml, because {why} and no --recipe is given; --set changes them: {told}")
 
 
 def _begun_with(config: AnySection, line: str) -> AnySection:
     return config.model_copy(update={"cluster": config.cluster.beginning_with(line)})
-
-
-def _value(config, key: str) -> Any:
-    """What `config` has at a dotted key, as JSON has it."""
-    value = config.model_dump(mode="json")
-    for part in key.split("."):
-        value = value[part]
-    return value
