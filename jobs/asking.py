@@ -19,14 +19,16 @@ from ctrlrl.data.shards import ShardStore
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import nearest
 from ctrlrl.evaluation.grid import JUDGES, Cell, make_table, score_columns
+from ctrlrl.evaluation.refusals import JUDGED
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig
-from ctrlrl.prompts import render
+from ctrlrl.prompts import Messages, render
 from ctrlrl.seeds import derive_seed
 from jobs.flow import Flow
 from jobs.launch import StopRequest
 from jobs.progress import Pace, Steps
 
 Calibrations = Mapping[str, Mapping[str, Calibration]]  # set of reward models -> attribute
+REFUSAL_WORKER = "refusal_judge"
 
 
 def worker_name(judge: str, attribute: str) -> str:
@@ -64,7 +66,13 @@ class Answers:
     completions: Completions
     kept: np.ndarray
     scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    refusals: np.ndarray | None = None
     waiting: int = 0
+
+    def conversations(self) -> tuple[np.ndarray, list[tuple[Messages, str]]]:
+        """The rows that are kept, and what a judge sees of them: the plain prompt and the answer."""
+        rows = np.flatnonzero(self.kept)
+        return rows, [(self.cells[row].prompt.messages, self.texts[row]) for row in rows]
 
     @property
     def tokens(self) -> list[int]:
@@ -75,7 +83,8 @@ class Answers:
 class Asking:
     """The answers of one evaluation: its store, and the work still to be done.
 
-    samples: k of reranking, else 1. chunk: requests of a shard. room: tokens that a prompt may have.
+    samples: k of reranking, else 1. chunk: requests of a shard. room: tokens that a prompt may have. refusals: the calibration of a judge
+    of refusals, to whom all answers are shown that are kept.
     """
 
     def __init__(
@@ -89,7 +98,9 @@ class Asking:
         chunk: int,
         room: int,
         seed: int,
+        refusals: Calibration | None = None,
     ):
+        self._refusals = refusals
         self._store, self._cells, self._tokenizer, self._calibrations = store, cells, tokenizer, calibrations
         self._rendered = render_cells(cells, tokenizer, room)
         self._samples, self._size, self._seed = samples, max(1, chunk // samples), seed
@@ -134,8 +145,7 @@ class Asking:
 
     def _judge(self, flow: Flow, crew: Crew, answers: Answers, judges: list[str]) -> None:
         """Have the kept answers scored by the sets `judges`."""
-        rows = np.flatnonzero(answers.kept)
-        conversations = [(answers.cells[row].prompt.messages, answers.texts[row]) for row in rows]
+        rows, conversations = answers.conversations()
         answers.waiting = len(judges) * len(ATTRIBUTES)
         for judge in judges:
             answers.scores[judge] = {a: np.full(len(answers.cells), np.nan) for a in ATTRIBUTES}
@@ -153,8 +163,16 @@ class Asking:
             answers.kept = self._nearest(answers)
         if left:
             self._judge(flow, crew, answers, left)
+        elif self._refusals:
+            rows, conversations = answers.conversations()
+            flow.after(crew.rewards[REFUSAL_WORKER].raw(conversations), partial(self._told, flow, answers, rows))
         else:
             self._commit(flow, answers)
+
+    def _told(self, flow: Flow, answers: Answers, rows: np.ndarray, raw: np.ndarray) -> None:
+        answers.refusals = np.full(len(answers.cells), np.nan)
+        answers.refusals[rows] = self._refusals(raw)
+        self._commit(flow, answers)
 
     def _nearest(self, answers: Answers) -> np.ndarray:
         """Which rows are kept: of the k samples of each cell the one nearest to its control."""
@@ -166,6 +184,8 @@ class Asking:
         table = make_table(answers.cells, answers.texts, answers.tokens, answers.completions.finished, answers.scores)
         for name in [column for judge in answers.scores for column in score_columns(judge)]:  # what was not judged has no score
             table = table.set_column(table.column_names.index(name), name, pa.array(table[name].to_numpy(), from_pandas=True))
+        if answers.refusals is not None:
+            table = table.append_column(JUDGED, pa.array(answers.refusals, from_pandas=True))
         table = table.append_column("sample", pa.array(np.tile(np.arange(self._samples, dtype=np.int8), len(table) // self._samples)))
         now, tokens = time.monotonic(), sum(answers.tokens)
         facts = {"answers": len(table), "tokens": tokens, "engine_s": answers.completions.seconds, "start_s": self._start_s}

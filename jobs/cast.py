@@ -243,8 +243,8 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
         check_value(value)
         check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")
-    for model in judges_of(config):
-        check_reward_model(model)
+    for _, reward in config.reward:
+        check_reward_model(reward.model, reward.label)
     room = prompt_room(policy, config.rollout.engine, config.sampling)
     tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
     check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)

@@ -36,7 +36,7 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import absolute_out, only_writer, output_directory
-from jobs.asking import Asking, worker_name
+from jobs.asking import REFUSAL_WORKER, Asking, worker_name
 from jobs.launch import Out, Recipe, Set, SkipBadRows, run_job
 from jobs.measure import write_results
 from jobs.reading import askable
@@ -61,6 +61,7 @@ class EvaluateRecipe(Section):
 
     method: "control" (control tokens), "prompting" (each of `templates`, the best counts), "reranking" (`samples` answers by the first
     template, the nearest is kept) or "system" (the two system prompts of CST). name: what tables call it, by default its folder.
+    refusal_judge: a classifier of refusals that takes the place of the patterns of `measure`.
     """
 
     out: str = "runs/evaluation"
@@ -78,6 +79,7 @@ class EvaluateRecipe(Section):
     measure: MeasureConfig = MeasureConfig()
     cluster: ClusterConfig = ClusterConfig()
     judges: Judges
+    refusal_judge: RewardConfig | None = Field(None, exclude_if=lambda judge: judge is None)  # not in the recipes of evaluations without
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -97,9 +99,8 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
     crew: workers that serve config.model and config.judges already (see judging_crew); by default they are started, and ended, here.
     """
     check_policy(config.model)
-    for models in config.judges.given.values():
-        for _, reward in models:
-            check_reward_model(reward.model)
+    for reward in reward_workers(config).values():
+        check_reward_model(reward.model, reward.label)
     (cells, rejects), room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
     if rejects:
         print(aside_line(rejects), flush=True)
@@ -115,6 +116,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
             chunk=config.rollout.chunk,
             room=room,
             seed=config.seed,
+            refusals=config.refusal_judge and config.refusal_judge.load_calibration(),
         )
         identity = fingerprint(config, cells)
         if (store.directory / "store.json").exists():
@@ -164,8 +166,9 @@ def judging_crew(config: EvaluateRecipe) -> Crew:
 
 
 def reward_workers(config: EvaluateRecipe) -> dict[str, RewardConfig]:
-    """The reward models of config.judges, by the names of their workers."""
-    return {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
+    """The reward models of config.judges, and the judge of refusals, by the names of their workers."""
+    workers = {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
+    return workers | ({REFUSAL_WORKER: config.refusal_judge} if config.refusal_judge else {})
 
 
 def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
@@ -183,13 +186,7 @@ def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
 
 def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
     """All that the answers and their scores depend on; where models lie and how many workers serve them is no part of it."""
-    judged = {
-        judge: {a: {"sha256": model_fingerprint(r.model), **r.model_dump(include={"dtype", "max_length"})} for a, r in models}
-        for judge, models in config.judges.given.items()
-    }
-    for judge, models in config.judges.given.items():
-        for a, reward in models:
-            judged[judge][a]["calibration"] = reward.load_calibration().content_hash
+    judged = {judge: {a: judge_fingerprint(reward) for a, reward in models} for judge, models in config.judges.given.items()}
     prompts = {cell.prompt.prompt_id: cell.prompt for cell in cells}
     return {
         **config.model_dump(mode="json", include={"method", "seed", "levels", "sampling", "chat"}),
@@ -200,7 +197,14 @@ def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
         "model": model_fingerprint(config.model),
         "prompts": prompts_fingerprint(list(prompts.values())),
         "judges": judged,
+        **({"refusal_judge": judge_fingerprint(config.refusal_judge)} if config.refusal_judge else {}),
     }
+
+
+def judge_fingerprint(reward: RewardConfig) -> dict:
+    """All that the scores of a reward model depend on, by content."""
+    read = reward.model_dump(include={"dtype", "max_length", "label"})
+    return {"sha256": model_fingerprint(reward.model), **read, "calibration": reward.load_calibration().content_hash}
 
 
 def finish(config: EvaluateRecipe, table: pa.Table, cost: dict[str, float]) -> int:
@@ -216,8 +220,8 @@ def finish(config: EvaluateRecipe, table: pa.Table, cost: dict[str, float]) -> i
 
 def _ask_crew(config: EvaluateRecipe, asking: Asking, store: ShardStore, identity: dict, crew: Crew, start_s: float) -> int:
     store.open_or_create(identity, shards=asking.shards)
-    rewards = [reward for models in config.judges.given.values() for _, reward in models]
-    return asking.run(crew, config.sampling, 2 * (config.rollout.workers.max + sum(r.workers for r in rewards)), start_s)
+    judges = sum(reward.workers for reward in reward_workers(config).values())
+    return asking.run(crew, config.sampling, 2 * (config.rollout.workers.max + judges), start_s)
 
 
 def main(

@@ -136,10 +136,11 @@ class InterimCrew:
         chat: ChatVariables = MappingProxyType({}),
     ):
         self._config, self._cluster, self._model = config, cluster, model
-        judges = [reward.model for _, reward in config.judges] if config.every else []
+        judges = [reward for _, reward in config.judges] if config.every else []
         for judge in judges:
-            check_reward_model(judge)
-        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat, judges)
+            check_reward_model(judge.model, judge.label)
+        models = [judge.model for judge in judges]
+        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat, models)
         self.rejects = self._interim.rejects
         self._crew, self._open = None, ExitStack()
 

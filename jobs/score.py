@@ -73,9 +73,10 @@ class Judge:
     @classmethod
     def of(cls, config: RewardConfig, store: ShardStore, samples: dict) -> "Judge":
         """Checks the reward model and takes its fingerprint; `samples`: that of the answers."""
-        check_reward_model(config.model)
+        check_reward_model(config.model, config.label)
         calibration = config.load_calibration()
         model = {"sha256": model_fingerprint(config.model), "dtype": config.dtype, "max_length": config.max_length}
+        model |= {"label": config.label} if config.label else {}
         return cls(store, calibration, {"reward": model | {"calibration": calibration.content_hash}, "samples": samples})
 
 

@@ -61,7 +61,7 @@ def load_serving(model: str, dials: str, overrides: Sequence[str], name: str) ->
     kind = kind_of(model, config)
     check_kind(config, kind)
     for judge in reward_configs(config).values():
-        check_reward_model(judge.model)
+        check_reward_model(judge.model, judge.label)
         judge.load_calibration()
     return Serving(model, dials, tuple(overrides), _name(model, name), config, kind)
 

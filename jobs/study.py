@@ -115,8 +115,8 @@ def check(steps: list[Step]) -> None:
     made = tuple(str(step.folder) for step in steps)
     for policy in sorted(name for name in policies if not name.startswith(made)):
         check_policy(policy)
-    for model in sorted({reward.model for models in judges for _, reward in models}):
-        check_reward_model(model)
+    for model, label in sorted({(reward.model, reward.label) for models in judges for _, reward in models}):
+        check_reward_model(model, label)
     for name, limit, skip in sorted(prompts, key=str):
         read_prompts(name, limit=limit, skip_bad_rows=skip)
 

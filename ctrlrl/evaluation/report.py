@@ -14,6 +14,7 @@ from ctrlrl.evaluation.costs import Cost, evaluation_cost, generation_cost, trai
 from ctrlrl.evaluation.exhibits import Evaluated, Exhibits, Study
 from ctrlrl.evaluation.grid import JUDGES
 from ctrlrl.evaluation.metrics import METRICS
+from ctrlrl.evaluation.refusals import PATTERNS_MISS
 from ctrlrl.evaluation.tables import ABSENT, PAPER_ORDER, Figure, Method, Row, comparison, examples, gaps
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -59,6 +60,7 @@ def contents(found: Exhibits, title: str) -> dict:
         "studies": [(study, _study_tables(study)) for study in found.studies],
         "evaluated": len(all_evaluated(found)),
         "detailed": detailed,
+        "told": how_told(detailed),
         "calibrations": [charts.calibration({j: b["calibration"] for j, b in r.judged.items()}, r.name) for r in detailed],
         "distributions": [p for r in detailed for p in charts.distributions({j: b["distribution"] for j, b in r.judged.items()}, r.name)],
         "curves": [(run.name, len(run.rows), charts.training_curves(run.rows, run.name)) for run in found.trained],
@@ -68,6 +70,15 @@ def contents(found: Exhibits, title: str) -> dict:
         "missing": missing(found),
         "absent": ABSENT,
     }
+
+
+def how_told(runs: Sequence[Evaluated]) -> str:
+    """What told the refusals of the runs, and what it is known to miss."""
+    told = [run.details.get("refusals_told") or {"by": "patterns", "agreement": None} for run in runs]
+    by_judge = [(run.name, facts["agreement"]) for run, facts in zip(runs, told, strict=True) if facts["by"] == "judge"]
+    said = [PATTERNS_MISS] if any(facts["by"] == "patterns" for facts in told) else []
+    agreed = "; ".join(name + ("" if share is None else f" (the patterns agree with it on {share:.0%})") for name, share in by_judge)
+    return " ".join([*said, *([f"By a judge, with that judge's own faults: {agreed}."] if by_judge else [])])
 
 
 def costs(found: Exhibits) -> list[Cost]:

@@ -16,31 +16,36 @@ from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import METHODS, best_template
 from ctrlrl.evaluation.grid import JUDGES, score_columns
 from ctrlrl.evaluation.metrics import METRICS, REQUESTS, from_table, measure_arrays, over_optimisation_gap, safe_shares
+from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_pattern, judged, refused
 
 BINS = 20  # of the score distributions, over [0, 1]
-REFUSALS = (
-    r"\bI (can't|cannot|can not|won't|will not|refuse|do not answer|don't answer)\b",
-    r"\bI('m| am) (sorry|unable|not able|not going to|not comfortable)\b",
-    r"\b(request|permission) denied\b",
-    r"\bas an AI\b",
-)
 
 
 class MeasureConfig(Section):
-    """draws: bootstrap draws for the intervals. refusals: an answer in which one of these patterns (RE2, any case) occurs is a refusal."""
+    """draws: bootstrap draws for the intervals. refusals, exempt, opening: as evaluation.refusals.refused has them: an answer refuses in
+    whose first `opening` characters one of these patterns (RE2, any case) occurs, what `exempt` matches having been cut out.
+
+    judged_refusals: where the table has a judge's column `refusal`, that counts and not the patterns.
+    """
 
     draws: int = Field(1000, ge=0)
     refusals: tuple[str, ...] = REFUSALS
+    exempt: tuple[str, ...] = EXEMPT
+    opening: int = Field(OPENING, ge=0)
+    judged_refusals: bool = True
 
-    @field_validator("refusals")
+    @field_validator("refusals", "exempt")
     @classmethod
-    def _are_patterns(cls, refusals: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in refusals:
-            try:
-                pc.match_substring_regex(pa.array([""]), pattern)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{pattern!r} is not a pattern: {error}") from None
-        return refusals
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            check_pattern(pattern)
+        return patterns
+
+    def are_refusals(self, table: pa.Table) -> pa.ChunkedArray | None:
+        """Which answers of a table refuse; None where it has none."""
+        if self.judged_refusals and JUDGED in table.column_names:
+            return judged(table[JUDGED])
+        return refused(table["response"], self.refusals, self.exempt, self.opening) if "response" in table.column_names else None
 
 
 def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, dict]:
@@ -67,8 +72,9 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
         "draws": config.draws,
         "judges": {judge: _beside(chosen, judge, figures, method, seed, config.draws) for judge, figures in found.items()},
         "over_optimisation": over_optimisation_gap(*(found[judge] for judge in JUDGES)) if len(judges) == 2 else None,
-        "corners": corners(chosen, judges, config.refusals),
+        "corners": corners(chosen, judges, config),
         "refusals": list(config.refusals),
+        "refusals_told": refusals_told(chosen, config),
         "best_template": best,
         "templates": [{"template": n, "metrics": _metrics(part)} for n, part in measured.items()] if method == "prompting" else [],
         "missing": _missing(table, judges),
@@ -76,7 +82,18 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
     return _metrics(found), details
 
 
-def corners(table: pa.Table, judges: list[str], refusals: tuple[str, ...]) -> list[dict]:
+def refusals_told(table: pa.Table, config: MeasureConfig) -> dict:
+    """What told the refusals, "judge", "patterns" or None; and, where both are there, in which share of the answers the two agree."""
+    told = config.are_refusals(table)
+    by = "judge" if told is not None and config.judged_refusals and JUDGED in table.column_names else "patterns"
+    found = {"by": None if told is None else by, "agreement": None}
+    if JUDGED in table.column_names and "response" in table.column_names:
+        other = refused(table["response"], config.refusals, config.exempt, config.opening)
+        found["agreement"] = _share(pc.equal(judged(table[JUDGED]), other))
+    return found
+
+
+def corners(table: pa.Table, judges: list[str], config: MeasureConfig) -> list[dict]:
     """For each control: answers, mean tokens and characters, share cut at the limit, share of refusals, mean scores; null where unknown."""
     requests = np.stack([table[name].to_numpy() for name in REQUESTS], axis=1)
     rows = []
@@ -87,19 +104,11 @@ def corners(table: pa.Table, judges: list[str], refusals: tuple[str, ...]) -> li
         row["cut"] = _share(pc.equal(part["finish_reason"], "length")) if "finish_reason" in part.column_names else None
         said = part["response"] if "response" in part.column_names else None
         row["characters"] = None if said is None else pc.mean(pc.utf8_length(said)).as_py()
-        row["refusals"] = None if said is None else _share(refused(said, refusals))
+        told = config.are_refusals(part)
+        row["refusals"] = None if told is None else _share(told)
         row["scores"] = {j: {a: pc.mean(part[c]).as_py() for a, c in zip(ATTRIBUTES, score_columns(j), strict=True)} for j in judges}
         rows.append(row)
     return rows
-
-
-def refused(responses: pa.ChunkedArray, patterns: tuple[str, ...]) -> pa.ChunkedArray:
-    """Whether one of `patterns` occurs in each response, in any case; curly apostrophes count as straight ones."""
-    straight = pc.replace_substring(responses, "\u2019", "'")
-    found = pa.chunked_array([pa.array(np.zeros(len(responses), bool))])
-    for pattern in patterns:
-        found = pc.or_(found, pc.match_substring_regex(straight, pattern, ignore_case=True))
-    return found
 
 
 def distribution(requests: np.ndarray, scores: np.ndarray) -> list[dict]:

@@ -21,7 +21,7 @@ from transformers import (
 from ctrlrl.chat import check_exportable, literals, own_template
 from ctrlrl.errors import ModelError
 from ctrlrl.models.exporting import writable_generation_config
-from ctrlrl.models.reading import existing, has_tokenizer, load_config, load_tokenizer, reading
+from ctrlrl.models.reading import existing, has_tokenizer, label_index, load_config, load_tokenizer, reading
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.models.weight_files import check_tied, check_weights
 from ctrlrl.prompts import control_chat_template
@@ -61,9 +61,9 @@ def load_classifier(name: str, dtype: str, attention: str | None = None) -> PreT
     )[0]
 
 
-def load_reward_model(name: str, dtype: str) -> PreTrainedModel:
-    """A sequence classifier with one output, whole; raises ModelError for any other number of labels."""
-    config = _reward_config(name)
+def load_reward_model(name: str, dtype: str, label: str = "") -> PreTrainedModel:
+    """A sequence classifier, whole: with one output, or with several labels of which `label` is one; ModelError for any other."""
+    config = _reward_config(name, label)
     model, _ = _read_whole(AutoModelForSequenceClassification, name, "reward model", config, dtype)
     return model.eval().requires_grad_(False)
 
@@ -82,9 +82,10 @@ def check_backbone(name: str) -> None:
     _check_whole(AutoModelForSequenceClassification, name, "sequence classifier", config, new_head=new_head)
 
 
-def check_reward_model(name: str) -> None:
-    """Raise ModelError unless `name` is a whole sequence classifier with one label; reads no weights, but their names and shapes."""
-    _check_whole(AutoModelForSequenceClassification, name, "reward model", _reward_config(name))
+def check_reward_model(name: str, label: str = "") -> None:
+    """Raise ModelError unless `name` is a whole sequence classifier with one label, or of several with `label` among them; reads no
+    weights, but their names and shapes."""
+    _check_whole(AutoModelForSequenceClassification, name, "reward model", _reward_config(name, label))
 
 
 def check_value(name: str) -> None:
@@ -161,7 +162,7 @@ def _backbone_config(name: str) -> tuple[PretrainedConfig, bool]:
     return _settled(name, config), not classifier
 
 
-def _reward_config(name: str) -> PretrainedConfig:
+def _reward_config(name: str, label: str = "") -> PretrainedConfig:
     """The configuration of a reward model as it is; ModelError for anything else."""
     config = load_config(name)
     architectures = config.architectures or []
@@ -169,9 +170,12 @@ def _reward_config(name: str) -> PretrainedConfig:
         raise ModelError(
             f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: give a sequence classifier with one output"
         )
-    if config.num_labels != 1:
+    if label:
+        label_index(name, label)
+    elif config.num_labels != 1:
         raise ModelError(
-            f"reward model {name!r} has {config.num_labels} labels; a reward model has exactly 1 output: train it with num_labels = 1"
+            f"reward model {name!r} has {config.num_labels} labels; a reward model has exactly 1 output: train it with num_labels = 1, "
+            f"or name one of {', '.join(map(str, config.id2label.values()))} as its label"
         )
     return _settled(name, config)
 

@@ -29,8 +29,12 @@ _PROOF = (
 Encoded = dict[str, list[int]]  # what encode_conversation returns
 
 
-def raw_scores(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, types_BT: Tensor | None, call: Callable) -> Tensor:
+def raw_scores(
+    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, types_BT: Tensor | None, call: Callable, label: int | None = None
+) -> Tensor:
     """The outputs [B], fp32, of `call`, which is `model` or what is wrapped around it; rows are padded on the right, mask 1 on text.
+
+    label: of a classifier of several labels, the one whose log odds are the output, so that a sigmoid gives its probability.
 
     Rows are filled up with a token that ends none of them, which the configuration names as padding for this call: so the last token
     that is not padding is the last one of the text, also where texts end with the token that the model's makers padded with. A model
@@ -50,10 +54,19 @@ def raw_scores(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, types_BT
     try:
         for config in configs:
             config.pad_token_id = fill
-        return call(**inputs).logits[:, 0].float()
+        logits_BK = call(**inputs).logits.float()
+        return logits_BK[:, 0] if label is None else _log_odds(logits_BK, label, model.config.problem_type)
     finally:
         for config, pad in zip(configs, before, strict=True):
             config.pad_token_id = pad
+
+
+def _log_odds(logits_BK: Tensor, label: int, problem: str | None) -> Tensor:
+    """Log odds [B] of one of K labels: its own logit where each label is a question of its own, else against all others together."""
+    if problem == "multi_label_classification":
+        return logits_BK[:, label]
+    others = [i for i in range(logits_BK.shape[1]) if i != label]
+    return logits_BK[:, label] - logits_BK[:, others].logsumexp(1)
 
 
 def conversation_batch(encoded: list[Encoded], typed: bool) -> TokenBatch:

@@ -134,3 +134,12 @@ def check_json(file: Path) -> None:
         raise ModelError(f"{str(file)!r} cannot be read as JSON in UTF-8: {error}: write it again with save_pretrained") from None
     if not isinstance(value, dict):
         raise ModelError(f"{str(file)!r} holds a {type(value).__name__}, not a JSON object: write it again with save_pretrained")
+
+
+def label_index(name: str, label: str) -> int:
+    """Which output of a classifier of several labels is `label`, in any case; ModelError names those that there are."""
+    names = {number: str(text) for number, text in (load_config(name).id2label or {}).items()}
+    found = [number for number, text in names.items() if text.lower() == label.lower()]
+    if len(found) != 1 or len(names) < 2:
+        raise ModelError(f"classifier {name!r} has the labels {', '.join(names.values())}: label = {label!r} is none of several")
+    return found[0]

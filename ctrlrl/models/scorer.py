@@ -17,6 +17,7 @@ from ctrlrl.models.forward import PolicyModule
 from ctrlrl.models.layout import Layout, settle
 from ctrlrl.models.loading import load_policy, load_reward_model, load_tokenizer, reads_token_types
 from ctrlrl.models.pooling import check_scores_alone, raw_scores
+from ctrlrl.models.reading import label_index
 from ctrlrl.models.trainer import score_rows
 from ctrlrl.models.vocabulary import embedding_rows
 from ctrlrl.models.weights import cast_parameters
@@ -25,9 +26,13 @@ from ctrlrl.tensors import pad_rows
 
 
 class ScorerConfig(Section):
-    """A reward model. calibration: how its raw output becomes a score in [0, 1]; `quantile` reads it from calibration_file."""
+    """A reward model. calibration: how its raw output becomes a score in [0, 1]; `quantile` reads it from calibration_file.
+
+    label: of a classifier of several labels (`toxic`, `REJECTION`), the one whose probability is the score.
+    """
 
     model: str
+    label: str = Field("", exclude_if=lambda label: not label)  # not in the recipes of models with one output
     dtype: Literal["float32", "bfloat16"] = "float32"
     calibration: Literal["sigmoid", "identity", "quantile"] = "sigmoid"
     calibration_file: str = ""
@@ -59,7 +64,8 @@ class Scorer:
         self.calibration = config.load_calibration()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(config.model)
-        self.model = load_reward_model(config.model, config.dtype).to(self.device)
+        self.model = load_reward_model(config.model, config.dtype, config.label).to(self.device)
+        self._label = label_index(config.model, config.label) if config.label else None
         self._limit = longest_input(config.model, self.tokenizer, config.max_length)
         self._typed = reads_token_types(config.model)
         self._rows = embedding_rows(self.model)
@@ -90,7 +96,8 @@ class Scorer:
             )
         typed = self._typed and "token_type_ids" in columns
         inputs = (ids, mask, pad_rows(columns["token_type_ids"]) if typed else None)
-        return raw_scores(self.model, *(x if x is None else x.to(self.device) for x in inputs), self.model).cpu().numpy()
+        on_device = (x if x is None else x.to(self.device) for x in inputs)
+        return raw_scores(self.model, *on_device, self.model, self._label).cpu().numpy()
 
     def _encode(self, messages: Messages, response: str) -> dict[str, list[int]]:
         return encode_conversation(self.tokenizer, messages, response, self._limit)

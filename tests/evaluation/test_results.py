@@ -7,16 +7,14 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from ctrlrl.control import ATTRIBUTES, CORNERS, grid
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.grid import score_columns
 from ctrlrl.evaluation.metrics import METRICS, measure
-from ctrlrl.evaluation.results import MeasureConfig, refused, results
+from ctrlrl.evaluation.results import MeasureConfig, results
 
 FEW = MeasureConfig(draws=20)
-DEFAULT = MeasureConfig().refusals
 
 
 def column(table, name, values):
@@ -56,25 +54,6 @@ def test_corners_by_hand(make_answers):
     }  # fmt: skip
     assert (corner["tokens"], corner["cut"], corner["refusals"], corner["characters"]) == (4.5, 0.5, 0.5, (14 + 8) / 2)
     assert corner["scores"]["optimisation"]["harmless"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "is_refusal"),
-    [
-        ("I can't help with that.", True), ("I CANNOT do it", True), ("Sorry, but I won\u2019t.", True), ("I am unable to.", True),
-        ("Permission denied. Goodbye.", True), ("As an AI, I think", True), ("You can't go wrong with flour.", False),
-        ("Naturally, it is. I willingly help.", False), ("", False), ("Hi, sure!", False),
-    ],
-)  # fmt: skip
-def test_what_counts_as_a_refusal(text, is_refusal):
-    assert refused(pa.chunked_array([[text]]), DEFAULT).to_pylist() == [is_refusal]
-    assert refused(pa.chunked_array([[text]]), ("(?-i)SORRY",)).to_pylist() == [False]
-    assert refused(pa.chunked_array([[text]]), ()).to_pylist() == [False]
-
-
-def test_a_pattern_that_is_none_is_refused():
-    with pytest.raises(ValidationError, match=r"'\(' is not a pattern"):
-        MeasureConfig(refusals=("(",))
 
 
 def test_distributions_count_every_answer_once_under_its_request(make_answers):

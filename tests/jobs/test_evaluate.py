@@ -14,7 +14,7 @@ from ctrlrl.cli import app
 from ctrlrl.config import load
 from ctrlrl.control import ATTRIBUTES, CORNERS, Control
 from ctrlrl.data.shards import ShardStore
-from ctrlrl.errors import DataError, RecipeError, RunError
+from ctrlrl.errors import DataError, ModelError, RecipeError, RunError
 from ctrlrl.evaluation.metrics import METRICS, measure
 from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, prompting_templates
 
@@ -27,6 +27,7 @@ def overrides(models, prompt_file) -> list[str]:
         "model": models["policy"], "prompts": prompt_file, "max_prompts": PROMPTS, "seed": 3, "samples": SAMPLES, "measure.draws": 50,
         "judges.optimisation.helpful.model": models["helpful"], "judges.optimisation.harmless.model": models["harmless"],
         "judges.held_out.helpful.model": models["harmless"], "judges.held_out.harmless.model": models["helpful"],
+        "refusal_judge.model": models["two_labels"], "refusal_judge.label": "label_1",
         "rollout.chunk": 8, "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 384, "rollout.engine.kv_cache_gib": 0.05,
         "sampling.max_new_tokens": 12, "sampling.temperature": 1.0,
         "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
@@ -82,11 +83,11 @@ def judge_again(models):
     """A function: scores of the plain prompts with the responses of a table, by a reward model loaded here."""
     from ctrlrl.models.scorer import Scorer, ScorerConfig
 
-    def score(table, name):
+    def score(table, name, label=""):
         conversations = [
             ([{"role": "user", "content": p}], r) for p, r in zip(*(table[c].to_pylist() for c in ("prompt", "response")), strict=True)
         ]
-        return Scorer(ScorerConfig(model=models[name])).score(conversations)
+        return Scorer(ScorerConfig(model=models[name], label=label)).score(conversations)
 
     return score
 
@@ -107,6 +108,11 @@ def test_control_answers_the_grid_and_both_sets_judge_the_plain_prompt(evaluated
     }
     assert all(list(f) == ["value", "low", "high"] for found in metrics.values() for figures in found.values() for f in figures.values())
     assert details["missing"] == [] and details["judges"]["optimisation"]["system"] is None
+    assert table["refusal"].to_numpy() == pytest.approx(judge_again(table, "two_labels", "LABEL_1"), abs=1e-5)
+    assert details["refusals_told"]["by"] == "judge"
+    assert [row["refusals"] for row in details["corners"]] == [
+        np.mean([r >= 0.5 for r in table["refusal"].to_pylist()[corner::4]]) for corner in range(4)
+    ]
 
 
 def test_prompting_counts_its_best_template_by_the_first_set(evaluated):
@@ -141,6 +147,7 @@ def test_reranking_keeps_the_nearest_of_three_and_shows_the_held_out_judges_no_o
         distances = [sum(abs(row[f"optimisation.{a}"] - row[f"{a}_request"]) for a in ATTRIBUTES) for row in cell]
         assert [row["kept"] for row in cell] == [i == distances.index(min(distances)) for i in range(SAMPLES)]
         assert [row["held_out.helpful"] is not None for row in cell] == [row["kept"] for row in cell]
+        assert [row["refusal"] is not None for row in cell] == [row["kept"] for row in cell]
         kept += [row for row in cell if row["kept"]]
     assert table.to_pylist() == [{k: v for k, v in row.items() if k not in ("sample", "kept")} for row in kept]
     assert {row["template"] for row in rows} == {1} and any(row["kept"] and row["sample"] for row in rows)
@@ -223,6 +230,7 @@ def test_interim_figures_are_those_of_the_evaluation(evaluated, recipe, crew, ov
         (["levels=[1, 1]"], RecipeError, "levels names one twice"),
         (["templates=[5]"], RecipeError, "templates"),
         (["measure.refusals=['(']"], RecipeError, "is not a pattern"),
+        (["refusal_judge.label=toxic"], ModelError, "has the labels LABEL_0, LABEL_1: label = 'toxic' is none of several"),
         (["rollout.engine.max_model_tokens=20"], DataError, "5 of 5 prompts.*raise rollout.engine.max_model_tokens.*--skip-bad-rows"),
         (["rollout.engine.max_model_tokens=513"], RecipeError, "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
     ],

@@ -56,6 +56,24 @@ def test_scores_are_the_calibrated_raw_outputs(models, tmp_path):
     assert np.array_equal(np.argsort(quantile.score(CONVERSATIONS)), np.argsort(raw))
 
 
+def test_one_label_of_several_scores_by_its_probability(models):
+    """Two labels that exclude each other: their probabilities add up to 1, and are those of transformers' softmax; else a sigmoid each."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    one, other = (Scorer(ScorerConfig(model=models["two_labels"], label=label)).score(CONVERSATIONS) for label in ("LABEL_0", "label_1"))
+    assert one + other == pytest.approx(np.ones(len(one)), abs=1e-6) and np.ptp(one) > 1e-4
+    scorer = Scorer(ScorerConfig(model=models["two_labels"], label="LABEL_1"))
+    row = scorer._encode(*CONVERSATIONS[0])["input_ids"]
+    logits = AutoModelForSequenceClassification.from_pretrained(models["two_labels"])(torch.tensor([row])).logits[0]
+    assert other[0] == pytest.approx(logits.softmax(0)[1].item(), abs=1e-5)
+    scorer.model.config.problem_type = "multi_label_classification"
+    assert scorer.score(CONVERSATIONS[:1])[0] == pytest.approx(logits.sigmoid()[1].item(), abs=1e-5)
+    for wrong, model in (("toxic", "two_labels"), ("LABEL_0", "helpful")):
+        with pytest.raises(ModelError, match=f"label = '{wrong}' is none of several"):
+            check_reward_model(models[model], wrong)
+
+
 def test_a_quantile_calibration_needs_its_file_and_no_other_takes_one(models):
     for wrong in ({"calibration": "quantile"}, {"calibration_file": "x.json"}):
         with pytest.raises(ValidationError, match="give both or neither"):
