@@ -70,6 +70,32 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Model whose dial is tried: a directory such as runs/mine/model, or a hub name.")] = "",
+    on: Annotated[list[str] | None, typer.Option("--on", help="A set: xstest (from the hub), or xstest=FILE. Repeatable.")] = None,
+    recipe: Recipe = "", overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False,
+    attacks: Annotated[bool, typer.Option("--attacks", help="Ask every prompt again under each built-in attack.")] = False,
+) -> None:
+    """Try a model's dial on public safety sets: refusals, over-refusal, selectivity, and what attacks leave of it."""
+    from jobs.bench import main as job
+
+    job(model, on, recipe, overrides, out, attacks, skip_bad_rows)
+
+
+@app.command()
+def soup(
+    first: Annotated[str, typer.Argument(help="The first model; the soup has its files, dtypes and tokenizer.")],
+    second: Annotated[str, typer.Argument(help="The second, of the same architecture and tokenizer.")],
+    share: Annotated[float, typer.Option(help="How much of the second model, from 0 to 1.")],
+    out: Annotated[str, typer.Option(help="New directory for the soup.")],
+) -> None:
+    """Write a model whose weights lie between those of two models (rewarded soups)."""
+    from jobs.soup import main as job
+
+    job(first, second, share, out)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[str], typer.Argument(help="Directories of evaluations, training runs, distillations, studies; NAME=DIR names one.")
@@ -112,12 +138,7 @@ def generate(
 
 
 @app.command()
-def critique(
-    recipe: Recipe = "",
-    overrides: Set = None,
-    out: Out = "",
-    skip_bad_rows: SkipBadRows = False,
-) -> None:
+def critique(recipe: Recipe = "", overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False) -> None:
     """Have the policy criticise and rewrite its own answers: the pairs of configurable safety tuning."""
     from jobs.critique import main as job
 

@@ -84,7 +84,7 @@ class Asking:
     """The answers of one evaluation: its store, and the work still to be done.
 
     samples: k of reranking, else 1. chunk: requests of a shard. room: tokens that a prompt may have. refusals: the calibration of a judge
-    of refusals, to whom all answers are shown that are kept.
+    of refusals, to whom all answers are shown that are kept. job: what progress calls it.
     """
 
     def __init__(
@@ -99,7 +99,9 @@ class Asking:
         room: int,
         seed: int,
         refusals: Calibration | None = None,
+        job: str = "evaluate",
     ):
+        self._job = job
         self._refusals = refusals
         self._store, self._cells, self._tokenizer, self._calibrations = store, cells, tokenizer, calibrations
         self._rendered = render_cells(cells, tokenizer, room)
@@ -117,7 +119,7 @@ class Asking:
         at_once: shards under way. start_s: what the crew's start took, for the costs.
         """
         todo = self._store.missing()
-        with StopRequest("the running shards") as stop, Steps("evaluate", self.shards, self.shards - len(todo)) as progress:
+        with StopRequest("the running shards") as stop, Steps(self._job, self.shards, self.shards - len(todo)) as progress:
             flow = Flow()
             self._pace.start()
             self._committed, self._start_s, self._progress = time.monotonic(), start_s, progress
@@ -141,7 +143,10 @@ class Asking:
     def _answered(self, flow: Flow, crew: Crew, shard: int, cells: list[Cell], completions: Completions) -> None:
         texts = spoken(self._tokenizer, completions)
         answers = Answers(shard, cells, texts, completions, np.ones(len(cells), bool))
-        self._judge(flow, crew, answers, list(self._calibrations) if self._samples == 1 else [JUDGES[0]])
+        if self._calibrations:
+            self._judge(flow, crew, answers, list(self._calibrations) if self._samples == 1 else [JUDGES[0]])
+        else:
+            self._judge_refusals(flow, crew, answers)
 
     def _judge(self, flow: Flow, crew: Crew, answers: Answers, judges: list[str]) -> None:
         """Have the kept answers scored by the sets `judges`."""
@@ -163,7 +168,12 @@ class Asking:
             answers.kept = self._nearest(answers)
         if left:
             self._judge(flow, crew, answers, left)
-        elif self._refusals:
+        else:
+            self._judge_refusals(flow, crew, answers)
+
+    def _judge_refusals(self, flow: Flow, crew: Crew, answers: Answers) -> None:
+        """Have the judge of refusals, if there is one, see the kept answers; then they are done."""
+        if self._refusals:
             rows, conversations = answers.conversations()
             flow.after(crew.rewards[REFUSAL_WORKER].raw(conversations), partial(self._told, flow, answers, rows))
         else:

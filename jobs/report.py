@@ -12,7 +12,7 @@ from ctrlrl.evaluation.report import write_report
 from ctrlrl.runs import only_writer
 from jobs.launch import mistakes_told
 
-Runs = Annotated[list[str], typer.Argument(help="Evaluations, training runs, distillations, studies, or folders of them; NAME=DIR.")]
+Runs = Annotated[list[str], typer.Argument(help="Evaluations, training runs, distillations, benches, studies, folders of them; NAME=DIR.")]
 
 
 def report(runs: list[str], out: str, title: str = "") -> int:
@@ -22,6 +22,7 @@ def report(runs: list[str], out: str, title: str = "") -> int:
         html, markdown = write_report(found, directory, title)
     kinds = {"evaluation": found.evaluated, "training run": found.trained, "generation": found.generated, "distillation": found.distilled}
     counts = [f"{len(items)} {kind}{'s' * (len(items) > 1)}" for kind, items in kinds.items() if items]
+    counts += [f"{len(found.benches)} {'bench' if len(found.benches) == 1 else 'benches'}"] * bool(found.benches)
     print(", ".join(counts + [f"{len(found.studies)} {'study' if len(found.studies) == 1 else 'studies'}"] * bool(found.studies)))
     print(f"{html}\n{markdown}", flush=True)
     return 0

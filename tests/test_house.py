@@ -25,7 +25,7 @@ EXCEPTIONS = {
     "huggingface_hub": {"ctrlrl/models/fingerprint.py"},
     "pathspec": {"ctrlrl/upload.py"},
     "prometheus_client": {"ctrlrl/models/served.py"},
-    "safetensors": {"ctrlrl/demo/training.py", "ctrlrl/models/state.py"},
+    "safetensors": {"ctrlrl/demo/training.py", "ctrlrl/models/soup.py", "ctrlrl/models/state.py"},
     "tensorboard": {"ctrlrl/board.py"},
     "starlette": {"ctrlrl/serving/app.py"},
     "tokenizers": {"ctrlrl/demo/vocabulary.py"},

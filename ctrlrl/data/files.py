@@ -7,14 +7,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ctrlrl.data.formats import SUFFIXES, file_rows
 from ctrlrl.data.rows import COLUMNS
 from ctrlrl.errors import DataError
 
-_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>\w+))?")
+_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>\w+))?")
 # Data that is not read, which nobody should miss in silence: a directory with such a file is refused.
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 _UNREAD = (
@@ -24,8 +24,8 @@ _UNREAD = (
 _TEMPORARY = ("~", ".part", ".partial", ".tmp", ".incomplete")  # folders that another program is still filling
 
 
-def read_rows(path_or_name: str | Path) -> Iterator[tuple[str, object]]:
-    """(`file:line`, row) of every row; a row that cannot be decoded is given as the DataError that says why."""
+def read_rows(path_or_name: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, object]]:
+    """(`file:line`, row) of every row; a row that cannot be decoded is given as the DataError that says why. columns: those looked at."""
     name = str(path_or_name)
     if not name.strip():
         raise DataError(f"{name!r} names no data: give a {', '.join(SUFFIXES)} file, a directory of them, or a Hugging Face dataset")
@@ -41,7 +41,7 @@ def read_rows(path_or_name: str | Path) -> Iterator[tuple[str, object]]:
             if not file.is_file():
                 raise DataError(f"{_shown(file)} is no regular file, and rows are read more than once: write them to a file")
             shown = _shown(file)
-            for line, row in file_rows(file):
+            for line, row in file_rows(file, columns):
                 yield f"{shown}:{line}", row
 
 
@@ -115,7 +115,8 @@ def _hub_rows(name: str) -> Iterator[tuple[str, object]]:
         raise DataError(f"{name!r} is no file or directory here; to read it as a Hugging Face dataset, pip install datasets") from None
     match = _HUB_NAME.fullmatch(name)
     try:
-        rows = datasets.load_dataset(match["name"], split=match["split"] or "train")
+        subset = [match["config"]] if match["config"] else []
+        rows = datasets.load_dataset(match["name"], *subset, split=match["split"] or "train")
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"{name!r} is no file or directory here, and no Hugging Face dataset that can be loaded: {error}") from None
     for number, row in enumerate(rows, 1):

@@ -8,7 +8,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,17 +36,20 @@ _FOREIGN = {
 }
 
 
-def file_rows(path: Path) -> Rows:
-    """(line, row) of every row of a file, whose kind is told by its name; DataError names the file that cannot be read."""
+def file_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Rows:
+    """(line, row) of every row of a file, whose kind is told by its name; DataError names the file that cannot be read.
+
+    columns: those that are looked at.
+    """
     kind = path.name.lower()
     if not kind.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown kind of file: give one of {', '.join(SUFFIXES)}")
     try:
         _refuse_foreign(path, text=kind.endswith((".jsonl", ".csv")))
         if kind.endswith(".parquet"):
-            yield from _parquet_rows(path)
+            yield from _parquet_rows(path, columns)
         elif kind.endswith(".csv"):
-            yield from _csv_rows(path)
+            yield from _csv_rows(path, columns)
         else:
             yield from _json_rows(path, gzip.open if kind.endswith(".gz") else open)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:  # gzip reports a cut file as EOFError
@@ -92,16 +95,16 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _csv_rows(path: Path) -> Rows:
+def _csv_rows(path: Path, columns: Sequence[str]) -> Rows:
     csv.field_size_limit(sys.maxsize)  # a conversation is longer than the 128 KiB that csv allows by default
     line = 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as lines:
-            delimiter = _delimiter(lines.readline())
+            delimiter = _delimiter(lines.readline(), columns)
             lines.seek(0)
             reader = csv.reader(_without_nul(lines, path), delimiter=delimiter, strict=True)
             header = next(reader, [])
-            if twice := next((name for name in COLUMNS if header.count(name) > 1), None):
+            if twice := next((name for name in columns if header.count(name) > 1), None):
                 raise DataError(f"{path}:1: two columns are named {twice!r}: rename one")
             line = reader.line_num + 1
             for cells in reader:
@@ -121,10 +124,10 @@ def _csv_rows(path: Path) -> Rows:
         ) from None
 
 
-def _delimiter(header: str) -> str:
+def _delimiter(header: str, columns: Sequence[str]) -> str:
     """That between the cells of a header line: the one that sets a known column apart (in any case), else the comma."""
     names = {mark: [cell.strip('"').lower() for cell in header.rstrip("\r\n").split(mark)] for mark in _DELIMITERS}
-    return next((mark for mark, cells in names.items() if set(cells) & set(COLUMNS)), ",")
+    return next((mark for mark, cells in names.items() if set(cells) & {name.lower() for name in columns}), ",")
 
 
 def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:
@@ -163,25 +166,25 @@ def _undecodable_line(path: Path) -> int:
     return 1
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
     with pq.ParquetFile(path) as file:
         names, number = file.schema_arrow.names, 0
-        if twice := next((name for name in COLUMNS if names.count(name) > 1), None):
+        if twice := next((name for name in columns if names.count(name) > 1), None):
             raise DataError(f"{path}: two columns are named {twice!r}: rename one")
-        wanted = [name for name in names if name in COLUMNS]
+        wanted = [name for name in names if name in columns]
         if not wanted:
             yield from ((line, DataError(missing_columns(names))) for line in range(1, file.metadata.num_rows + 1))
             return
-        for batch in file.iter_batches(batch_size=4096, columns=_leaves(file)):
+        for batch in file.iter_batches(batch_size=4096, columns=_leaves(file, columns)):
             for row in _decoded(batch):
                 number += 1
                 yield number, row
 
 
-def _leaves(file: pq.ParquetFile) -> list[str]:
+def _leaves(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
     """Paths of what has to be read: of messages their roles and texts alone, since what else they hold may have no Python value."""
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
-    own = [path for path in paths if path.split(".")[0] in COLUMNS]
+    own = [path for path in paths if path.split(".")[0] in columns]
     plain = {path.split(".")[0] for path in own if set(path.split(".")[1:]) & set(MESSAGE_FIELDS)}
     return [path for path in own if path.split(".")[0] not in plain or set(path.split(".")[1:]) & set(MESSAGE_FIELDS)]
 

@@ -2,6 +2,7 @@
 
 - *prompting*: one of four templates after the prompt; the best of the four, by the mean of the two MP values, is the method's figure.
 - *reranking*: k samples by prompting, of which the one whose scores are nearest (L1) to the control is kept.
+- *plain*: nothing is asked for; how a model answers of itself.
 - *system*: the two opposite system prompts of Configurable Safety Tuning (arXiv 2404.00495); only safety is asked for.
 
 Source: [SH] Tuan et al., arXiv 2404.01295.
@@ -23,6 +24,8 @@ SYSTEM_CONTROLS = (Control(HIGH, LOW), Control(HIGH, HIGH))
 
 def in_words(method: str, control: Control, template: int | None = None) -> str:
     """The text by which `method` asks for `control`; `template` (1 to 4) where it is a prompting template."""
+    if method == "plain":
+        return ""
     if method == "system":
         return HARMLESS_SYSTEM if control.harmless >= 0.5 else UNCENSORED_SYSTEM
     return control.spell() if template is None else prompting_templates(control)[template - 1]
@@ -33,6 +36,13 @@ def under_system_prompt(messages: Messages, system: str, source: str) -> list[di
     if any(message["role"] == "system" for message in messages):
         raise DataError(f"the prompt at {source} has a system message of its own: method = 'system' needs prompts without one")
     return [{"role": "system", "content": system}, *messages]
+
+
+def under_attack(messages: Messages, attack: str) -> Messages:
+    """`messages`, the last of which is written in the place of {prompt} in `attack`; as they are without an attack."""
+    if not attack:
+        return messages
+    return [*messages[:-1], {"role": "user", "content": attack.replace("{prompt}", messages[-1]["content"])}]
 
 
 def nearest(scores: np.ndarray, requests: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.files import expanded
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.files import (
+    BENCH,
     COST,
     DETAILS,
     DISTILLED,
@@ -61,7 +62,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Data:
-    """A distillation (its report.json), or a generation or self-critique (its manifest.json)."""
+    """A distillation (its report.json), a generation or self-critique (its manifest.json), or a bench (its bench.json)."""
 
     name: str
     path: Path
@@ -90,9 +91,10 @@ class Exhibits:
     distilled: list[Data] = field(default_factory=list)
     generated: list[Data] = field(default_factory=list)
     studies: list[Study] = field(default_factory=list)
+    benches: list[Data] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return sum(map(len, (self.evaluated, self.trained, self.distilled, self.generated, self.studies)))
+        return sum(map(len, (self.evaluated, self.trained, self.distilled, self.generated, self.studies, self.benches)))
 
 
 def collect(runs: Sequence[str]) -> Exhibits:
@@ -111,9 +113,10 @@ def collect(runs: Sequence[str]) -> Exhibits:
         for path in _folders(root):
             _take(found, path, _name(path, root, name))
         if len(found) == before:
-            kinds = f"{METRICS_FILE}, {TRAINING}, {DISTILLED_REPORT} with {DISTILLED}, or {STUDY}"
-            raise DataError(f"{folder!r} holds no evaluation, training run, distillation or study: none of {kinds} is in it or below")
-    for kind in (found.evaluated, found.trained, found.distilled, found.generated):
+            kinds = f"{METRICS_FILE}, {TRAINING}, {DISTILLED_REPORT} with {DISTILLED}, {BENCH}, or {STUDY}"
+            what = "evaluation, training run, distillation, bench or study"
+            raise DataError(f"{folder!r} holds no {what}: none of {kinds} is in it or below")
+    for kind in (found.evaluated, found.trained, found.distilled, found.generated, found.benches):
         _tell_apart(kind)
     return found
 
@@ -166,6 +169,10 @@ def _take(found: Exhibits, path: Path, name: str) -> None:
         found.trained.append(Trained(name or path.absolute().name, path, read_rows(path / TRAINING)))
     if (path / DISTILLED_REPORT).exists() and (path / DISTILLED).exists():
         found.distilled.append(Data(name or path.absolute().name, path, read_json(path / DISTILLED_REPORT)))
+    if bench := read_json(path / BENCH):
+        if not isinstance(bench.get("sets"), dict):
+            raise DataError(f"{path / BENCH} is not of ctrlrl bench: it needs sets")
+        found.benches.append(Data(name or bench.get("name") or default_name(path), path, bench))
     manifest = read_json(path / "manifest.json") if any((path / made).is_dir() for made in ("samples", "critiques")) else None
     if manifest and "counts" in manifest:
         found.generated.append(Data(name or path.absolute().name, path, manifest))

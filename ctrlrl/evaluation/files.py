@@ -6,6 +6,7 @@ from pathlib import Path
 from ctrlrl.errors import DataError
 
 TABLE, METRICS_FILE, DETAILS, COST = "table.parquet", "metrics.json", "details.json", "cost.json"  # of ctrlrl evaluate
+BENCH = "bench.json"  # of ctrlrl bench
 RECIPE = "recipe.json"  # of every run
 TRAINING = "metrics.jsonl"  # of a training run
 DISTILLED, DISTILLED_REPORT = "train.parquet", "report.json"  # of ctrlrl distill

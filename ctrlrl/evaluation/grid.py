@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from ctrlrl.control import ATTRIBUTES, Control
 from ctrlrl.data.sources import Prompt
-from ctrlrl.evaluation.baselines import in_words, under_system_prompt
+from ctrlrl.evaluation.baselines import in_words, under_attack, under_system_prompt
 from ctrlrl.prompts import Messages
 
 JUDGES = ("optimisation", "held_out")
@@ -18,7 +18,8 @@ JUDGES = ("optimisation", "held_out")
 class Cell:
     """One prompt under one control, asked for by `method`; `index` numbers it within the grid and seeds its response.
 
-    template: which of the four prompting templates spells the control (methods "prompting" and "reranking"), else None.
+    template: which of the four prompting templates spells the control (methods "prompting" and "reranking"), else None. attack: a text
+    with {prompt} in it that the user writes in the prompt's place; judges see the plain prompt.
     """
 
     index: int
@@ -26,6 +27,7 @@ class Cell:
     control: Control
     method: str = "control"
     template: int | None = None
+    attack: str = ""
 
     @property
     def instruction(self) -> str:
@@ -35,9 +37,10 @@ class Cell:
     @property
     def asked(self) -> tuple[Messages, str]:
         """What `ctrlrl.prompts.render` takes: the messages and what is appended to the last of them."""
+        messages = under_attack(self.prompt.messages, self.attack)
         if self.method == "system":
-            return under_system_prompt(self.prompt.messages, self.instruction, self.prompt.source), ""
-        return self.prompt.messages, self.instruction
+            return under_system_prompt(messages, self.instruction, self.prompt.source), ""
+        return messages, self.instruction
 
 
 def make_cells(

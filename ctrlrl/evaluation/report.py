@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.atomic import write_text
 from ctrlrl.evaluation import charts
+from ctrlrl.evaluation.bench_tables import bench_pages
 from ctrlrl.evaluation.costs import Cost, evaluation_cost, generation_cost, training_cost
-from ctrlrl.evaluation.exhibits import Evaluated, Exhibits, Study
+from ctrlrl.evaluation.exhibits import Data, Evaluated, Exhibits, Study
 from ctrlrl.evaluation.grid import JUDGES
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.refusals import PATTERNS_MISS
@@ -65,6 +66,8 @@ def contents(found: Exhibits, title: str) -> dict:
         "distributions": [p for r in detailed for p in charts.distributions({j: b["distribution"] for j, b in r.judged.items()}, r.name)],
         "curves": [(run.name, len(run.rows), charts.training_curves(run.rows, run.name)) for run in found.trained],
         "distilled": [(data, charts.class_balance(data.facts["classes"], data.name)) for data in found.distilled],
+        "benches": bench_pages(found.benches),
+        "bench_told": bench_told(found.benches),
         "examples": examples(found.evaluated, _EXAMPLES),
         "costs": costs(found),
         "missing": missing(found),
@@ -79,6 +82,14 @@ def how_told(runs: Sequence[Evaluated]) -> str:
     said = [PATTERNS_MISS] if any(facts["by"] == "patterns" for facts in told) else []
     agreed = "; ".join(name + ("" if share is None else f" (the patterns agree with it on {share:.0%})") for name, share in by_judge)
     return " ".join([*said, *([f"By a judge, with that judge's own faults: {agreed}."] if by_judge else [])])
+
+
+def bench_told(benches: Sequence[Data]) -> str:
+    """What told the refusals of the benches."""
+    by = {bench.name: bench.facts["refusals_told"]["by"] for bench in benches}
+    judged = [name for name, told in by.items() if told == "judge"]
+    said = [PATTERNS_MISS] if len(judged) < len(by) else []
+    return " ".join([*said, *([f"By a judge, with that judge's own faults: {', '.join(judged)}."] if judged else [])])
 
 
 def costs(found: Exhibits) -> list[Cost]:

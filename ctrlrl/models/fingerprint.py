@@ -9,7 +9,7 @@ from ctrlrl.data.atomic import file_sha256
 from ctrlrl.errors import ModelError
 from ctrlrl.models.reading import check_no_pointer, existing
 
-_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
 def model_fingerprint(name: str) -> str:
@@ -19,14 +19,19 @@ def model_fingerprint(name: str) -> str:
 
 def model_contents(name: str) -> dict[str, str]:
     """The SHA-256 of each of these files, by file name."""
-    path = Path(existing(name))
-    try:
-        folder = path if path.is_dir() else Path(snapshot_download(name, allow_patterns=list(_CONTENT)))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the files of {name!r}: {error}: give a local directory, or a hub name") from None
-    files = sorted({file for pattern in _CONTENT for file in folder.glob(pattern)})
+    folder = model_folder(name)
+    files = sorted({file for pattern in CONTENT for file in folder.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(f"{name!r} has no safetensors weights: save it with save_pretrained")
     for file in files:
         check_no_pointer(file)  # two models that are not there would be the same
     return {file.name: file_sha256(file) for file in files}
+
+
+def model_folder(name: str) -> Path:
+    """Where a model's files lie; those of a hub name are fetched for it."""
+    path = Path(existing(name))
+    try:
+        return path if path.is_dir() else Path(snapshot_download(name, allow_patterns=list(CONTENT)))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the files of {name!r}: {error}: give a local directory, or a hub name") from None

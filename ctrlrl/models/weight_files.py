@@ -21,7 +21,7 @@ def check_weights(name: str, config: PretrainedConfig) -> None:
     if getattr(config, "quantization_config", None):
         return
     for file in sorted(Path(existing(name)).glob("*.safetensors")):
-        for key, entry in _header(file).items():
+        for key, entry in header(file).items():
             if key.endswith("weight") and entry["dtype"] not in _PLAIN:
                 raise ModelError(
                     f"{str(file)!r} has {key!r} in {entry['dtype']}, but config.json has no quantization_config: give the model in "
@@ -50,7 +50,7 @@ def check_tied(name: str) -> None:
     transformers reads that head, the rollout engine does not."""
     found = {}
     for file in sorted(Path(existing(name)).glob("*.safetensors")):
-        found |= {key: _digest(file, entry) for key, entry in _header(file).items() if _module(key) in (*_HEADS, *_EMBEDDINGS)}
+        found |= {key: _digest(file, entry) for key, entry in header(file).items() if _module(key) in (*_HEADS, *_EMBEDDINGS)}
     for head in [key for key in found if _module(key) in _HEADS]:
         if not any(found[head] == weight for key, weight in found.items() if _module(key) in _EMBEDDINGS):
             raise ModelError(f"{name!r} has a {head!r} of its own, though config.json says tie_word_embeddings: set it to false there")
@@ -73,7 +73,7 @@ def _digest(file: Path, entry: dict) -> tuple[str, bytes]:
     return entry["dtype"], digest.digest()
 
 
-def _header(file: Path) -> dict[str, dict]:
+def header(file: Path) -> dict[str, dict]:
     """What a safetensors file, found whole, holds: dtype and shape by name."""
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))

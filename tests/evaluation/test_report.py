@@ -266,7 +266,7 @@ def test_wrong_runs_are_named(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="'nowhere' is no directory"):
         collect(["nowhere"])
-    with pytest.raises(DataError, match="holds no evaluation, training run, distillation or study"):
+    with pytest.raises(DataError, match="holds no evaluation, training run, distillation, bench or study"):
         collect([str(tmp_path / "empty")])
     (root / "combine" / "study.json").write_text('{"title": "x", "rows": [{"name": "a"}]}')
     with pytest.raises(DataError, match='study.json needs a "title" and "rows"'):
