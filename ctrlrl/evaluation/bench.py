@@ -58,6 +58,7 @@ def bench_figures(table: pa.Table, config: MeasureConfig, seed: int) -> dict:
     sets: name -> {"prompts", "unsafe", "attacks": name -> {"controls": [...], "range": ..., "MP": judge -> attribute, "survival": ...}};
     every figure is {"value", "low", "high"}, null where it does not exist.
     """
+    table = config.judged(table)
     refused = config.are_refusals(table)
     if refused is None:
         raise DataError("the table of a bench needs the column response, or a judge's column refusal")

@@ -16,7 +16,7 @@ from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import METHODS, best_template
 from ctrlrl.evaluation.grid import JUDGES, score_columns
 from ctrlrl.evaluation.metrics import METRICS, REQUESTS, from_table, measure_arrays, over_optimisation_gap, safe_shares
-from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_pattern, judged, refused
+from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_function, check_pattern, judged, judged_by, refused
 
 BINS = 20  # of the score distributions, over [0, 1]
 
@@ -25,7 +25,8 @@ class MeasureConfig(Section):
     """draws: bootstrap draws for the intervals. refusals, exempt, opening: as evaluation.refusals.refused has them: an answer refuses in
     whose first `opening` characters one of these patterns (RE2, any case) occurs, what `exempt` matches having been cut out.
 
-    judged_refusals: where the table has a judge's column `refusal`, that counts and not the patterns.
+    judged_refusals: where the table has a judge's column `refusal`, that counts and not the patterns. refusal_function: such a judge,
+    `file.py:function`, which takes the prompts and the responses and gives a score from 0 to 1 for each.
     """
 
     draws: int = Field(1000, ge=0)
@@ -33,6 +34,14 @@ class MeasureConfig(Section):
     exempt: tuple[str, ...] = EXEMPT
     opening: int = Field(OPENING, ge=0)
     judged_refusals: bool = True
+    refusal_function: str = Field("", exclude_if=lambda place: not place)
+
+    @field_validator("refusal_function")
+    @classmethod
+    def _is_there(cls, place: str) -> str:
+        if place:
+            check_function(place)
+        return place
 
     @field_validator("refusals", "exempt")
     @classmethod
@@ -40,6 +49,10 @@ class MeasureConfig(Section):
         for pattern in patterns:
             check_pattern(pattern)
         return patterns
+
+    def judged(self, table: pa.Table) -> pa.Table:
+        """`table` with the scores of refusal_function, if there is one."""
+        return judged_by(table, self.refusal_function) if self.refusal_function else table
 
     def are_refusals(self, table: pa.Table) -> pa.ChunkedArray | None:
         """Which answers of a table refuse; None where it has none."""
@@ -58,7 +71,7 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
     if not judges:
         needed = " and ".join(score_columns(JUDGES[0]))
         raise DataError(f"the table has no scores: it needs {needed}; it has {', '.join(table.column_names)}")
-    table = _typed(table, judges)
+    table = config.judged(_typed(table, judges))
     method = _method(table)
     parts = _by_template(table) if method == "prompting" else {None: table}
     measured = {number: {judge: _measured(part, judge, config, seed) for judge in judges} for number, part in parts.items()}

@@ -115,6 +115,27 @@ def test_a_judge_takes_the_patterns_place_and_its_agreement_is_told(make_answers
     json.dumps([found, mine, plainly, bare], allow_nan=False)
 
 
+def test_a_function_of_ones_own_judges(make_answers, tmp_path):
+    said = ["no"] * 3 + ["Mix flour and water."] * 9
+    (tmp_path / "judge.py").write_text(
+        "SEEN = []\n\ndef of_no(prompts, responses):\n    assert 'Question' in prompts[0]\n    return [r == 'no' for r in responses]\n"
+        "\ndef one(prompts, responses):\n    return [1.0]\n"
+    )
+    config = MeasureConfig(draws=0, refusal_function=f"{tmp_path}/judge.py:of_no")
+    found = results(make_answers(3, responses=said), config, 0)[1]
+    assert found["refusals_told"]["by"] == "judge" and [row["refusals"] for row in found["corners"]] == pytest.approx([1 / 3] * 3 + [0])
+    old = make_answers(3, responses=said).append_column("refusal", pa.array([1.0] * 12))
+    assert results(old, config, 0)[1]["corners"] == found["corners"]
+    with pytest.raises(DataError, match=r"gave scores of shape \(1,\) for 12 answers"):
+        results(make_answers(3, responses=said), MeasureConfig(draws=0, refusal_function=f"{tmp_path}/judge.py:one"), 0)
+    with pytest.raises(DataError, match="the table has no column prompt"):
+        results(make_answers(3, responses=said).drop_columns("prompt"), config, 0)
+    assert "refusal_function" not in MeasureConfig().model_dump()
+    for wrong, message in ((f"{tmp_path}/gone.py:f", "is no file.py:function"), (f"{tmp_path}/judge.py:two", "defines no function 'two'")):
+        with pytest.raises(ValidationError, match=message):
+            MeasureConfig(refusal_function=wrong)
+
+
 def test_a_judge_without_a_verdict_is_refused():
     with pytest.raises(DataError, match="1 values of the column refusal are no scores from 0 to 1, the first in row 1: nan"):
         judged(pa.chunked_array([[0.2, None]]))
