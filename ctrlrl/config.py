@@ -33,6 +33,20 @@ def load(
 
     settings, options: values as they are. An override is TOML, but for a field that is a text: there it is that text, quoted or not.
     """
+    try:
+        return kind.model_validate(given(kind, recipe, overrides, settings, options))
+    except ValidationError as error:
+        raise RecipeError(_explain(kind, error, recipe)) from None
+
+
+def given(
+    kind: type[Section],
+    recipe: str | Path | None,
+    overrides: list[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The values that `load` reads, before they are checked and completed: what is required may be absent. RecipeError as there."""
     values = {}
     if recipe is not None:
         path = Path(recipe)
@@ -45,10 +59,7 @@ def load(
     values = laid_over(values, settings or {})
     for override in overrides:
         _override(kind, values, override)
-    try:
-        return kind.model_validate(laid_over(values, options or {}))
-    except ValidationError as error:
-        raise RecipeError(_explain(kind, error, recipe)) from None
+    return laid_over(values, options or {})
 
 
 def laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

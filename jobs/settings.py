@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.placement import gpus_of
-from ctrlrl.config import AnySection, leaves, load, part_of
-from ctrlrl.evaluation.files import RECIPE
+from ctrlrl.config import AnySection, given, leaves, load, part_of
+from ctrlrl.errors import RecipeError
+from ctrlrl.evaluation.files import RECIPE, read_json
 from ctrlrl.runs import absolute_out
 
 _RECIPES = Path(__file__).parent / "recipes"
@@ -17,18 +18,19 @@ _RECIPES = Path(__file__).parent / "recipes"
 def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], options: Mapping[str, Any], *, resume: bool) -> AnySection:
     """The config of a job; one that starts workers begins with a line on the terminal that says which settings and why.
 
-    Without `recipe`: with `resume` from what the run in `out` was begun with, else from jobs/recipes/laptop.toml where there is no GPU,
-    else from jobs/recipes/node.toml. RecipeError: a mistake in any of it.
+    Without `recipe`: with `resume` from what the run in `out` was begun with, which has all that is required, else from
+    jobs/recipes/laptop.toml where there is no GPU, else from jobs/recipes/node.toml. RecipeError: a mistake in any of it.
     """
-    config = load(kind, recipe or None, overrides, options=options)
+    if resume and not recipe and (begun := _of_the_run(kind, overrides, options)):
+        return begun
+    try:
+        config = load(kind, recipe or None, overrides, options=options)
+    except RecipeError as error:
+        raise RecipeError(f"there is no run to resume, and for a new one {error}") from None if resume and not recipe else error
     if "cluster" not in kind.model_fields:
         return config
     if recipe:
         return _begun_with(config, f"settings: {recipe}")
-    begun = absolute_out(config.out) / RECIPE if resume else None
-    if begun and begun.is_file():
-        known = {key: value for key, value in json.loads(begun.read_text()).items() if key in kind.model_fields}
-        return _begun_with(load(kind, None, overrides, known, options), f"settings: those that {config.out!r} was begun with")
     gpus = gpus_of(config.cluster)
     name, why = ("node", f"{gpus:g} GPUs are there") if gpus else ("laptop", "no GPU is there")
     values = part_of(kind, tomllib.loads((_RECIPES / f"{name}.toml").read_text()))
@@ -36,6 +38,19 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
     now, without = (leaves(settings.model_dump(mode="json")) for settings in (fitted, config))
     told = ", ".join(f"{key}={json.dumps(now[key])}" for key in leaves(values) if now[key] != without[key])
     return _begun_with(fitted, f"settings: jobs/recipes/{name}.toml, because {why} and no --recipe is given; --set changes them: {told}")
+
+
+def _of_the_run(kind: type[AnySection], overrides: Sequence[str], options: Mapping[str, Any]) -> AnySection | None:
+    """The settings that the run in `out` was begun with, under what the command line says; None if no run is there."""
+    out = given(kind, None, overrides, options=options).get("out", kind.model_fields["out"].default)
+    begun = read_json(absolute_out(out) / RECIPE)
+    if begun is None:
+        return None
+    known = {key: value for key, value in begun.items() if key in kind.model_fields} | {"out": out}  # a run's directory may be moved
+    try:
+        return _begun_with(load(kind, None, overrides, known, options), f"settings: those that {out!r} was begun with")
+    except RecipeError as error:
+        raise RecipeError(f"with the settings that {out!r} was begun with: {error}") from None
 
 
 def _begun_with(config: AnySection, line: str) -> AnySection:

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from actors.group import GroupConfig
+from ctrlrl.cli import app
 from ctrlrl.config import dump, load
 from ctrlrl.control import CORNERS, Control
 from ctrlrl.data.sources import read_prompts
@@ -29,12 +31,16 @@ from jobs.interim import InterimConfig
 from jobs.ppo import PPORecipe, headline, recall_chunk, train
 
 
+def looks(prompts):
+    """Overrides that have a run evaluate its weights after every second step."""
+    return ["evaluation.every=2", "evaluation.count=3", f"evaluation.prompts={prompts}", "evaluation.sampling.max_new_tokens=8"]
+
+
 @pytest.fixture(scope="module")
 def finished(ray_cluster, ppo_overrides, prompt_file, tmp_path_factory):
     """A run of two steps with an evaluation after the second, its directory and recipe."""
     out = tmp_path_factory.mktemp("ppo") / "run"
-    looks = ["evaluation.every=2", "evaluation.count=3", f"evaluation.prompts={prompt_file}", "evaluation.sampling.max_new_tokens=8"]
-    config = load(PPORecipe, None, [*ppo_overrides, *looks, f"out={out}"])
+    config = load(PPORecipe, None, [*ppo_overrides, *looks(prompt_file), f"out={out}"])
     assert train(config) == 0
     return out, config
 
@@ -139,17 +145,18 @@ def interrupt_in_the_second_step(overrides, out, address):
         job.wait()
 
 
-def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(finished, ray_cluster, ppo_overrides, tmp_path):
-    out, config = finished
+def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(finished, ray_cluster, ppo_overrides, prompt_file, tmp_path):
+    out, _ = finished
     half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}"])
     interrupt_in_the_second_step(ppo_overrides, tmp_path / "run", ray_cluster.get_runtime_context().gcs_address)
     (tmp_path / "run" / "metrics.jsonl").open("a").write(json.dumps({"step": 1, "reward/mean": 9}) + "\n")  # of a step that was cut off
     with pytest.raises(RunError, match="add --resume"):
         train(half)
-    with pytest.raises(RunError, match=r"another recipe \(algorithm.clip: 0.2 -> 0.3\)"):
-        train(half.model_copy(update={"algorithm": AlgorithmConfig(**{**half.algorithm.model_dump(), "clip": 0.3})}), resume=True)
-    whole = half.model_copy(update={"evaluation": config.evaluation})
-    assert train(whole, resume=True) == 0
+    resume = ["ppo", "--resume", "--out", str(tmp_path / "run")]  # its own settings are stored
+    refused = CliRunner().invoke(app, [*resume, "--set", "algorithm.clip=0.3"])
+    assert refused.exit_code == 2 and "another recipe (algorithm.clip: 0.2 -> 0.3)" in refused.output
+    looked = [part for look in looks(prompt_file) for part in ("--set", look)]
+    assert CliRunner().invoke(app, [*resume, *looked]).exit_code == 0
     for resumed, undisturbed in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
         timed = {key for key in undisturbed if "second" in key or "tokens_per_s" in key}
         assert {k: (v, undisturbed[k]) for k, v in resumed.items() if k not in timed and v != undisturbed[k]} == {}

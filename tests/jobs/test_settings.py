@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ctrlrl.config import dump, leaves, load, part_of
+from ctrlrl.config import differences, dump, leaves, load, part_of
+from ctrlrl.errors import DataError, RecipeError
 from jobs import settings
 from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe
@@ -34,6 +35,7 @@ GIVEN = {
     RewardModelRecipe: ["reward_model.model=p", "data=d"],
     ScoreRecipe: ["data=d", "reward.helpful.model=a"],  # a section that may be left out: nothing is laid under it
 }
+RESUMED = (PPORecipe, OverlapRecipe, FinetuneRecipe, DPORecipe, RewardModelRecipe)
 
 
 @pytest.fixture
@@ -89,15 +91,37 @@ def test_ppo_fits_a_node_of_eight_gpus():
     assert sum(bundle.get("GPU", 0) for places in bundles.values() for bundle in places) == 8
 
 
-def test_a_resumed_run_goes_on_with_its_own_settings(gpus, tmp_path, capsys):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("kind", RESUMED, ids=lambda kind: kind.__name__)
+def test_a_resumed_run_needs_nothing_but_its_directory(kind, gpus, tmp_path, capsys):
+    out = tmp_path / "moved"
     out.mkdir()
-    begun = load(OverlapRecipe, None, [*PPO, f"out={out}", "lag=2", "sampling.max_new_tokens=77"])
+    begun = load(kind, None, [*GIVEN[kind], "out=/where/it/began", "seed=7", "checkpoint_every=77"])
     (out / "recipe.json").write_text(dump(begun))
-    found = settled(OverlapRecipe, "", [*PPO, "steps=5"], {"out": str(out)}, resume=True)
-    assert json.loads(dump(found)) == json.loads(dump(begun)) | {"steps": 5}
-    assert settled(PPORecipe, "", PPO, {"out": str(out)}, resume=True).sampling.max_new_tokens == 77  # the run tells what else differs
-    assert settled(OverlapRecipe, "", [*PPO, f"out={out}"], {}, resume=False).sampling.max_new_tokens == 64
+    stored = json.loads(dump(begun)) | {"out": str(out)}
+    for overrides, options in (([], {"out": str(out)}), ([f"out={out}"], {})):
+        found = settled(kind, "", overrides, options, resume=True)
+        assert json.loads(dump(found)) == stored
+        found.cluster.begin()
+        assert capsys.readouterr().out == f"settings: those that {str(out)!r} was begun with\n"
+    changed = json.loads(dump(settled(kind, "", ["seed=8", "cluster.replacements=3"], {"out": str(out)}, resume=True)))
+    assert differences(stored, changed) == ["cluster.replacements: 8 -> 3", "seed: 7 -> 8"]
+    with pytest.raises(RecipeError, match=r"with the settings that '.*moved' was begun with: unknown key 'sed': did you mean 'seed'"):
+        settled(kind, "", ["sed=8"], {"out": str(out)}, resume=True)
+    with pytest.raises(RecipeError, match=r"there is no run to resume, and for a new one '.*' is required"):
+        settled(kind, "", [], {"out": str(tmp_path / "elsewhere")}, resume=True)
+
+
+def test_a_run_is_resumed_by_the_settings_of_its_own_job(gpus, tmp_path):
+    begun = load(OverlapRecipe, None, [*PPO, f"out={tmp_path}", "lag=2", "sampling.max_new_tokens=77"])
+    (tmp_path / "recipe.json").write_text(dump(begun))
+    options = {"out": str(tmp_path)}
+    assert settled(PPORecipe, "", [], options, resume=True).sampling.max_new_tokens == 77  # the run tells what else differs
+    with pytest.raises(RecipeError, match="begun with: 'data' is required"):
+        settled(FinetuneRecipe, "", [], options, resume=True)
+    assert settled(OverlapRecipe, "", PPO, options, resume=False).sampling.max_new_tokens == 64
+    (tmp_path / "recipe.json").write_text('{"out": ')
+    with pytest.raises(DataError, match=r"recipe\.json is damaged"):
+        settled(PPORecipe, "", [], options, resume=True)
 
 
 def test_a_job_without_workers_has_nothing_to_fit(gpus, capsys):
