@@ -261,6 +261,24 @@ def inspect(data: Data, examples: Annotated[int, typer.Option(help="How many sam
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="TOML recipe of ctrlrl ppo; see jobs/recipes/.")],
+    overrides: Set = None,
+    gpu_gib: Annotated[float, typer.Option(help="Memory of a GPU in GiB.", min=1)] = 80,
+    gpus: Annotated[int, typer.Option(help="GPUs that there are; 0: as many as the recipe asks for.", min=0)] = 0,
+    beside_gib: Annotated[float, typer.Option(help="GiB of a GPU that CUDA itself takes for each worker on it.", min=0)] = 1.5,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(help="Size of a model that is not on this machine: 8b, or policy.model=hidden=4096,layers=32,… Repeatable."),
+    ] = None,
+) -> None:
+    """Print the memory that a PPO recipe needs by worker and phase, and what to change if it does not fit; exit code 1 then."""
+    from jobs.plan import main as job
+
+    job(recipe, overrides, gpu_gib, gpus, beside_gib, sizes)
+
+
+@app.command()
 def doctor() -> None:
     """Print versions, devices, threads, the Ray address and what is missing; exit code 1 if something needed is absent."""
     from ctrlrl.doctor import examine
@@ -281,7 +299,7 @@ def submit(
     """Run a job on a Ray cluster: upload the working tree, follow the log, return the job's exit code."""
     from jobs.submit import submit as send
 
-    here = ("submit", "doctor", "chat")
+    here = ("submit", "doctor", "chat", "plan")
     known = [name for command in app.registered_commands if (name := command.name or command.callback.__name__) not in here]
     with mistakes_told():
         raise typer.Exit(send(job, arguments or [], known, address, detach, dry_run))

@@ -113,6 +113,7 @@ class Sampler:
             dtype=engine.dtype,
             max_model_len=engine.max_model_tokens,
             kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
+            gpu_memory_utilization=0.01,  # with the cache's size given it decides one thing: whether other workers may be on the GPU before
             max_num_seqs=engine.max_concurrent,
             enforce_eager=engine.eager,
             block_size=32,  # short prompts share prefixes only in whole blocks

@@ -35,7 +35,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "67108864",
 }
-
+BUCKET = 50_000_000  # elements that the ranks exchange at once
 Kind = Literal["policy", "policy_value", "value", "reward"]
 
 
@@ -295,6 +295,6 @@ def _engine_settings(config: TrainerConfig) -> dict:
         "managed_gradient_accumulation": False,  # any number of backwards, then one step: micro-batches vary in PPO
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
         "steps_per_print": 10**9,
     }

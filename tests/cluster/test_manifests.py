@@ -101,6 +101,15 @@ def test_the_placement_of_ppo_fits(name):
     assert plan(config, [*gang, gang[0]], [])[1] == 1  # a ninth policy rank would not
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("ppo", 8), ("ppo_node", 8), ("ppo_one_gpu", 1)])
+def test_the_placements_for_one_node_fit_one(name, gpus):
+    types = {"head": {"resources": {}, "max_workers": 0}, "node": {"resources": {"CPU": 64, "GPU": gpus}, "max_workers": 1}}
+    config = {"available_node_types": types, "max_workers": 1, "head_node_type": "head"}
+    gang = [bundle for bundles in demands_of(load(PPORecipe, ROOT / f"jobs/recipes/{name}.toml")).values() for bundle in bundles]
+    assert plan(config, gang, []) == ({"node": 1}, 0)
+    assert plan(config, [*gang, gang[0]], [])[1] == 1  # another rank of the policy would not
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_generation_at_eight_units_grows_to_all_spot_nodes(name):
     config, recipe = node_types(name), load(GenerateRecipe, ROOT / "jobs/recipes/generate_cluster.toml", ['scale="8x"'])

@@ -1,0 +1,150 @@
+"""What a PPO recipe needs in memory, by worker and phase, whether it fits GPUs of a given size, and what to change if not.
+
+    python jobs/plan.py jobs/recipes/ppo_node.toml --gpus 8 --gpu-gib 80
+
+Nothing is started and no weights are read: models are counted by their configurations, or by descriptions (--sizes).
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated
+
+import typer
+from transformers import PretrainedConfig
+
+from ctrlrl.config import load
+from ctrlrl.errors import RecipeError
+from ctrlrl.models.footprint import cache_bytes_a_token, parameters_of, total
+from ctrlrl.models.sizes import shape_of
+from jobs.cast import PPORecipe
+from jobs.launch import Set, mistakes_told
+from jobs.rooms import GIB, Worker, devices_of, gpus_of, too_full, what_would_fit, workers_of
+
+PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "buffers", "CUDA")
+_FEWER_GPUS = ("value=head", "reference=adapter")
+
+RecipeFile = Annotated[str, typer.Argument(help="TOML recipe of ctrlrl ppo; see jobs/recipes/.")]
+GpuGib = Annotated[float, typer.Option(help="Memory of a GPU in GiB.", min=1)]
+Gpus = Annotated[int, typer.Option(help="GPUs that there are; 0: as many as the recipe asks for.", min=0)]
+BesideGib = Annotated[float, typer.Option(help="GiB of a GPU that CUDA itself takes for each worker on it.", min=0)]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(help="Size of a model that is not on this machine: 8b, or policy.model=hidden=4096,layers=32,… Repeatable."),
+]
+
+
+def plan(recipe: str, overrides: list[str], gpu_gib: float, gpus: int, beside_gib: float, sizes: list[str]) -> int:
+    """Print the plan; 0 if everything fits, else 1."""
+    config, room = load(PPORecipe, recipe, overrides), int(gpu_gib * GIB)
+    shapes = _shapes(config, sizes)
+    changed = partial(_changed, recipe, overrides, shapes, int(beside_gib * GIB))
+    workers = changed([])
+    print("\n".join(_table(workers)))
+    print("\n".join(_notes(config, shapes["policy.model"])))
+    problems = [*_too_full(workers, config, room, changed), *_too_many(workers, gpus, room, changed)]
+    print(f"\n{_devices(workers, room)}")
+    print("\n".join(problems) if problems else "Everything fits.", flush=True)
+    return 1 if problems else 0
+
+
+def _shapes(config: PPORecipe, sizes: list[str]) -> dict[str, PretrainedConfig]:
+    """The configuration of each model by recipe key; says where each is from. RecipeError for a size of a model that the recipe lacks."""
+    models, given = config.models, {}
+    for text in sizes:
+        key, _, size = text.partition("=") if text.split("=")[0].endswith(".model") else ("", "", text)
+        if key and key not in models:
+            raise RecipeError(f"--sizes {text!r}: {key} is no model of this recipe, which has {', '.join(models)}")
+        given[models.get(key, "")] = size  # the same model under another key is as large
+    print(f"{'model':24}{'parameters':>12}  from")
+    found = {}
+    for key, name in models.items():
+        found[key], origin = shape_of(name, given.get(name, given.get("", "")))
+        print(f"{key:24}{parameters_of(found[key]) / 1e9:11.2f}B  {name}: {origin}")
+    return found
+
+
+def _changed(recipe: str, overrides: list[str], shapes: Mapping[str, PretrainedConfig], beside: int, more: list[str]) -> list[Worker]:
+    return workers_of(load(PPORecipe, recipe, [*overrides, *more]), shapes, beside)
+
+
+def _table(workers: list[Worker]) -> list[str]:
+    """One line for each phase of each kind of worker, in GiB."""
+    lines = ["", "GiB of one worker" + " " * 19 + "GPUs" + "".join(f"{part:>13}" for part in PARTS) + f"{'sum':>9}"]
+    for worker in workers:
+        more = f" (to {worker.count + worker.spare})" if worker.spare else ""
+        for place, (phase, parts) in enumerate(worker.phases.items()):
+            name = f"{worker.count}{more} x {worker.name}" if not place else ""
+            gpus = f"{worker.gpus:g}" if not place else ""
+            figures = "".join(f"{parts[part] / GIB:13.1f}" if parts.get(part) else f"{'-':>13}" for part in PARTS)
+            lines.append(f"{name:26}{phase:9}{gpus:>5}{figures}{total(parts) / GIB:9.1f}")
+    return lines
+
+
+def _notes(config: PPORecipe, policy: PretrainedConfig) -> list[str]:
+    """What the cache holds, and what a publish takes of the nodes' own memory."""
+    engine = config.rollout.engine
+    token = cache_bytes_a_token(policy, engine.dtype)
+    held = int(engine.kv_cache_gib * GIB) // token
+    published = parameters_of(policy) * (4 if engine.dtype == "float32" else 2)
+    return [
+        "",
+        f"The cache has {token / 1024:g} KiB a token: room for {held:,} tokens, {held // engine.max_model_tokens:,} answers at once that "
+        f"fill max_model_tokens ({engine.max_model_tokens:,}).",
+        f"A publish takes {published / GIB:.1f} GiB of shared memory on a node of the policy and on each node of rollout workers.",
+        "Activations include logits. Those of rollout engines, and their CUDA graphs (under buffers), are estimates.",
+    ]
+
+
+def _devices(workers: list[Worker], room: int) -> str:
+    """Which GPUs there are and how full each is, equal ones in one line."""
+    lines: dict[str, int] = {}
+    for sharing in devices_of(workers):
+        used = sum(worker.bytes for worker in sharing)
+        line = f"{' + '.join(worker.name for worker in sharing)}: {used / GIB:.1f} of {room / GIB:.1f} GiB"
+        lines[line] = lines.get(line, 0) + 1
+    host = sum(worker.count * worker.bytes for worker in workers if not worker.gpus)
+    told = [f"{number} GPU{'s' * (number > 1)} with {line}" for line, number in lines.items()]
+    return "\n".join(told + [f"on the processors: {host / GIB:.1f} GiB of the nodes' memory"] * bool(host))
+
+
+def _too_full(workers: list[Worker], config: PPORecipe, room: int, changed: Callable) -> list[str]:
+    """What does not fit its GPU, with changes that would make it fit."""
+    told = []
+    for sharing in too_full(workers, room):
+        used = sum(worker.bytes for worker in sharing)
+        names = " + ".join(worker.name for worker in sharing)
+        several = {worker.name: worker for worker in sharing}.values()
+        found = [change for worker in several for change in what_would_fit(worker, sharing, config, room, changed)]
+        ways = "; or ".join(f"{' '.join(f'--set {o}' for o in overrides)} ({size / GIB:.1f} GiB)" for overrides, size in found)
+        told.append(f"DOES NOT FIT: {names} needs {used / GIB:.1f} of {room / GIB:.1f} GiB: {ways or 'a larger GPU, or a smaller model'}")
+    return told
+
+
+def _too_many(workers: list[Worker], gpus: int, room: int, changed: Callable) -> list[str]:
+    """What to change if there are fewer GPUs than the workers need."""
+    needed = gpus_of(workers)
+    if not gpus or needed <= gpus:
+        return []
+    saving = []
+    for override in _FEWER_GPUS:
+        try:
+            fewer = changed([override])
+        except RecipeError:
+            continue
+        if gpus_of(fewer) < needed:
+            full = "" if not too_full(fewer, room) else ", which then is too full"
+            saving.append(f"--set {override} ({gpus_of(fewer)} GPUs{full})")
+    ways = "; or ".join([*saving, "fewer ranks or workers of the largest of them"])
+    return [f"TOO FEW GPUS: {needed} are asked for, {gpus} are there: {ways}"]
+
+
+def main(
+    recipe: RecipeFile, overrides: Set = None, gpu_gib: GpuGib = 80, gpus: Gpus = 0, beside_gib: BesideGib = 1.5, sizes: Sizes = None
+) -> None:
+    """Print the memory that a PPO recipe needs by worker and phase, and what to change if it does not fit; exit code 1 then."""
+    with mistakes_told():
+        raise typer.Exit(plan(recipe, overrides or [], gpu_gib, gpus, beside_gib, sizes or []))
+
+
+if __name__ == "__main__":
+    typer.run(main)

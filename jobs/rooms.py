@@ -1,0 +1,161 @@
+"""What the workers of a PPO recipe need on their devices, who shares one, and which settings would make them fit: no worker is started."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+
+from actors.group import GroupConfig
+from ctrlrl.errors import RecipeError
+from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
+from jobs.cast import PPORecipe
+
+GIB = 2**30
+_RANKS = (2, 4, 8, 16, 32, 64)
+_LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Workers of one kind: their name in the recipe, how many are reserved and how many more may come, GPUs and memory of each."""
+
+    name: str
+    count: int
+    spare: int
+    gpus: float
+    phases: Phases
+
+    @property
+    def bytes(self) -> int:
+        """The most that one of them has at once."""
+        return peak(self.phases)
+
+    def beside(self, size: int) -> "Worker":
+        """The same with `size` bytes more in every phase."""
+        return replace(self, phases={phase: {**parts, "CUDA": size} for phase, parts in self.phases.items()})
+
+
+def workers_of(config: PPORecipe, shapes: Mapping[str, PretrainedConfig], beside: int) -> list[Worker]:
+    """All workers of a run. shapes: of each model in `config.models`, by recipe key. beside: bytes that each takes of a GPU for itself."""
+    policy = shapes["policy.model"]
+    found = [_group("policy", config.policy, "policy_value" if config.has_value and config.value.head else "policy", policy)]
+    if config.has_value_model:
+        found.append(_group("value", config.value, "value", shapes["value.model"]))
+    engine, resources = config.rollout.engine, config.rollout.resources
+    found.append(Worker("rollout", config.rollout.workers.min, len(config.rollout.spare), resources.gpus, rollout(policy, engine)))
+    for attribute, reward in config.reward:
+        phases = frozen(shapes[f"reward.{attribute}.model"], "reward", reward.dtype, reward.batch_tokens)
+        found.append(Worker(f"reward.{attribute}", reward.workers, 0, reward.resources.gpus, phases))
+    if not config.reference.adapter:
+        part = config.reference
+        phases = frozen(shapes["reference.model"], "reference", part.dtype, part.batch_tokens)
+        found.append(Worker("reference", part.workers, 0, part.resources.gpus, phases))
+    return [worker.beside(beside) if worker.gpus else worker for worker in found]
+
+
+def _group(name: str, config: GroupConfig, kind: str, shape: PretrainedConfig) -> Worker:
+    return Worker(name, config.ranks, 0, config.resources.gpus, trained(shape, kind, config.train, config.ranks))
+
+
+def devices_of(workers: list[Worker]) -> list[list[Worker]]:
+    """Who is on which GPU: a worker with a whole one or more uses one alone, parts of one are filled up in order, as Ray does. Workers
+    without a GPU are on none."""
+    devices: list[tuple[float, list[Worker]]] = []
+    for worker in workers:
+        for _ in range(worker.count if worker.gpus else 0):
+            place = next((i for i, (free, _) in enumerate(devices) if worker.gpus < 1 and free >= worker.gpus), None)
+            if place is None:
+                devices.append((1 - worker.gpus if worker.gpus < 1 else 0, [worker]))
+            else:
+                free, sharing = devices[place]
+                devices[place] = free - worker.gpus, [*sharing, worker]
+    return [sharing for _, sharing in devices]
+
+
+def gpus_of(workers: list[Worker]) -> int:
+    """GPUs that are taken from Ray: more than devices in use where one worker asks for several."""
+    several = sum((math.ceil(worker.gpus) - 1) * worker.count for worker in workers if worker.gpus > 1)
+    return len(devices_of(workers)) + several
+
+
+def too_full(workers: list[Worker], room: int) -> list[list[Worker]]:
+    """The devices on which the workers need more than `room` bytes, those with the same workers once."""
+    full = [sharing for sharing in devices_of(workers) if sum(worker.bytes for worker in sharing) > room]
+    return list({tuple(worker.name for worker in sharing): sharing for sharing in full}.values())
+
+
+def remedies(worker: Worker, config: PPORecipe) -> Iterator[list[str]]:
+    """Changes, as overrides, that lower what this kind of worker needs or take it off a shared GPU: the cheapest first, each alone, then
+    several together."""
+    name = worker.name
+    yield from _of_its_settings(worker, config)
+    if 0 < worker.gpus < 1:
+        yield [f"{name}.resources.gpus=1"]
+
+
+def _of_its_settings(worker: Worker, config: PPORecipe) -> Iterator[list[str]]:
+    name = worker.name
+    if name in ("policy", "value"):
+        yield from _of_a_trainer(name, getattr(config, name), config.rollout.engine.max_model_tokens)
+        return
+    if name == "rollout":
+        if config.rollout.engine.dtype == "float32":
+            yield ["rollout.engine.dtype=bfloat16"]
+        caches = (gib for gib in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1, 0.5) if gib < config.rollout.engine.kv_cache_gib)
+        yield from ([f"rollout.engine.kv_cache_gib={gib:g}"] for gib in caches)
+        return
+    frozen_model = config.reference if name == "reference" else getattr(config.reward, name.removeprefix("reward."))
+    smaller = [[f"{name}.dtype=bfloat16"]] if frozen_model.dtype == "float32" else []
+    yield from smaller
+    fewer = [[f"{name}.batch_tokens={tokens}"] for tokens in (8192, 4096, 2048) if tokens < frozen_model.batch_tokens]
+    yield from fewer
+    yield from ([*a, *b] for a in smaller for b in fewer)
+    if name == "reference" and config.policy.train.lora.rank:
+        yield ["reference=adapter"]
+
+
+def _of_a_trainer(name: str, group: GroupConfig, longest: int) -> Iterator[list[str]]:
+    """Of the ranks of a trained model. longest: tokens of a sequence, below which a micro-batch does not go."""
+    train = group.train
+    halves = (train.micro_batch_tokens // 2**n for n in range(1, 8))
+    saved = [] if train.gradient_checkpointing else [f"{name}.train.gradient_checkpointing=true"]
+    fewer = [[f"{name}.train.micro_batch_tokens={tokens}"] for tokens in halves if tokens >= min(longest, 2048)]
+    parted = [] if train.zero_stage == 3 else [f"{name}.train.zero_stage=3"]
+    more = [[*parted, f"{name}.ranks={ranks}"] for ranks in _RANKS if ranks > group.ranks]
+    adapters = [] if train.lora.rank else [f"{name}.train.lora.rank={_LORA_RANK}"]
+    half = [] if train.dtype == "bfloat16" else [f"{name}.train.dtype=bfloat16"]
+    for single in (half, saved):
+        if single:
+            yield single
+    yield from fewer
+    yield from more
+    yield from ([*saved, *change] for change in (*fewer, *more) if saved)
+    if adapters:
+        yield [*half, *saved, *adapters]
+        yield from ([*half, *saved, *adapters, *change] for change in (*fewer, *more))
+
+
+def what_would_fit(
+    worker: Worker, sharing: list[Worker], config: PPORecipe, room: int, changed: Callable[[list[str]], list[Worker]], most: int = 3
+) -> list[tuple[list[str], int]]:
+    """Up to `most` changes to one kind of worker, of different keys, after which all that are `sharing` a device with it fit theirs, and
+    what this worker needs then.
+
+    changed: the workers of the recipe under overrides."""
+    names = {other.name for other in sharing}
+    found: dict[tuple[str, ...], tuple[list[str], int]] = {}
+    for overrides in remedies(worker, config):
+        keys = tuple(override.partition("=")[0] for override in overrides)
+        if any(set(known) <= set(keys) for known in found):
+            continue
+        try:
+            workers = changed(overrides)
+        except RecipeError:  # this change contradicts another setting
+            continue
+        if any(other.name in names for full in too_full(workers, room) for other in full):
+            continue
+        found[keys] = overrides, next((other.bytes for other in workers if other.name == worker.name), 0)
+        if len(found) == most:
+            break
+    return list(found.values())

@@ -1,0 +1,100 @@
+"""What `ctrlrl plan` says of a trainer's memory against what a trainer's process takes: the highest resident size (VmHWM) of two updates,
+less what the process had before its model. Random weights, one rank on the CPU, no Ray.
+
+    .venv/bin/python tests/benchmarks/plan.py                # all cases, each in a process of its own
+    .venv/bin/python tests/benchmarks/plan.py --only 'lora'
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+MODELS = {
+    "35M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1536,
+            "vocab_size": 16384},
+    "134M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2304,
+             "vocab_size": 32000},
+}  # fmt: skip
+SETTINGS = {
+    "zero 0": {"zero_stage": 0, "dtype": "float32"},
+    "zero 0, checkpointing": {"zero_stage": 0, "dtype": "float32", "gradient_checkpointing": True},
+    "lora": {"zero_stage": 0, "dtype": "float32", "lora": {"rank": 16}},
+    "zero 2": {"zero_stage": 2, "dtype": "float32"},
+    "zero 3": {"zero_stage": 3, "dtype": "float32"},
+    "zero 0, bfloat16": {"zero_stage": 0, "dtype": "bfloat16"},
+    "zero 2, bfloat16": {"zero_stage": 2, "dtype": "bfloat16"},
+}
+TOKENS, LENGTH, ROWS = 2048, 128, 64
+
+
+def resident(key: str) -> int:
+    """Bytes of a line of this process's status: VmRSS now, VmHWM the most since it was cleared."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure(shape: dict, settings: dict) -> dict:
+    """Planned and measured bytes of one case, in this process."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ctrlrl.models.trainer as trainer
+    from ctrlrl.data.batches import TokenBatch
+    from ctrlrl.models.footprint import peak, trained
+    from ctrlrl.objectives.likelihood import likelihood
+
+    config, train = LlamaConfig(**shape), trainer.TrainerConfig(micro_batch_tokens=TOKENS, **settings)
+    planned = trained(config, "policy", train, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        trainer.join_world(0, 1, "127.0.0.1", int(os.environ["PORT"]), 60)
+        before = resident("VmRSS")
+        made = trainer.Trainer("policy", folder, train)
+    Path("/proc/self/clear_refs").write_text("5")  # what the files that were read took is not the trainer's
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, shape["vocab_size"], LENGTH) for _ in range(ROWS)]
+    batch = TokenBatch(rows, np.ones(ROWS, np.int64), {}, {})
+    made.train(batch, likelihood, [np.arange(ROWS)] * 2)
+    return {"planned": peak(planned), "phases": planned, "measured": resident("VmHWM") - before, "threads": torch.get_num_threads()}
+
+
+def in_a_process(shape: dict, settings: dict, port: int) -> dict:
+    """`measure` in a process with the environment of a trainer."""
+    from ctrlrl.models.trainer import CPU_ENVIRONMENT
+
+    command = [sys.executable, __file__, "--case", json.dumps([shape, settings])]
+    environment = {**os.environ, **CPU_ENVIRONMENT, "PORT": str(port)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    """Print a line for every case."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="part of a setting's name")
+    parser.add_argument("--case", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(*json.loads(options.case))))
+        return
+    port = 20000 + os.getpid() % 20000
+    for name, shape in MODELS.items():
+        for number, (setting, settings) in enumerate(SETTINGS.items()):
+            if options.only in setting:
+                found = in_a_process(shape, settings, port + number)
+                mib = {key: found[key] / 2**20 for key in ("planned", "measured")}
+                print(f"{name:5} {setting:22} planned {mib['planned']:6.0f} MiB, measured {mib['measured']:6.0f}: "
+                      f"{found['planned'] / found['measured'] - 1:+.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""ctrlrl plan: shipped recipes fit the GPUs that they are for, and what it tells to change makes others fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ctrlrl.cli import app
+from ctrlrl.config import load
+from jobs.cast import PPORecipe, demands_of
+from jobs.plan import plan
+from jobs.rooms import Worker, devices_of, gpus_of
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+SIZES = {"ppo": (8, 80), "ppo_node": (8, 80), "ppo_cluster": (20, 80), "ppo_one_gpu": (1, 24)}
+SMALL = "hidden=2048,layers=2,heads=32,kv_heads=8,vocabulary=128256,intermediate=8192,tied=true"
+IDLE = {"ppo_node": 0.25}  # of the GPU that the frozen models share
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_shipped_recipe_fits_its_gpus(name, capsys):
+    gpus, gib = SIZES[name]
+    recipe = str(RECIPES / f"{name}.toml")
+    assert plan(recipe, [], gib, gpus, 1.5, []) == 0
+    assert "Everything fits." in capsys.readouterr().out
+    assert sum(bundle["GPU"] for places in demands_of(load(PPORecipe, recipe)).values() for bundle in places) == gpus - IDLE.get(name, 0)
+
+
+def advice(output: str) -> list[list[str]]:
+    """The first change that each line of trouble names, as overrides."""
+    lines = [line for line in output.splitlines() if line.startswith("DOES NOT FIT")]
+    return [re.findall(r"--set (\S+)", line.split("; or ")[0]) for line in lines]
+
+
+def test_what_does_not_fit_is_told_with_changes_that_make_it_fit(capsys):
+    recipe, alone = str(RECIPES / "ppo_node.toml"), ["policy.ranks=1", "value.ranks=1", "policy.train.zero_stage=1"]
+    assert plan(recipe, alone, 6.5, 0, 1.5, [SMALL]) == 1
+    changes = advice(capsys.readouterr().out)
+    assert len(changes) == 4 and all(changes)  # policy, value, rollout, and the GPU that three workers share
+    assert changes[:3] == [["policy.train.zero_stage=3", "policy.ranks=4"], ["value.ranks=2"], ["rollout.engine.kv_cache_gib=2"]]
+    assert plan(recipe, [*alone, *(override for change in changes for override in change)], 6.5, 0, 1.5, [SMALL]) == 0
+
+
+def test_the_command_says_where_sizes_are_from_and_ends_with_1_if_there_are_too_few_gpus(ppo_overrides):
+    ranks = [f"{group}.ranks=1" for group in ("policy", "value")]
+    given = [part for override in (*ppo_overrides, *ranks, "value.resources.gpus=2") for part in ("--set", override)]
+    result = CliRunner().invoke(app, ["plan", str(RECIPES / "ppo.toml"), *given, "--gpus", "2"])
+    assert result.exit_code == 1, result.output
+    assert result.output.count("its config.json") == 5
+    assert "TOO FEW GPUS: 7 are asked for, 2 are there: --set value=head (5 GPUs)" in result.output
+    for size, message in (("policy.model=huge", "describes no model"), ("value.model=1b", "value.model is no model of this recipe")):
+        mistaken = CliRunner().invoke(app, ["plan", str(RECIPES / "ppo_one_gpu.toml"), "--sizes", size])
+        assert mistaken.exit_code == 2 and message in mistaken.output
+
+
+def test_a_model_under_two_keys_has_one_size(capsys):
+    assert plan(str(RECIPES / "ppo_node.toml"), [], 80, 0, 1.5, [f"policy.model={SMALL}", "reward.harmless.model=135m"]) == 0
+    sizes = re.findall(r"^(\S+\.model) +([\d.]+)B", capsys.readouterr().out, re.MULTILINE)
+    assert sizes == [
+        ("policy.model", "0.38"), ("reference.model", "0.38"), ("value.model", "0.38"),
+        ("reward.helpful.model", "8.03"), ("reward.harmless.model", "0.13"),
+    ]  # fmt: skip
+
+
+def test_parts_of_a_gpu_are_filled_up_in_order():
+    def worker(name, gpus, count=1):
+        return Worker(name, count, 0, gpus, {"score": {"weights": 1}})
+
+    workers = [worker("a", 0.5), worker("b", 1), worker("c", 0.25, 3), worker("d", 0), worker("e", 2)]
+    names = [[member.name for member in sharing] for sharing in devices_of(workers)]
+    assert names == [["a", "c", "c"], ["b"], ["c"], ["e"]]
+    assert gpus_of(workers) == 5
