@@ -5,7 +5,7 @@
 Nothing is started and no weights are read: models are counted by their configurations, or by descriptions (--sizes).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
@@ -18,7 +18,17 @@ from ctrlrl.models.footprint import cache_bytes_a_token, parameters_of, total
 from ctrlrl.models.sizes import shape_of
 from jobs.cast import PPORecipe
 from jobs.launch import Set, mistakes_told
-from jobs.rooms import GIB, Worker, devices_of, gpus_of, too_full, what_would_fit, workers_of
+from jobs.rooms import (
+    GIB,
+    Changed,
+    Worker,
+    devices_of,
+    gpus_of,
+    too_full,
+    what_would_fit,
+    what_would_fit_together,
+    workers_of,
+)
 
 PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "buffers", "CUDA")
 _FEWER_GPUS = ("value=head", "reference=adapter")
@@ -41,7 +51,7 @@ def plan(recipe: str, overrides: list[str], gpu_gib: float, gpus: int, beside_gi
     workers = changed([])
     print("\n".join(_table(workers)))
     print("\n".join(_notes(config, shapes["policy.model"])))
-    problems = [*_too_full(workers, config, room, changed), *_too_many(workers, gpus, room, changed)]
+    problems = [*_too_full(workers, config, room, gpus, changed), *_too_many(workers, gpus, room, changed)]
     print(f"\n{_devices(workers, room)}")
     print("\n".join(problems) if problems else "Everything fits.", flush=True)
     return 1 if problems else 0
@@ -107,20 +117,26 @@ def _devices(workers: list[Worker], room: int) -> str:
     return "\n".join(told + [f"on the processors: {host / GIB:.1f} GiB of the nodes' memory"] * bool(host))
 
 
-def _too_full(workers: list[Worker], config: PPORecipe, room: int, changed: Callable) -> list[str]:
+def _too_full(workers: list[Worker], config: PPORecipe, room: int, gpus: int, changed: Changed) -> list[str]:
     """What does not fit its GPU, with changes that would make it fit."""
     told = []
     for sharing in too_full(workers, room):
         used = sum(worker.bytes for worker in sharing)
         names = " + ".join(worker.name for worker in sharing)
         several = {worker.name: worker for worker in sharing}.values()
-        found = [change for worker in several for change in what_would_fit(worker, sharing, config, room, changed)]
-        ways = "; or ".join(f"{' '.join(f'--set {o}' for o in overrides)} ({size / GIB:.1f} GiB)" for overrides, size in found)
+        found = [change for worker in several for change in what_would_fit(worker, sharing, config, room, gpus, changed)]
+        ways = "; or ".join(f"{_sets(overrides)} ({size / GIB:.1f} GiB)" for overrides, size in found)
+        if not ways and len(sharing) > 1:
+            ways = _sets(what_would_fit_together(sharing, config, room, gpus, changed))
         told.append(f"DOES NOT FIT: {names} needs {used / GIB:.1f} of {room / GIB:.1f} GiB: {ways or 'a larger GPU, or a smaller model'}")
     return told
 
 
-def _too_many(workers: list[Worker], gpus: int, room: int, changed: Callable) -> list[str]:
+def _sets(overrides: list[str]) -> str:
+    return " ".join(f"--set {override}" for override in overrides)
+
+
+def _too_many(workers: list[Worker], gpus: int, room: int, changed: Changed) -> list[str]:
     """What to change if there are fewer GPUs than the workers need."""
     needed = gpus_of(workers)
     if not gpus or needed <= gpus:

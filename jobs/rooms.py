@@ -15,6 +15,8 @@ GIB = 2**30
 _RANKS = (2, 4, 8, 16, 32, 64)
 _LORA_RANK = 16
 
+Changed = Callable[[list[str]], "list[Worker]"]  # the workers of the recipe under overrides
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -137,25 +139,46 @@ def _of_a_trainer(name: str, group: GroupConfig, longest: int) -> Iterator[list[
 
 
 def what_would_fit(
-    worker: Worker, sharing: list[Worker], config: PPORecipe, room: int, changed: Callable[[list[str]], list[Worker]], most: int = 3
+    worker: Worker, sharing: list[Worker], config: PPORecipe, room: int, gpus: int, changed: Changed, most: int = 3
 ) -> list[tuple[list[str], int]]:
     """Up to `most` changes to one kind of worker, of different keys, after which all that are `sharing` a device with it fit theirs, and
-    what this worker needs then.
-
-    changed: the workers of the recipe under overrides."""
-    names = {other.name for other in sharing}
+    what this worker needs then. gpus: that there are (0: any number)."""
     found: dict[tuple[str, ...], tuple[list[str], int]] = {}
-    for overrides in remedies(worker, config):
+    for overrides, workers in _possible(worker, config, gpus, changed):
         keys = tuple(override.partition("=")[0] for override in overrides)
-        if any(set(known) <= set(keys) for known in found):
-            continue
-        try:
-            workers = changed(overrides)
-        except RecipeError:  # this change contradicts another setting
-            continue
-        if any(other.name in names for full in too_full(workers, room) for other in full):
-            continue
-        found[keys] = overrides, next((other.bytes for other in workers if other.name == worker.name), 0)
+        if not any(set(known) <= set(keys) for known in found) and _all_fit(sharing, workers, room):
+            found[keys] = overrides, _bytes_of(worker.name, workers)
         if len(found) == most:
             break
     return list(found.values())
+
+
+def what_would_fit_together(sharing: list[Worker], config: PPORecipe, room: int, gpus: int, changed: Changed) -> list[str]:
+    """Changes to several of the workers that share a device, of each the one that saves most, until they fit; empty if they never do."""
+    together = []
+    for worker in sorted(sharing, key=lambda worker: -worker.bytes):
+        least = min(_possible(worker, config, gpus, changed), key=lambda way: _bytes_of(worker.name, way[1]), default=None)
+        together += least[0] if least else []
+        if _all_fit(sharing, changed(together), room):
+            return together
+    return []
+
+
+def _possible(worker: Worker, config: PPORecipe, gpus: int, changed: Changed) -> Iterator[tuple[list[str], list[Worker]]]:
+    """The remedies of a worker that contradict no other setting and need no more than `gpus`, with the workers as they are then."""
+    for overrides in remedies(worker, config):
+        try:
+            workers = changed(overrides)
+        except RecipeError:
+            continue
+        if not gpus or gpus_of(workers) <= gpus:
+            yield overrides, workers
+
+
+def _all_fit(sharing: list[Worker], workers: list[Worker], room: int) -> bool:
+    names = {worker.name for worker in sharing}
+    return not any(worker.name in names for full in too_full(workers, room) for worker in full)
+
+
+def _bytes_of(name: str, workers: list[Worker]) -> int:
+    return next((worker.bytes for worker in workers if worker.name == name), 0)

@@ -26,7 +26,9 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
     try:
         config = load(kind, recipe or None, overrides, options=options)
     except RecipeError as error:
-        raise RecipeError(f"there is no run to resume, and for a new one {error}") from None if resume and not recipe else error
+        if resume and not recipe:
+            raise RecipeError(f"there is no run to resume, and for a new one {error}") from None
+        raise
     if "cluster" not in kind.model_fields:
         return config
     if recipe:

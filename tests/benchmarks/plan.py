@@ -3,6 +3,9 @@ less what the process had before its model. Random weights, one rank on the CPU,
 
     .venv/bin/python tests/benchmarks/plan.py                # all cases, each in a process of its own
     .venv/bin/python tests/benchmarks/plan.py --only 'lora'
+
+Twice: with the allocator's own settings, under which what is freed goes back to the system, so that the size is that of what is in use; and
+with those of a trainer's process (CPU_ENVIRONMENT), which keeps freed pages and so has gaps.
 """
 
 import argparse
@@ -23,14 +26,14 @@ MODELS = {
 }  # fmt: skip
 SETTINGS = {
     "zero 0": {"zero_stage": 0, "dtype": "float32"},
-    "zero 0, checkpointing": {"zero_stage": 0, "dtype": "float32", "gradient_checkpointing": True},
     "lora": {"zero_stage": 0, "dtype": "float32", "lora": {"rank": 16}},
+    "zero 0, checkpointing": {"zero_stage": 0, "dtype": "float32", "gradient_checkpointing": True},
     "zero 2": {"zero_stage": 2, "dtype": "float32"},
     "zero 3": {"zero_stage": 3, "dtype": "float32"},
     "zero 0, bfloat16": {"zero_stage": 0, "dtype": "bfloat16"},
     "zero 2, bfloat16": {"zero_stage": 2, "dtype": "bfloat16"},
 }
-TOKENS, LENGTH, ROWS = 2048, 128, 64
+TOKENS, LENGTH, ROWS = 1024, 128, 16
 
 
 def resident(key: str) -> int:
@@ -65,12 +68,13 @@ def measure(shape: dict, settings: dict) -> dict:
     return {"planned": peak(planned), "phases": planned, "measured": resident("VmHWM") - before, "threads": torch.get_num_threads()}
 
 
-def in_a_process(shape: dict, settings: dict, port: int) -> dict:
-    """`measure` in a process with the environment of a trainer."""
+def in_a_process(shape: dict, settings: dict, port: int, keeps: bool) -> dict:
+    """`measure` in a process with the environment of a trainer; `keeps`: its allocator's settings, too."""
     from ctrlrl.models.trainer import CPU_ENVIRONMENT
 
     command = [sys.executable, __file__, "--case", json.dumps([shape, settings])]
-    environment = {**os.environ, **CPU_ENVIRONMENT, "PORT": str(port)}
+    chosen = {key: value for key, value in CPU_ENVIRONMENT.items() if keeps or not key.startswith("MALLOC")}
+    environment = {**os.environ, **chosen, "PORT": str(port)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -87,13 +91,13 @@ def main() -> None:
         print(json.dumps(measure(*json.loads(options.case))))
         return
     port = 20000 + os.getpid() % 20000
-    for name, shape in MODELS.items():
-        for number, (setting, settings) in enumerate(SETTINGS.items()):
+    for number, (setting, settings) in enumerate(SETTINGS.items()):
+        for name, shape in MODELS.items():
             if options.only in setting:
-                found = in_a_process(shape, settings, port + number)
-                mib = {key: found[key] / 2**20 for key in ("planned", "measured")}
-                print(f"{name:5} {setting:22} planned {mib['planned']:6.0f} MiB, measured {mib['measured']:6.0f}: "
-                      f"{found['planned'] / found['measured'] - 1:+.0%}", flush=True)
+                in_use, kept = (in_a_process(shape, settings, port + number, keeps) for keeps in (False, True))
+                planned, measured, with_gaps = (size / 2**20 for size in (in_use["planned"], in_use["measured"], kept["measured"]))
+                print(f"{name:5} {setting:22} planned {planned:6.0f} MiB, measured {measured:6.0f}: {planned / measured - 1:+.1%}; "
+                      f"with freed pages kept {with_gaps:6.0f}", flush=True)
 
 
 if __name__ == "__main__":

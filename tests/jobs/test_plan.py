@@ -42,6 +42,14 @@ def test_what_does_not_fit_is_told_with_changes_that_make_it_fit(capsys):
     assert plan(recipe, [*alone, *(override for change in changes for override in change)], 6.5, 0, 1.5, [SMALL]) == 0
 
 
+def test_with_no_gpu_to_spare_those_that_share_one_change_together(capsys):
+    recipe = str(RECIPES / "ppo_one_gpu.toml")
+    assert plan(recipe, [], 18.3, 1, 1.5, []) == 1
+    (changes,) = advice(capsys.readouterr().out)
+    assert changes[:2] == ["rollout.engine.kv_cache_gib=0.5", "policy.train.micro_batch_tokens=2048"]  # and no other GPU
+    assert (plan(recipe, changes, 18.3, 1, 1.5, []), plan(recipe, changes[:-1], 18.3, 1, 1.5, [])) == (0, 1)
+
+
 def test_the_command_says_where_sizes_are_from_and_ends_with_1_if_there_are_too_few_gpus(ppo_overrides):
     ranks = [f"{group}.ranks=1" for group in ("policy", "value")]
     given = [part for override in (*ppo_overrides, *ranks, "value.resources.gpus=2") for part in ("--set", override)]
