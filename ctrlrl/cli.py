@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.launch import Data, Out, Recipe, Resume, Set, SkipBadRows, mistakes_told
+from jobs.launch import BesideGib, Data, GpuGib, Gpus, Objective, Out, Recipe, RecipeFile, Resume, Set, Sizes, SkipBadRows, mistakes_told
 
 app = typer.Typer(
     help="Train language models whose safety and helpfulness an operator can dial.",
@@ -125,12 +125,10 @@ def study(
 
 @app.command()
 def generate(
-    recipe: Recipe = "",
-    overrides: Set = None,
-    out: Out = "",
+    recipe: Recipe = "", overrides: Set = None, out: Out = "",
     scale: Annotated[str, typer.Option(help="Units to have in the end, such as 8x: passes over the prompts, each with other seeds.")] = "",
     skip_bad_rows: SkipBadRows = False,
-) -> None:
+) -> None:  # fmt: skip
     """Have the policy answer its prompts, and score the answers: the data of self-generation."""
     from jobs.generate import main as job
 
@@ -192,13 +190,9 @@ def distill(
 
 @app.command()
 def finetune(
-    objective: Annotated[str, typer.Option(help="plm, clm or exmate.")] = "",
-    recipe: Recipe = "",
-    overrides: Set = None,
-    out: Out = "",
-    resume: Resume = False,
+    objective: Objective = "", recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False,
     skip_bad_rows: SkipBadRows = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fine-tune a policy on the table of ctrlrl distill, so that its answers follow a control."""
     from jobs.finetune import main as job
 
@@ -262,15 +256,7 @@ def inspect(data: Data, examples: Annotated[int, typer.Option(help="How many sam
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="TOML recipe of ctrlrl ppo; see jobs/recipes/.")],
-    overrides: Set = None,
-    gpu_gib: Annotated[float, typer.Option(help="Memory of a GPU in GiB.", min=1)] = 80,
-    gpus: Annotated[int, typer.Option(help="GPUs that there are; 0: as many as the recipe asks for.", min=0)] = 0,
-    beside_gib: Annotated[float, typer.Option(help="GiB of a GPU that CUDA itself takes for each worker on it.", min=0)] = 1.5,
-    sizes: Annotated[
-        list[str] | None,
-        typer.Option(help="Size of a model that is not on this machine: 8b, or policy.model=hidden=4096,layers=32,… Repeatable."),
-    ] = None,
+    recipe: RecipeFile, overrides: Set = None, gpu_gib: GpuGib = 80, gpus: Gpus = 0, beside_gib: BesideGib = 1.5, sizes: Sizes = None
 ) -> None:
     """Print the memory that a PPO recipe needs by worker and phase, and what to change if it does not fit; exit code 1 then."""
     from jobs.plan import main as job

@@ -7,7 +7,7 @@ PLM and CLM maximise the likelihood of the answer under its control, ExMATE also
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +34,8 @@ from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
 from ctrlrl.runs import absolute_out
 from jobs.interim import InterimCrew, InterimCrewConfig
-from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
+from jobs.launch import Objective, Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
-
-Objective = Annotated[str, typer.Option(help="plm, clm or exmate.")]
 
 
 class FinetuneRecipe(OfflineRecipe):

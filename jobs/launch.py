@@ -24,6 +24,16 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Set bad rows and overlong prompts aside in rejects.jsonl (the recipe's `skip_bad_rows`).")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
+Objective = Annotated[str, typer.Option(help="plm, clm or exmate.")]
+# Of ctrlrl plan.
+RecipeFile = Annotated[str, typer.Argument(help="TOML recipe of ctrlrl ppo; see jobs/recipes/.")]
+GpuGib = Annotated[float, typer.Option(help="Memory of a GPU in GiB.", min=1)]
+Gpus = Annotated[int, typer.Option(help="GPUs that there are; 0: as many as the recipe asks for.", min=0)]
+BesideGib = Annotated[float, typer.Option(help="GiB of a GPU that CUDA itself takes for each worker on it.", min=0)]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(help="Size of a model that is not on this machine: 8b, or policy.model=hidden=4096,layers=32,… Repeatable."),
+]
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT

@@ -7,7 +7,6 @@ Nothing is started and no weights are read: models are counted by their configur
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated
 
 import typer
 from transformers import PretrainedConfig
@@ -17,7 +16,7 @@ from ctrlrl.errors import RecipeError
 from ctrlrl.models.footprint import cache_bytes_a_token, parameters_of, total
 from ctrlrl.models.sizes import shape_of
 from jobs.cast import PPORecipe
-from jobs.launch import Set, mistakes_told
+from jobs.launch import BesideGib, GpuGib, Gpus, RecipeFile, Set, Sizes, mistakes_told
 from jobs.rooms import (
     GIB,
     Changed,
@@ -32,15 +31,6 @@ from jobs.rooms import (
 
 PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "buffers", "CUDA")
 _FEWER_GPUS = ("value=head", "reference=adapter")
-
-RecipeFile = Annotated[str, typer.Argument(help="TOML recipe of ctrlrl ppo; see jobs/recipes/.")]
-GpuGib = Annotated[float, typer.Option(help="Memory of a GPU in GiB.", min=1)]
-Gpus = Annotated[int, typer.Option(help="GPUs that there are; 0: as many as the recipe asks for.", min=0)]
-BesideGib = Annotated[float, typer.Option(help="GiB of a GPU that CUDA itself takes for each worker on it.", min=0)]
-Sizes = Annotated[
-    list[str] | None,
-    typer.Option(help="Size of a model that is not on this machine: 8b, or policy.model=hidden=4096,layers=32,… Repeatable."),
-]
 
 
 def plan(recipe: str, overrides: list[str], gpu_gib: float, gpus: int, beside_gib: float, sizes: list[str]) -> int:
