@@ -28,7 +28,7 @@ from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import RunError
 from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS
-from ctrlrl.evaluation.bench import ATTACKS, NO_ATTACK, bench_figures
+from ctrlrl.evaluation.bench import ATTACKS, NO_ATTACK, attack_text, bench_figures
 from ctrlrl.evaluation.bench_tables import lines
 from ctrlrl.evaluation.exhibits import default_name
 from ctrlrl.evaluation.files import BENCH, COST, METRICS_FILE, RECIPE, STUDY, TABLE, TRAINING
@@ -108,7 +108,7 @@ class Bench:
         self.sets, self.attacks, self.unsafe, self.rejects = [], [], [], []
         templates = {"prompting": config.template, "reranking": config.template}
         controls = {"system": SYSTEM_CONTROLS, "plain": CORNERS[-1:]}.get(config.method, grid(config.levels))
-        attacks = {NO_ATTACK: "", **{name: text or ATTACKS[name] for name, text in config.attacks.items()}}
+        attacks = {NO_ATTACK: "", **{name: text or attack_text(name) for name, text in config.attacks.items()}}
 
         def cells_of(prompt: Prompt, first: int = 0) -> list[tuple[str, Cell]]:
             asked = [(name, text, control) for name, text in attacks.items() for control in controls]
@@ -157,7 +157,7 @@ def bench(config: BenchRecipe, crew: Crew | None = None) -> int:
             store,
             asked.cells,
             with_variables(load_tokenizer(config.model), config.chat),
-            {judge: {a: reward.load_calibration() for a, reward in models} for judge, models in config.judges.given.items()},
+            {judge: {a: reward.load_calibration() for a, reward in dict(models).items()} for judge, models in config.judges.given.items()},
             samples=config.samples if config.method == "reranking" else 1,
             chunk=config.rollout.chunk,
             room=prompt_room(config.model, config.rollout.engine, config.sampling),
@@ -191,7 +191,7 @@ def fingerprint(config: BenchRecipe, asked: Bench) -> dict:
     for name, cell in zip(asked.sets, asked.cells, strict=True):
         if cell.prompt not in prompts.setdefault(name, [])[-1:]:  # its cells are neighbours
             prompts[name].append(cell.prompt)
-    judges = {judge: {a: judge_fingerprint(reward) for a, reward in models} for judge, models in config.judges.given.items()}
+    judges = {judge: {a: judge_fingerprint(reward) for a, reward in dict(models).items()} for judge, models in config.judges.given.items()}
     return {
         **config.model_dump(mode="json", include={"method", "seed", "sampling", "chat"}),
         "template": asked.cells[0].template,

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ctrlrl.control import ATTRIBUTES
 from ctrlrl.evaluation.bench import NO_ATTACK, RANGES, SHARES
 from ctrlrl.evaluation.exhibits import Data
 from ctrlrl.evaluation.grid import JUDGES
@@ -34,28 +33,32 @@ class SurvivalRow:
     figures: dict[str, Figure]
 
 
-def columns(judges: Sequence[str]) -> list[str]:
+Scores = Sequence[tuple[str, str]]  # (set of reward models, attribute) of each column of mean scores
+
+
+def columns(scores: Scores) -> list[str]:
     """The heads of the columns of BenchRow.figures."""
     words = {"optimisation": "", "held_out": ", held-out"}
-    return [*(WORDS[name] for name in SHARES), *(f"{a}{words[judge]}" for judge in judges for a in ATTRIBUTES)]
+    return [*(WORDS[name] for name in SHARES), *(f"{attribute}{words[judge]}" for judge, attribute in scores)]
 
 
-def judges_of(benches: Sequence[Mapping]) -> list[str]:
-    """The sets of reward models by which any of the benches is scored."""
+def scores_of(benches: Sequence[Mapping]) -> Scores:
+    """The mean scores that any of the benches has."""
     rows = [row for facts in benches for found in facts["sets"].values() for a in found["attacks"].values() for row in a["controls"]]
-    return [judge for judge in JUDGES if any(judge in row["scores"] for row in rows)]
+    found = dict.fromkeys((judge, attribute) for row in rows for judge, by in row["scores"].items() for attribute in by)
+    return [score for judge in JUDGES for score in found if score[0] == judge]
 
 
-def control_rows(name: str, found: Mapping, judges: Sequence[str]) -> list[BenchRow]:
+def control_rows(name: str, found: Mapping, wanted: Scores) -> list[BenchRow]:
     """The rows of one run on one set: every attack, every control, and the dial range."""
     rows = []
     for attack, measured in found["attacks"].items():
         for row in measured["controls"]:
-            scores = [Figure(**row["scores"][j][a]) if j in row["scores"] else Figure(None) for j in judges for a in ATTRIBUTES]
+            scores = [Figure(**row["scores"][j][a]) if a in row["scores"].get(j, {}) else Figure(None) for j, a in wanted]
             rows.append(BenchRow(name, attack, row["control"], [*(Figure(**row[share]) for share in SHARES), *scores]))
         if dial := measured["range"]:
             figures = [Figure(**dial[share]) if share in RANGES else Figure(None) for share in SHARES]
-            rows.append(BenchRow(name, attack, "dial range", figures + [Figure(None)] * len(judges) * len(ATTRIBUTES)))
+            rows.append(BenchRow(name, attack, "dial range", figures + [Figure(None)] * len(wanted)))
     return rows
 
 
@@ -67,11 +70,11 @@ def survival_rows(name: str, found: Mapping) -> list[SurvivalRow]:
 
 def lines(name: str, facts: Mapping) -> list[str]:
     """A bench on a terminal."""
-    judges, said = judges_of([facts]), []
-    heads = columns(judges)
+    wanted, said = scores_of([facts]), []
+    heads = columns(wanted)
     for set_name, found in facts["sets"].items():
         said += ["", f"{name} on {set_name}: {found['prompts']} prompts, {found['unsafe']} of them unsafe"]
-        rows = control_rows(name, found, judges)
+        rows = control_rows(name, found, wanted)
         width = max(len(row.control) for row in rows) + 2
         attack = max(len(row.attack) for row in rows) + 2
         said.append(f"{'attack':{attack}}{'control':{width}}" + "".join(f"{head:>{len(head) + 2}}" for head in heads))
@@ -87,17 +90,17 @@ def lines(name: str, facts: Mapping) -> list[str]:
 def bench_pages(benches: Sequence[Data]) -> list[dict]:
     """For each set, the rows of all benches: those without an attack in one table, those under attack in the other, and what survives."""
     names = list(dict.fromkeys(name for bench in benches for name in bench.facts["sets"]))
-    judges = judges_of([bench.facts for bench in benches])
+    wanted = scores_of([bench.facts for bench in benches])
     pages = []
     for name in names:
         on = [(bench, bench.facts["sets"][name]) for bench in benches if name in bench.facts["sets"]]
-        rows = [row for bench, found in on for row in control_rows(bench.name, found, judges)]
+        rows = [row for bench, found in on for row in control_rows(bench.name, found, wanted)]
         kept = [row for bench, found in on for row in survival_rows(bench.name, found)]
         pages.append(
             {
                 "set": name,
                 "counts": "; ".join(f"{bench.name}: {found['prompts']} prompts, {found['unsafe']} unsafe" for bench, found in on),
-                "columns": columns(judges),
+                "columns": columns(wanted),
                 "plain": [row for row in rows if row.attack == NO_ATTACK],
                 "attacked": [row for row in rows if row.attack != NO_ATTACK],
                 "survival": kept,
