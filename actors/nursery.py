@@ -2,9 +2,9 @@
 
 A worker's imports (torch, transformers, vLLM or DeepSpeed) take 6 to 12 processor seconds, more than a small model takes to load. Ray is
 told to start workers with this file (`executable`). One that names its imports in CTRLRL_IMPORTS is forked from a process that has made
-them, with the same environment, on the same node: the first who asks starts it, and it ends with the node's raylet. What kinds of workers
-have in common they import once: the process to fork from is then a fork itself. Any other worker is started as if this file were Python
-itself. For workers without GPUs alone: CUDA does not survive a fork.
+them, of the same job, with the same environment, on the same node: the first who asks starts it, and it ends with the node's raylet. What
+kinds of workers have in common they import once: the process to fork from is then a fork itself. Any other worker is started as if this
+file were Python itself. For workers without GPUs alone: CUDA does not survive a fork.
 """
 
 import fcntl
@@ -38,7 +38,8 @@ def _place(raylet: int, command: list[str], but: tuple[str, ...] = ()) -> str:
     but: beginnings of variables that may differ, too."""
     sockets = next(os.path.dirname(part.partition("=")[2]) for part in command if part.startswith("--raylet-name="))
     same = sorted((key, value) for key, value in os.environ.items() if not key.startswith((*_OWN, *but)))
-    mark = hashlib.sha256(json.dumps([sys.executable, __file__, raylet, same, but and _common()]).encode()).hexdigest()[:8]
+    job = os.environ.get("RAY_JOB_ID")  # which Ray keeps from when it is imported
+    mark = hashlib.sha256(json.dumps([sys.executable, __file__, raylet, job, same, but and _common()]).encode()).hexdigest()[:8]
     return os.path.join(sockets, mark)
 
 

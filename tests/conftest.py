@@ -3,6 +3,7 @@
 The environment is set before Ray is imported; logical CPUs are over-committed, since tiny workers mostly wait.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from schedule import ByChain, in_order
 
 # One for the session, made by the process that hands out the tests, and one in it for each process that runs some (pytest -n 2).
 # Short, because Unix socket paths end at 107 bytes.
@@ -26,6 +28,8 @@ os.environ.update(
     RAY_memory_monitor_refresh_ms="0",  # other processes on the machine are not our tests' fault
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_LOG_MONITOR_MANY_FILES_THRESHOLD="0",  # nobody reads workers' output; to look for it ten times a second costs seconds a minute
+    LOG_NAME_UPDATE_INTERVAL_S="60",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
@@ -55,6 +59,22 @@ def ray_cluster():
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def joining(ray_cluster):
+    """Variables of the environment with which a process of its own joins the tests' cluster, and its workers are forked as ours are."""
+    from actors.nursery import executable
+
+    given = {"runtime_env": {"py_executable": executable()}}  # as Ray's job server gives it
+    context = ray_cluster.get_runtime_context()
+    yield {"RAY_ADDRESS": context.gcs_address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(given)}
+    own = f"RAY_JOB_ID={context.get_job_id()}".encode()
+    for pid in _ours():  # what its workers were forked from would stay, with its memory, as long as the cluster
+        with contextlib.suppress(OSError):
+            command, environment = (Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if b"--serve" in command and _RAY_FOLDER.encode() in b" ".join(command) and own not in environment:
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -186,9 +206,14 @@ def write_evaluation(make_answers):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files that start a cluster or a server come first: short ones end the run, so that no process waits long for the other."""
-    long = {item.path for item in items if not {"ray_cluster", "server"}.isdisjoint(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: item.path not in long)
+    """In the order of schedule.py; tests of one file stay together, in theirs."""
+    items[:] = in_order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile, files that share something go to one process."""
+    return ByChain(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def _ours() -> list[int]:

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import schedule
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ctrlrl", "actors", "jobs")
@@ -169,3 +170,8 @@ def test_nothing_names_a_machine_or_a_package_index():
     for path in [p for folder in (*PACKAGES, "tests", "cluster", "requirements") for p in (ROOT / folder).rglob("*") if p.is_file()]:
         if path.suffix in {".py", ".toml", ".md", ".yaml", ".txt"} and path.name != own:
             assert not forbidden.search(path.read_text()), path
+
+
+def test_the_order_of_the_tests_names_files_that_there_are():
+    named = [name for chain in schedule.CHAINS for name in chain]
+    assert len(set(named)) == len(named) and [name for name in named if not (ROOT / "tests" / name).is_file()] == []

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from actors.placement import ClusterConfig
+from actors.placement import ClusterConfig, Resources
 from actors.pool import Pool
 from actors.scaling import Workers, fixed
 from ctrlrl.errors import DataError, DeadlineExceeded, PlacementError, VersionMismatch, WorkerLost
@@ -16,7 +16,9 @@ from ctrlrl.errors import DataError, DeadlineExceeded, PlacementError, VersionMi
 def worker_class(ray_cluster):
     """A worker that squares, and can be told to fail in every way."""
 
-    @ray_cluster.remote(num_cpus=0.1, max_restarts=0)
+    forked = Resources(cpus=0.1).environment({}, ("ctrlrl.errors",))
+
+    @ray_cluster.remote(max_restarts=0, **forked)
     class Worker:
         def build(self, fails):
             if fails:

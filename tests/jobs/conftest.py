@@ -47,6 +47,23 @@ def generated(ray_cluster, generate_overrides, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def ppo_looks(prompt_file) -> list[str]:
+    """Overrides by which PPO evaluates itself after the second step."""
+    return ["evaluation.every=2", "evaluation.count=3", f"evaluation.prompts={prompt_file}", "evaluation.sampling.max_new_tokens=8"]
+
+
+@pytest.fixture(scope="session")
+def ppo_run(ray_cluster, ppo_overrides, ppo_looks, tmp_path_factory):
+    """An undisturbed PPO run of two steps with an evaluation: its directory and recipe."""
+    from jobs.ppo import PPORecipe, train
+
+    out = tmp_path_factory.mktemp("ppo") / "run"
+    config = load(PPORecipe, None, [*ppo_overrides, *ppo_looks, f"out={out}"])
+    assert train(config) == 0
+    return out, config
+
+
+@pytest.fixture(scope="session")
 def assert_controllable():
     """A function: the model in a folder differs from its base, and its chat template takes the control, the operator's alone."""
 

@@ -53,11 +53,11 @@ def test_the_turns_of_a_row_are_drawn_with_different_seeds(critiqued):
     assert len({r["y0"] for r in rows}) > 80 and len({r["critique"] for r in rows if r["critique"]}) > 40
 
 
-def test_a_killed_driver_loses_and_doubles_nothing(critiqued, critique_overrides, tmp_path):
+def test_a_killed_driver_loses_and_doubles_nothing(critiqued, critique_overrides, joining, tmp_path):
     layout = CritiqueLayout(tmp_path / "run")
     options = [part for override in critique_overrides for part in ("--set", override)]
     killable = SimpleNamespace(samples=layout.critiques)
-    kill_driver(killable, ["critique", "--out", str(layout.directory), *options], after_shards=3, delay=0.05)
+    kill_driver(killable, ["critique", "--out", str(layout.directory), *options], after_shards=3, delay=0.05, joining=joining)
     done = layout.critiques().committed()
     assert 3 <= len(done) < 14 and not layout.sources.manifest.exists()
     kept = {i: layout.critiques().path(i).stat().st_mtime_ns for i in done}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from typer.testing import CliRunner
 
 import jobs.generate
@@ -142,11 +141,12 @@ def test_stopped_resumed_and_extended_equals_a_fresh_run(
     assert "generate 20/20" in (out := capfd.readouterr().out) and "tokens/s" in out and "s left" in out
 
 
-def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overrides, monkeypatch, tmp_path):
+def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overrides, joining, monkeypatch, tmp_path):
     """The driver once, rollout and reward workers twice each, at random moments."""
     dice, layout = random.Random(os.urandom(4)), Layout(tmp_path / "run")
     options = [part for override in [*generate_overrides, "scale=2x"] for part in ("--set", override)]
-    kill_driver(layout, ["generate", "--out", str(layout.directory), *options], after_shards=dice.randrange(1, 8), delay=dice.random() / 5)
+    command = ["generate", "--out", str(layout.directory), *options]
+    kill_driver(layout, command, after_shards=dice.randrange(1, 8), delay=dice.random() / 5, joining=joining)
     done = len(layout.samples().committed())
     assert 0 < done < 40 and not layout.manifest.exists()
 
@@ -179,12 +179,11 @@ def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overri
         assert store.verify().ok and len(store.manifest()["shards"]) == 40
 
 
-def kill_driver(layout: Layout, arguments: list[str], after_shards: int, delay: float) -> None:
+def kill_driver(layout: Layout, arguments: list[str], after_shards: int, delay: float, joining: dict[str, str]) -> None:
     """Run the command line on the tests' cluster, and kill it when enough shards are there; Ray ends its actors."""
     command = [sys.executable, "-c", "from ctrlrl.cli import main; main()", *arguments]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with tempfile.TemporaryFile("w+") as log:
-        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        driver = subprocess.Popen(command, cwd=ROOT, env=os.environ | joining, stdout=log, stderr=log)
         try:
             end = time.monotonic() + 240
             while not (layout.samples().directory / "shards").is_dir() or len(layout.samples().committed()) < after_shards:

@@ -31,22 +31,8 @@ from jobs.interim import InterimConfig
 from jobs.ppo import PPORecipe, headline, recall_chunk, train
 
 
-def looks(prompts):
-    """Overrides that have a run evaluate its weights after every second step."""
-    return ["evaluation.every=2", "evaluation.count=3", f"evaluation.prompts={prompts}", "evaluation.sampling.max_new_tokens=8"]
-
-
-@pytest.fixture(scope="module")
-def finished(ray_cluster, ppo_overrides, prompt_file, tmp_path_factory):
-    """A run of two steps with an evaluation after the second, its directory and recipe."""
-    out = tmp_path_factory.mktemp("ppo") / "run"
-    config = load(PPORecipe, None, [*ppo_overrides, *looks(prompt_file), f"out={out}"])
-    assert train(config) == 0
-    return out, config
-
-
-def test_every_step_logs_what_the_readme_promises(finished):
-    out, config = finished
+def test_every_step_logs_what_the_readme_promises(ppo_run):
+    out, config = ppo_run
     rows = read_metrics(out)
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
@@ -65,16 +51,16 @@ def test_every_step_logs_what_the_readme_promises(finished):
     assert any(path.name.startswith("events") for path in (out / "tensorboard").iterdir())
 
 
-def test_the_dashboard_and_the_alerts_read_gauges_that_jobs_set(finished):
+def test_the_dashboard_and_the_alerts_read_gauges_that_jobs_set(ppo_run):
     shipped = "".join((Path(__file__).parents[2] / "cluster" / name).read_text() for name in ("grafana.json", "alerts.yaml"))
-    columns = {re.sub(r"\W", "_", column) for row in read_metrics(finished[0]) for column in row}
+    columns = {re.sub(r"\W", "_", column) for row in read_metrics(ppo_run[0]) for column in row}
     pools = {f"pool_{pool}_{figure}" for pool in ("rollout", ".+") for figure in ("ready", "coming", "queued", "replaced")}
     offline = {"train_loss", "train_grad_norm_max", "generate_tokens_per_s"}
     assert set(re.findall(r"ray_ctrlrl_(\w[\w.+]*\w)", shipped)) <= columns | pools | offline
 
 
-def test_first_step_invariants(finished):
-    first, second = read_metrics(finished[0])
+def test_first_step_invariants(ppo_run):
+    first, second = read_metrics(ppo_run[0])
     assert first["kl/k1"] == pytest.approx(0, abs=1e-4)  # policy = reference
     assert first["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
     assert second["policy/first_ratio"] == pytest.approx(1, abs=1e-5)  # old logprobs are the trainer's own
@@ -83,21 +69,21 @@ def test_first_step_invariants(finished):
         assert row["mismatch/max"] < 1e-3
 
 
-def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(finished, assert_controllable):
-    out, config = finished
+def test_the_result_is_an_ordinary_model_whose_template_takes_the_control(ppo_run, assert_controllable):
+    out, config = ppo_run
     assert_controllable(out / "model", config.policy.model)
 
 
-def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(finished, tmp_path, evaluated_model):
-    out, config = finished
+def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(ppo_run, tmp_path, evaluated_model):
+    out, config = ppo_run
     first, second = read_metrics(out)
     assert not [name for name in first if name.startswith("evaluation/")]
     found = evaluated_model(config.evaluation, config.rollout, config.reward, config.seed, out / "model", tmp_path)
     assert {name: second[name] for name in found} == pytest.approx(found, abs=1e-5)
 
 
-def test_a_run_is_bound_to_its_data_and_weights(finished, assert_bound_to_origins):
-    out, config = finished
+def test_a_run_is_bound_to_its_data_and_weights(ppo_run, assert_bound_to_origins):
+    out, config = ppo_run
     models = {"policy.model", "value.model", "reference.model", "reward.helpful.model", "reward.harmless.model"}
     assert_bound_to_origins(train, config, out, models, "prompts")
 
@@ -117,11 +103,11 @@ sys.exit(jobs.launch.run_job(jobs.ppo.PPORecipe, jobs.ppo.train, "", sys.argv[1:
 """
 
 
-def interrupt_in_the_second_step(overrides, out, address):
+def interrupt_in_the_second_step(overrides, out, joining):
     """Run two steps in a process of its own; Ctrl-C twice when, after a checkpoint, a worker's call lasts."""
     job = subprocess.Popen(
         [sys.executable, "-c", RUN, *overrides, f"out={out}"], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RAY_ADDRESS": address}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env=os.environ | joining, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         reference, *workers = map(int, next(line for line in job.stdout if line.startswith("workers")).split()[1:])
@@ -145,17 +131,17 @@ def interrupt_in_the_second_step(overrides, out, address):
         job.wait()
 
 
-def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(finished, ray_cluster, ppo_overrides, prompt_file, tmp_path):
-    out, _ = finished
+def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(ppo_run, joining, ppo_overrides, ppo_looks, tmp_path):
+    out, _ = ppo_run
     half = load(PPORecipe, None, [*ppo_overrides, f"out={tmp_path / 'run'}"])
-    interrupt_in_the_second_step(ppo_overrides, tmp_path / "run", ray_cluster.get_runtime_context().gcs_address)
+    interrupt_in_the_second_step(ppo_overrides, tmp_path / "run", joining)
     (tmp_path / "run" / "metrics.jsonl").open("a").write(json.dumps({"step": 1, "reward/mean": 9}) + "\n")  # of a step that was cut off
     with pytest.raises(RunError, match="add --resume"):
         train(half)
     resume = ["ppo", "--resume", "--out", str(tmp_path / "run")]  # its own settings are stored
     refused = CliRunner().invoke(app, [*resume, "--set", "algorithm.clip=0.3"])
     assert refused.exit_code == 2 and "another recipe (algorithm.clip: 0.2 -> 0.3)" in refused.output
-    looked = [part for look in looks(prompt_file) for part in ("--set", look)]
+    looked = [part for look in ppo_looks for part in ("--set", look)]
     assert CliRunner().invoke(app, [*resume, *looked]).exit_code == 0
     for resumed, undisturbed in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
         timed = {key for key in undisturbed if "second" in key or "tokens_per_s" in key}
@@ -164,8 +150,8 @@ def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(fin
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_goes_on_with_more_ranks(finished, assert_resumes_on_two_ranks):
-    out, config = finished
+def test_a_run_goes_on_with_more_ranks(ppo_run, assert_resumes_on_two_ranks):
+    out, config = ppo_run
     assert_resumes_on_two_ranks(train, config, out, 1, "policy", "value", evaluation=InterimConfig())
 
 
@@ -209,10 +195,10 @@ def test_a_lora_run_with_rloo_rolls_out_its_adapter_and_stops_at_sigterm(ray_clu
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000002\n"
 
 
-def test_killed_workers_and_a_killed_policy_rank_change_nothing(finished, ppo_overrides, tmp_path, monkeypatch, caplog):
+def test_killed_workers_and_a_killed_policy_rank_change_nothing(ppo_run, ppo_overrides, tmp_path, monkeypatch, caplog):
     import jobs.ppo
 
-    out, _ = finished
+    out, _ = ppo_run
     casts, killed = [], []
     start, score, experience = jobs.ppo.start_cast, jobs.ppo.score_chunk, jobs.ppo.make_experience
 
@@ -306,14 +292,14 @@ def test_every_sample_of_an_epoch_is_used_exactly_once():
     assert not np.array_equal(np.concatenate(steps[:4]), np.concatenate(steps[4:8]))
 
 
-def scored(levels, scores, finished, lengths=(2, 3), kl=0.0, samples_per_query=1):
+def scored(levels, scores, ppo_run, lengths=(2, 3), kl=0.0, samples_per_query=1):
     queries = tuple(
         Query(({"role": "user", "content": "x"},), level and Control(*level), (5, 6), i // samples_per_query, i)
         for i, level in enumerate(levels)
     )
     responses = tuple(np.arange(n) + 10 for n in lengths)
     old = tuple(np.full(n, -1.0, np.float32) for n in lengths)
-    samples = Samples(queries, responses, old, np.array(finished), 0)
+    samples = Samples(queries, responses, old, np.array(ppo_run), 0)
     return Scored(samples, np.array(scores, np.float32), old, tuple(o - kl for o in old), tuple(np.zeros(n, np.float32) for n in lengths))
 
 
@@ -428,11 +414,11 @@ def test_chunks_come_together_in_the_order_of_the_queries():
     parts = []
     for i in (1, 0):
         s = whole.samples
-        one = Samples((s.queries[i],), (s.response_ids[i],), (s.sampler_logprobs[i],), s.finished[[i]], 0)
+        one = Samples((s.queries[i],), (s.response_ids[i],), (s.sampler_logprobs[i],), s.ppo_run[[i]], 0)
         parts.append(
             (np.array([i]), Scored(one, whole.scores_BA[[i]], (whole.old_logprobs[i],), (whole.ref_logprobs[i],), (whole.values[i],)))
         )
     joined = concatenate(parts)
     assert joined.samples.queries == whole.samples.queries
-    assert np.array_equal(joined.scores_BA, whole.scores_BA) and np.array_equal(joined.samples.finished, whole.samples.finished)
+    assert np.array_equal(joined.scores_BA, whole.scores_BA) and np.array_equal(joined.samples.ppo_run, whole.samples.ppo_run)
     assert all(np.array_equal(a, b) for a, b in zip(joined.samples.response_ids, whole.samples.response_ids, strict=True))

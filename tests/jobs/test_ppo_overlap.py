@@ -2,13 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 
-import jobs.ppo
 import jobs.ppo_overlap
 from ctrlrl.config import load
 from ctrlrl.errors import RunError, VersionMismatch
@@ -16,7 +16,6 @@ from ctrlrl.models.loading import load_policy
 from ctrlrl.ppo.ahead import Drawn, read_ahead, write_ahead
 from ctrlrl.ppo.types import Query, Samples
 from ctrlrl.runs import read_metrics
-from jobs.ppo import PPORecipe
 from jobs.ppo_overlap import Batch, OverlapRecipe, train
 
 TIMED = ("second", "tokens_per_s", "idle/")
@@ -34,7 +33,7 @@ def same_models(a, b):
 @pytest.fixture(scope="module")
 def recipe(ppo_overrides):
     """A function: the tiny recipe of this job with overrides."""
-    return lambda *changes, kind=OverlapRecipe: load(kind, None, [*ppo_overrides, *changes])
+    return lambda *changes: load(OverlapRecipe, None, [*ppo_overrides, *changes])
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +56,10 @@ def test_at_lag_1_every_batch_is_of_the_policy_one_update_before(undisturbed):
     assert rows[1]["correction/ess"] < 1 - 1e-6  # ... which is weighed
 
 
-def test_lag_0_is_ppo_to_the_bit(ray_cluster, recipe, tmp_path, capsys):
-    assert jobs.ppo.train(recipe(f"out={tmp_path / 'ppo'}", kind=PPORecipe)) == 0
+def test_lag_0_is_ppo_to_the_bit(ppo_run, ppo_looks, recipe, tmp_path, capsys):
+    shutil.copytree(ppo_run[0], tmp_path / "ppo")
     capsys.readouterr()
-    assert train(recipe(f"out={tmp_path / 'overlap'}", "lag=0")) == 0
+    assert train(recipe(f"out={tmp_path / 'overlap'}", "lag=0", *ppo_looks)) == 0
     assert "step 1: batch 1: 0 of" in capsys.readouterr().out  # before there is anything else to tell
     for row, other in zip(untimed(tmp_path / "overlap"), untimed(tmp_path / "ppo"), strict=True):
         assert row.pop("policy/lag") == 0 and row == other
