@@ -52,11 +52,12 @@ class Talk:
             published = dict(zip(("harmless", "uncensored"), self._dials["systems"], strict=True))
             self.setting = {"system": published.get(system, system)}
             return
+        if len(levels) != len(attributes):
+            raise RecipeError(f"give {len(attributes)} levels: {' and '.join(attributes)}")
         try:
             self.setting = dict(zip(attributes, Control(*levels).levels, strict=True))
-        except (TypeError, ControlError) as error:
-            told = error if isinstance(error, ControlError) else f"give {len(attributes)} levels: {' and '.join(attributes)}"
-            raise RecipeError(str(told)) from None
+        except ControlError as error:
+            raise RecipeError(str(error)) from None
 
     def take(self, line: str) -> bool:
         """Do what a line says: a command, or else a message. Returns whether the conversation goes on."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from schedule import ByChain, in_order
 
-# One for the session, made by the process that hands out the tests, and one in it for each process that runs some (pytest -n 2).
+# One for the session, made by the process that hands out the tests, and one in it for each process that runs some (pytest -n 3).
 # Short, because Unix socket paths end at 107 bytes.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 _FOLDER = os.environ["CTRLRL_TESTS"] if _WORKER else tempfile.mkdtemp(prefix="ctrlrl")

@@ -292,14 +292,14 @@ def test_every_sample_of_an_epoch_is_used_exactly_once():
     assert not np.array_equal(np.concatenate(steps[:4]), np.concatenate(steps[4:8]))
 
 
-def scored(levels, scores, ppo_run, lengths=(2, 3), kl=0.0, samples_per_query=1):
+def scored(levels, scores, finished, lengths=(2, 3), kl=0.0, samples_per_query=1):
     queries = tuple(
         Query(({"role": "user", "content": "x"},), level and Control(*level), (5, 6), i // samples_per_query, i)
         for i, level in enumerate(levels)
     )
     responses = tuple(np.arange(n) + 10 for n in lengths)
     old = tuple(np.full(n, -1.0, np.float32) for n in lengths)
-    samples = Samples(queries, responses, old, np.array(ppo_run), 0)
+    samples = Samples(queries, responses, old, np.array(finished), 0)
     return Scored(samples, np.array(scores, np.float32), old, tuple(o - kl for o in old), tuple(np.zeros(n, np.float32) for n in lengths))
 
 
@@ -414,11 +414,11 @@ def test_chunks_come_together_in_the_order_of_the_queries():
     parts = []
     for i in (1, 0):
         s = whole.samples
-        one = Samples((s.queries[i],), (s.response_ids[i],), (s.sampler_logprobs[i],), s.ppo_run[[i]], 0)
+        one = Samples((s.queries[i],), (s.response_ids[i],), (s.sampler_logprobs[i],), s.finished[[i]], 0)
         parts.append(
             (np.array([i]), Scored(one, whole.scores_BA[[i]], (whole.old_logprobs[i],), (whole.ref_logprobs[i],), (whole.values[i],)))
         )
     joined = concatenate(parts)
     assert joined.samples.queries == whole.samples.queries
-    assert np.array_equal(joined.scores_BA, whole.scores_BA) and np.array_equal(joined.samples.ppo_run, whole.samples.ppo_run)
+    assert np.array_equal(joined.scores_BA, whole.scores_BA) and np.array_equal(joined.samples.finished, whole.samples.finished)
     assert all(np.array_equal(a, b) for a, b in zip(joined.samples.response_ids, whole.samples.response_ids, strict=True))
