@@ -6,6 +6,7 @@ Without reward models refusals and compliance are measured, with them mean score
 bench.json and cost.json; `ctrlrl report` puts any number of benches, of models and of methods, into one table.
 """
 
+import json
 from typing import Annotated, Literal
 
 import numpy as np
@@ -180,7 +181,8 @@ def bench(config: BenchRecipe, crew: Crew | None = None) -> int:
         write_atomically(out / TABLE, lambda file: pq.write_table(table, file))
         write_json(out / COST, cost)
         name = config.name or default_name(out)
-        write_json(out / BENCH, {"name": name, "model": config.model, "method": config.method, **found})
+        facts = {"name": name, "model": config.model, "method": config.method, **found}
+        write_text(out / BENCH, json.dumps(facts, indent=1, allow_nan=False) + "\n")  # in the order of the recipe
     print("\n".join(lines(name, found)), flush=True)
     return 0
 
