@@ -7,6 +7,7 @@ import ray
 
 from actors.group import GroupConfig, TrainerGroup
 from actors.placement import ClusterConfig, Placement
+from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.models.loading import save_control_tokenizer
 from ctrlrl.models.probe import Probe, probe_batch
@@ -31,10 +32,10 @@ class Policy:
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
         self.restart, self.dtype, self.model = self._group.restart, config.train.dtype, config.model
 
-    def export_controllable(self, tokenizer, directory: Path) -> None:
+    def export_controllable(self, tokenizer, directory: Path, attributes: Attributes = PAPER) -> None:
         """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""
         self.export(directory)
-        save_control_tokenizer(tokenizer, directory)
+        save_control_tokenizer(tokenizer, directory, attributes)
 
     def logprobs(self, batch: TokenBatch) -> list[np.ndarray]:
         """Logprobs of the scored tokens under the current weights, one fp32 array a row."""

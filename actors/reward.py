@@ -1,4 +1,4 @@
-"""Reward models: a pool of frozen classifiers for one attribute (safety or helpfulness)."""
+"""Reward models: a pool of frozen classifiers for one attribute, such as safety."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -11,7 +11,6 @@ from ray.actor import ActorHandle
 from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import fixed
-from ctrlrl.config import Section
 from ctrlrl.models.scorer import Scorer, ScorerConfig
 from ctrlrl.prompts import Messages
 
@@ -23,11 +22,8 @@ class RewardConfig(ScorerConfig):
     resources: Resources = Resources()
 
 
-class RewardModels(Section):
-    """The two reward models that alignment optimises."""
-
-    helpful: RewardConfig
-    harmless: RewardConfig
+# A section of recipes: the reward model of each attribute, by its name.
+RewardModels = dict[str, RewardConfig]
 
 
 @ray.remote(max_restarts=0)

@@ -54,11 +54,18 @@ class Attribute(Section):
             raise ValueError("are no levels: give two or more numbers from 0 to 1, each larger than the one before")
         return levels
 
-    def level(self, asked: float) -> int:
-        """The number of the level nearest to `asked`, of two equally near the lower; of the paper's two the higher from 0.5 on."""
+    @property
+    def bounds(self) -> tuple[tuple[float, ...], str]:
+        """Where a score passes from one level to the next, and the side, as of numpy.searchsorted: half-way and there still the lower one,
+        but of the paper's two levels at 0.5 and there the higher one."""
         if self.levels == (LOW, HIGH):
-            return int(asked >= 0.5)
-        return min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - asked))
+            return (0.5,), "right"
+        return tuple((a + b) / 2 for a, b in zip(self.levels, self.levels[1:], strict=False)), "left"
+
+    @property
+    def ends(self) -> "Attribute":
+        """The same with its first and its last level alone."""
+        return self.model_copy(update={"levels": (self.levels[0], self.levels[-1])})
 
 
 @dataclass(frozen=True)

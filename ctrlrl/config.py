@@ -72,12 +72,15 @@ def laid_over(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 
 def part_of(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `values` is a key of `kind`, or of a section that every `kind` has (of one that may be left out, nothing)."""
+    """What of `values` is a key of `kind`, or of sections that every `kind` has (of those that may be left out, nothing)."""
     found = {}
     for key, value in values.items():
         inner = kind.model_fields[key].annotation if key in kind.model_fields else None
         if isinstance(value, Mapping):
-            if isinstance(inner, type) and issubclass(inner, BaseModel) and (part := part_of(inner, value)):
+            of = get_args(inner)[1] if get_origin(inner) is dict else None
+            if isinstance(of, type) and issubclass(of, BaseModel):
+                found[key] = {name: part for name, section in value.items() if (part := part_of(of, section))}
+            elif isinstance(inner, type) and issubclass(inner, BaseModel) and (part := part_of(inner, value)):
                 found[key] = part
         elif inner is not None:
             found[key] = value

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from actors.crew import Crew
-from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.errors import DataError
@@ -38,7 +37,7 @@ def worker_name(judge: str, attribute: str) -> str:
 
 def render_cells(cells: Sequence[Cell], tokenizer, room: int) -> list[tuple[int, ...]]:
     """Token ids of every cell's prompt; DataError names the first that exceeds `room` tokens."""
-    rendered = [tuple(render(tokenizer, *cell.asked, source=cell.prompt.source)) for cell in cells]
+    rendered = [tuple(render(tokenizer, *cell.asked, source=cell.prompt.source, attributes=cell.control.attributes)) for cell in cells]
     long = [cell for cell, ids in zip(cells, rendered, strict=True) if len(ids) > room]
     if long:
         first = f"{len(long)} of {len(cells)} prompts with their controls, the first at {long[0].prompt.source}, exceed {room} tokens"
@@ -151,10 +150,10 @@ class Asking:
     def _judge(self, flow: Flow, crew: Crew, answers: Answers, judges: list[str]) -> None:
         """Have the kept answers scored by the sets `judges`."""
         rows, conversations = answers.conversations()
-        answers.waiting = len(judges) * len(ATTRIBUTES)
+        answers.waiting = sum(len(self._calibrations[judge]) for judge in judges)
         for judge in judges:
-            answers.scores[judge] = {a: np.full(len(answers.cells), np.nan) for a in ATTRIBUTES}
-            for a in ATTRIBUTES:
+            answers.scores[judge] = {a: np.full(len(answers.cells), np.nan) for a in self._calibrations[judge]}
+            for a in self._calibrations[judge]:
                 call = crew.rewards[worker_name(judge, a)].raw(conversations)
                 flow.after(call, partial(self._judged, flow, crew, answers, judge, a, rows))
 
@@ -186,13 +185,15 @@ class Asking:
 
     def _nearest(self, answers: Answers) -> np.ndarray:
         """Which rows are kept: of the k samples of each cell the one nearest to its control."""
-        scores = np.stack([answers.scores[JUDGES[0]][a] for a in ATTRIBUTES], axis=1).reshape(-1, self._samples, len(ATTRIBUTES))
+        names = answers.cells[0].control.attributes.names
+        scores = np.stack([answers.scores[JUDGES[0]][a] for a in names], axis=1).reshape(-1, self._samples, len(names))
         best = nearest(scores, np.array([cell.control.levels for cell in answers.cells[:: self._samples]]))
         return (np.arange(self._samples) == best[:, None]).ravel()
 
     def _commit(self, flow: Flow, answers: Answers) -> None:
         table = make_table(answers.cells, answers.texts, answers.tokens, answers.completions.finished, answers.scores)
-        for name in [column for judge in answers.scores for column in score_columns(judge)]:  # what was not judged has no score
+        attributes = answers.cells[0].control.attributes
+        for name in [column for judge in answers.scores for column in score_columns(judge, attributes)]:  # what was not judged has no score
             table = table.set_column(table.column_names.index(name), name, pa.array(table[name].to_numpy(), from_pandas=True))
         if answers.refusals is not None:
             table = table.append_column(JUDGED, pa.array(answers.refusals, from_pandas=True))

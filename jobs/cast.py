@@ -15,9 +15,10 @@ from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from actors.value import Value, ValueConfig, ValueHead
+from ctrlrl.attributes import PAPER, AttributesSection, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
-from ctrlrl.control import CORNERS
+from ctrlrl.control import corners
 from ctrlrl.data.rejects import Reject, aside_line
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.models.exporting import check_export
@@ -58,11 +59,19 @@ class PPORecipe(Section):
     chat: ChatVariables = {}
     value: ValueConfig = ValueConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    attributes: AttributesSection = PAPER
     reward: RewardModels
     rollout: RolloutConfig = RolloutConfig()
     sampling: FullSampling = FullSampling()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     evaluation: InterimConfig = InterimConfig()
+
+    @model_validator(mode="after")
+    def _attributes_are_scored(self):
+        check_named("reward", self.reward, self.attributes)
+        if not self.algorithm.controlled:
+            check_named("algorithm.weights", self.algorithm.weights, self.attributes)
+        return self
 
     @model_validator(mode="after")
     def _reference_is_there(self):
@@ -112,14 +121,14 @@ class PPORecipe(Section):
     def models(self) -> dict[str, str]:
         """Name or path of every model that a run reads, by recipe key."""
         value = {"value.model": self.value.model or self.policy.model} if self.has_value_model else {}
-        rewards = {f"reward.{attribute}.model": reward.model for attribute, reward in self.reward}
+        rewards = {f"reward.{attribute}.model": reward.model for attribute, reward in self.reward.items()}
         reference = {} if self.reference.adapter else {"reference.model": self.reference.model or self.policy.model}
         return {"policy.model": self.policy.model, **reference, **value, **rewards}
 
 
 @dataclass(frozen=True)
 class Cast:
-    """The five kinds of actors of a run. value: None where no values are needed (rloo, grpo)."""
+    """The five kinds of actors of a run. rewards: in the order of the attributes. value: None where no values are needed (rloo, grpo)."""
 
     policy: Policy
     value: Value | ValueHead | None
@@ -150,7 +159,7 @@ def demands_of(config: PPORecipe) -> Demands:
         "policy": config.policy.bundles,
         "value": config.value.bundles if config.has_value_model else [],
         "rollout": config.rollout.bundles,
-        **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward},
+        **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward.items()},
         "reference": [] if config.reference.adapter else [config.reference.resources.bundle] * config.reference.workers,
     }
 
@@ -183,7 +192,7 @@ def start_cast(config: PPORecipe) -> Cast:
         trained = start(Policy(policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
         cast = Cast(
             rollout=start(Rollout(config.rollout, model, place, cluster)),
-            rewards={a: start(Reward(f"reward.{a}", reward, place, cluster)) for a, reward in config.reward},
+            rewards={a: start(Reward(f"reward.{a}", config.reward[a], place, cluster)) for a in config.attributes.names},
             reference=start_reference(trained),
             policy=trained,
             value=start_value(trained),
@@ -243,13 +252,15 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
         check_value(value)
         check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")
-    for _, reward in config.reward:
+    for reward in config.reward.values():
         check_reward_model(reward.model, reward.label)
     room = prompt_room(policy, config.rollout.engine, config.sampling)
     tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
-    check_export(policy, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
-    asked = lambda prompt: [(prompt.messages, CORNERS[0].spell())]  # noqa: E731
-    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, asked, judges_of(config))
+    check_export(policy, config.out, partial(save_control_tokenizer, tokenizer, attributes=config.attributes), generates=True)
+    asked = lambda prompt: [(prompt.messages, corners(config.attributes)[0].spell())]  # noqa: E731
+    prompts, _, aside = askable(
+        tokenizer, read, room, config.skip_bad_rows, asked, judges_of(config), config.attributes
+    )
     rejects = [*read.report.rejects, *aside]
     if rejects:
         print(aside_line(rejects), flush=True)
@@ -258,4 +269,4 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
 
 def judges_of(config: PPORecipe) -> list[str]:
     """The reward models."""
-    return [reward.model for _, reward in config.reward]
+    return [reward.model for reward in config.reward.values()]

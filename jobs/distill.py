@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 from pydantic import Field
 
+from ctrlrl.attributes import Attributes
 from ctrlrl.config import Section
-from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.calibration import fit_to_store
 from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples, shards_of
 from ctrlrl.data.distill import distill as distil_shards
@@ -48,9 +48,10 @@ def distill(config: DistillRecipe) -> int:
     """Write train.parquet, report.json and scores.png, and print the report."""
     layout = Layout(absolute_out(config.data)).existing()
     sets = layout.score_sets()
-    if set(sets.get(config.scores, ())) != set(ATTRIBUTES):
-        whole = [name for name, attributes in sets.items() if set(attributes) == set(ATTRIBUTES)]
-        have = f"has no scores {config.scores!r} for both attributes; it has {', '.join(whole) or 'none'}"
+    whole = [name for name, scored in sets.items() if set(scored) == set(layout.attributes(name).names)]
+    if config.scores not in whole:
+        of = layout.attributes(config.scores).names
+        have = f"has no scores {config.scores!r} for {'both' if len(of) == 2 else 'all'} attributes; it has {', '.join(whole) or 'none'}"
         raise RunError(f"{config.data!r} {have}: run ctrlrl score")
     source = source_of(config)
     source.samples.manifest()  # an unfinished directory is refused before anything is made
@@ -58,11 +59,11 @@ def distill(config: DistillRecipe) -> int:
     with only_writer(config.out) as out:
         source = calibrated(source, config)
         report = distil_shards(source, out, memory=int(config.memory_gib * 2**30), **settings)
-        score_distribution(report["histogram"], out / PICTURE, extremes=report["classes"]["extreme"])
+        pictures = draw_scores(report, out, source.attributes)
         if report["prompts"]["after"] < LEAST * report["prompts"]["before"]:
             (out / REPORT).unlink()  # without it the table does not count
-            raise DataError(f"{few_kept(report)}. {out / PICTURE} shows the scores")
-        print("\n".join(report_lines(report, out)), flush=True)
+            raise DataError(f"{few_kept(report)}. {' and '.join(map(str, pictures)) or out} shows the scores")
+        print("\n".join(report_lines(report, out, pictures)), flush=True)
     return 0
 
 
@@ -70,10 +71,10 @@ def calibrated(source: ScoredSamples, config: DistillRecipe) -> ScoredSamples:
     """The samples with the scores that the recipe asks for; DataError if their raw outputs are not stored, or all the same."""
     if not config.calibrate:
         return source
-    maps = {attribute: fit_to_store(getattr(source, attribute)) for attribute in ATTRIBUTES}
+    maps = {a: fit_to_store(store) for a, store in source.stores.items() if a != "samples"}
     for attribute, fitted in maps.items():
         if fitted is None:
-            folder = getattr(source, attribute).directory
+            folder = source.stores[attribute].directory
             raise DataError(f"{folder} keeps no raw outputs, or only one: score these samples anew, or leave out --calibrate")
     return replace(source, maps=maps)
 
@@ -81,30 +82,49 @@ def calibrated(source: ScoredSamples, config: DistillRecipe) -> ScoredSamples:
 def source_of(config: DistillRecipe) -> ScoredSamples:
     """The stores that are distilled."""
     layout = Layout(absolute_out(config.data))
-    return ScoredSamples(layout.samples(), *(layout.scores(config.scores, a) for a in ATTRIBUTES), layout.prompts)
+    attributes = layout.attributes(config.scores)
+    scores = tuple(layout.score_stores(config.scores).values())
+    return ScoredSamples(layout.samples(), scores, layout.prompts, attributes=attributes)
 
 
 def is_finished(config: DistillRecipe) -> bool:
     """Whether the table is there, and made from the shards that are there (a report of an older version does not say of which)."""
     report = read_json(absolute_out(config.out) / REPORT)
     source = source_of(config)
-    stores = (source.samples, source.helpful, source.harmless)
-    if report is None or not all(store.finished for store in stores) or bool(config.calibrate) != ("calibration" in report):
+    if report is None or not all(store.finished for store in source.stores.values()) or bool(config.calibrate) != ("calibration" in report):
         return False
     return report.get("shards", shards_of(source)) == shards_of(source)
 
 
-def report_lines(report: dict, out: Path) -> list[str]:
+def draw_scores(report: dict, out: Path, attributes: Attributes) -> list[Path]:
+    """Draw the joint distribution of every pair of scores; returns the pictures."""
+    found, extremes = report["histogram"], report["classes"]["extreme"]
+    if len(attributes) == 2:
+        return [score_distribution(found, out / PICTURE, extremes=extremes)]
+    return [
+        score_distribution(histogram, out / f"scores-{pair.replace(' with ', '-')}.png", extremes=extremes, pair=pair_of(attributes, pair))
+        for pair, histogram in found.items()
+    ]
+
+
+def pair_of(attributes: Attributes, pair: str) -> Attributes:
+    """The two attributes that a report calls `pair`, "a with b"."""
+    return Attributes(tuple(a for a in attributes if a.name in pair.split(" with ")))
+
+
+def report_lines(report: dict, out: Path, pictures: list[Path]) -> list[str]:
     """The report as a table of classes, and its figures."""
     rows, prompts, classes = report["rows"], report["prompts"], report["classes"]
     kept = f"{prompts['after']:,} of {prompts['before']:,} prompts kept ({prompts['share']:.1%})"
     lines = [f"{report['method']}: {rows['before']:,} samples -> {rows['after']:,} rows, {kept}"]
-    lines.append(f"{'class':30}{'before':>12}{'extreme':>12}{'after':>12}")
-    for name in (corner.name for corner in CORNERS):
-        lines.append(f"{name:30}" + "".join(f"{classes[when][name]:12,}" for when in ("before", "extreme", "after")))
-    entanglement = report["entanglement"]
-    lines.append(f"helpful with harmless: Pearson {entanglement['pearson']:.3f}, Spearman {entanglement['spearman']:.3f}")
-    return [*lines, *(str(out / name) for name in (TABLE, REPORT, PICTURE))]
+    width = max(30, *(len(name) + 2 for name in classes["before"]))
+    lines.append(f"{'class':{width}}{'before':>12}{'extreme':>12}{'after':>12}")
+    for name in classes["before"]:
+        lines.append(f"{name:{width}}" + "".join(f"{classes[when][name]:12,}" for when in ("before", "extreme", "after")))
+    joint = report["entanglement"]
+    for pair, entanglement in ({"helpful with harmless": joint} if "pearson" in joint else joint).items():
+        lines.append(f"{pair}: Pearson {entanglement['pearson']:.3f}, Spearman {entanglement['spearman']:.3f}")
+    return [*lines, *(str(path) for path in (out / TABLE, out / REPORT, *pictures))]
 
 
 def main(

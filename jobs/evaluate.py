@@ -18,9 +18,9 @@ from actors.crew import Crew, start_crew
 from actors.placement import ClusterConfig
 from actors.reward import RewardConfig, RewardModels
 from actors.rollout import RolloutConfig
+from ctrlrl.attributes import HIGH, LOW, PAPER, AttributesSection, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section, dump
-from ctrlrl.control import HIGH, LOW, grid
 from ctrlrl.data.atomic import write_atomically, write_json, write_text
 from ctrlrl.data.generation import prompts_fingerprint
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
@@ -30,8 +30,9 @@ from ctrlrl.errors import RunError
 from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS, TEMPLATES
 from ctrlrl.evaluation.exhibits import default_name
 from ctrlrl.evaluation.files import COST, METRICS_FILE, RECIPE, STUDY, TABLE, TRAINING, read_json
-from ctrlrl.evaluation.grid import Cell, make_cells
+from ctrlrl.evaluation.grid import Cell, controls_of, make_cells
 from ctrlrl.evaluation.results import MeasureConfig, results
+from ctrlrl.models.exporting import check_attributes
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
@@ -57,7 +58,7 @@ class Judges(Section):
 
 
 class EvaluateRecipe(Section):
-    """What is evaluated, by which method, on which prompts, under which controls (every pair of `levels`), judged by whom.
+    """What is evaluated, by which method, on which prompts, under which controls (every combination of `levels`), judged by whom.
 
     method: "control" (control tokens), "prompting" (each of `templates`, the best counts), "reranking" (`samples` answers by the first
     template, the nearest is kept) or "system" (the two system prompts of CST). name: what tables call it, by default its folder.
@@ -76,6 +77,7 @@ class EvaluateRecipe(Section):
     max_prompts: int | None = Field(None, gt=0)
     skip_bad_rows: bool = False
     levels: tuple[float, ...] = Field((LOW, HIGH), min_length=1)
+    attributes: AttributesSection = PAPER
     measure: MeasureConfig = MeasureConfig()
     cluster: ClusterConfig = ClusterConfig()
     judges: Judges
@@ -84,7 +86,15 @@ class EvaluateRecipe(Section):
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
+    def _attributes_are_scored(self):
+        for judge, models in self.judges.given.items():
+            check_named(f"judges.{judge}", models, self.attributes)
+        return self
+
+    @model_validator(mode="after")
     def _grid_is_the_methods(self):
+        if self.method == "system" and self.attributes != PAPER:
+            raise ValueError(f"method = 'system' asks for {PAPER.spoken}: leave attributes out")
         if self.method == "system" and self.levels != (LOW, HIGH):
             raise ValueError("method = 'system' has two controls, its two system prompts: leave levels out")
         for what, given in (("levels", self.levels), ("templates", self.templates)):
@@ -99,6 +109,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
     crew: workers that serve config.model and config.judges already (see judging_crew); by default they are started, and ended, here.
     """
     check_policy(config.model)
+    check_attributes(config.model, config.attributes)
     for reward in reward_workers(config).values():
         check_reward_model(reward.model, reward.label)
     (cells, rejects), room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
@@ -111,7 +122,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
             store,
             cells,
             with_variables(load_tokenizer(config.model), config.chat),
-            {judge: {a: reward.load_calibration() for a, reward in models} for judge, models in config.judges.given.items()},
+            {judge: {a: reward.load_calibration() for a, reward in models.items()} for judge, models in config.judges.given.items()},
             samples=config.samples if config.method == "reranking" else 1,
             chunk=config.rollout.chunk,
             room=room,
@@ -167,7 +178,7 @@ def judging_crew(config: EvaluateRecipe) -> Crew:
 
 def reward_workers(config: EvaluateRecipe) -> dict[str, RewardConfig]:
     """The reward models of config.judges, and the judge of refusals, by the names of their workers."""
-    workers = {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models}
+    workers = {worker_name(judge, a): reward for judge, models in config.judges.given.items() for a, reward in models.items()}
     return workers | ({REFUSAL_WORKER: config.refusal_judge} if config.refusal_judge else {})
 
 
@@ -175,21 +186,21 @@ def cells_of(config: EvaluateRecipe) -> tuple[list[Cell], list[Reject]]:
     """The grid of an evaluation, and the rows that were set aside."""
     read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
     templates = {"prompting": sorted(config.templates), "reranking": config.templates[:1]}.get(config.method, (None,))
-    controls = SYSTEM_CONTROLS if config.method == "system" else grid(config.levels)
+    controls = SYSTEM_CONTROLS if config.method == "system" else controls_of(config.levels, config.attributes)
     tokenizer = with_variables(load_tokenizer(config.model), config.chat)
     room = prompt_room(config.model, config.rollout.engine, config.sampling)
     forms = lambda prompt: [cell.asked for cell in make_cells([prompt], controls, config.method, templates)]  # noqa: E731
     judges = [reward.model for reward in reward_workers(config).values()]
-    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, forms, judges)
+    prompts, _, aside = askable(tokenizer, read, room, config.skip_bad_rows, forms, judges, config.attributes)
     return make_cells(prompts, controls, config.method, templates), [*read.report.rejects, *aside]
 
 
 def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
     """All that the answers and their scores depend on; where models lie and how many workers serve them is no part of it."""
-    judged = {judge: {a: judge_fingerprint(reward) for a, reward in models} for judge, models in config.judges.given.items()}
+    judged = {judge: {a: judge_fingerprint(reward) for a, reward in models.items()} for judge, models in config.judges.given.items()}
     prompts = {cell.prompt.prompt_id: cell.prompt for cell in cells}
     return {
-        **config.model_dump(mode="json", include={"method", "seed", "levels", "sampling", "chat"}),
+        **config.model_dump(mode="json", include={"method", "seed", "levels", "attributes", "sampling", "chat"}),
         "templates": sorted({cell.template for cell in cells if cell.template is not None}),
         "samples": config.samples if config.method == "reranking" else 1,
         "engine": config.rollout.engine.model_dump(mode="json"),

@@ -13,7 +13,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.attributes import Attributes
+from ctrlrl.control import cells
 from ctrlrl.data.critique import CritiqueLayout
 from ctrlrl.data.generation import Layout
 from ctrlrl.data.selection import classes
@@ -78,9 +79,10 @@ def inspect_data(data: str, examples: int) -> int:
     for finding in (samples, *scores.values()):
         print("\n".join(finding.lines()))
     for name in layout.score_sets():
-        pair = [scores[name, a] for a in ATTRIBUTES if (name, a) in scores]
-        if len(pair) == len(ATTRIBUTES):
-            print("\n".join(class_lines(name, pair)))
+        attributes = layout.attributes(name)
+        judged = [scores[name, a] for a in attributes.names if (name, a) in scores]
+        if len(judged) == len(attributes):
+            print("\n".join(class_lines(name, judged, attributes)))
     print("\n".join(example_lines(samples, scores, prompts, examples)))
     damaged = any(finding.damaged for finding in (samples, *scores.values()))
     print("damaged: see above" if damaged else "every shard that is there is sound")
@@ -111,13 +113,13 @@ def checked(name: str, store: ShardStore) -> Finding:
     return Finding(name, store, verified, sorted((store.listed() & set(verified.missing)) - set(store.outdated())))
 
 
-def class_lines(name: str, pair: list[Finding]) -> Iterator[str]:
+def class_lines(name: str, judged: list[Finding], attributes: Attributes) -> Iterator[str]:
     """How many samples of each class the scores of a set make."""
-    counts = np.zeros(len(CORNERS), np.int64)
-    for shard in sorted(set.intersection(*(finding.sound for finding in pair))):
-        scores = np.stack([finding.store.read(shard, ["score"])["score"].to_numpy() for finding in pair], axis=1)
-        counts += np.bincount(classes(scores), minlength=len(CORNERS))
-    yield f"classes by {name}: " + ", ".join(f"{c.name} {n:,}" for c, n in zip(CORNERS, counts.tolist(), strict=True))
+    counts = np.zeros(len(cells(attributes)), np.int64)
+    for shard in sorted(set.intersection(*(finding.sound for finding in judged))):
+        scores = np.stack([finding.store.read(shard, ["score"])["score"].to_numpy() for finding in judged], axis=1)
+        counts += np.bincount(classes(scores, attributes), minlength=len(counts))
+    yield f"classes by {name}: " + ", ".join(f"{c.name} {n:,}" for c, n in zip(cells(attributes), counts.tolist(), strict=True))
 
 
 def example_lines(samples: Finding, scores: dict, prompts: dict[str, list[dict]], wanted: int) -> Iterator[str]:

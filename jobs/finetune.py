@@ -22,6 +22,7 @@ from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.data.batches import Loss
 from ctrlrl.data.epochs import Subset, hold_out
 from ctrlrl.data.rejects import Reject, aside_line, write_rejects
+from ctrlrl.data.schemas import attributes_in
 from ctrlrl.data.tuning import ControlledExamples, contrast_figures, read_distilled, response_ids, without_bad_rows
 from ctrlrl.errors import DataError
 from ctrlrl.models.exporting import check_export
@@ -63,11 +64,14 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     check_adapters(config.policy.model, config.policy.train.lora)
     check_layout(config.policy.model, config.policy.train.layout)
     tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
-    check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
+    attributes = attributes_in(read_distilled(config.data).schema)
+    check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer, attributes=attributes), generates=True)
     rejects: list[Reject] = []
     examples, kept, held_out = read_examples(config, tokenizer, rejects if config.skip_bad_rows else None)
     train = Subset(examples, kept)
-    interim = InterimCrew(config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows, config.chat)
+    interim = InterimCrew(
+        config.evaluation, config.cluster, config.policy.model, config.seed, config.skip_bad_rows, config.chat, attributes
+    )
     epochs = epochs_of(config, train)
     with open_run(config, resume, ("data", "policy.model")) as run:
         origins = origins_of(config, run.directory)
@@ -84,7 +88,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                     train,
                     objective(config),
                     partial(validate, policy, examples, held_out),
-                    partial(policy.export_controllable, tokenizer),
+                    partial(policy.export_controllable, tokenizer, attributes=attributes),
                     partial(interim.metrics, policy=policy),
                 )
                 run.begin()

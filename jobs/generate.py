@@ -16,20 +16,20 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.crew import start_crew
 from actors.gauges import show
 from actors.placement import ClusterConfig
 from actors.reward import RewardModels
 from actors.rollout import Rollout, RolloutConfig
+from ctrlrl.attributes import PAPER, AttributesSection, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_json
-from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, Plan, prompts_fingerprint, samples_table
+from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, Plan, judge_mean, prompts_fingerprint, samples_table
 from ctrlrl.data.outlook import cut_line, outlook_lines
 from ctrlrl.data.rejects import Reject, write_rejects
-from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt, PromptSet, read_prompts
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
@@ -59,9 +59,15 @@ class GenerateRecipe(Section):
     samples_per_prompt: int = Field(4, gt=0)
     shard: int = Field(512, gt=0)
     cluster: ClusterConfig = ClusterConfig()
+    attributes: AttributesSection = PAPER
     reward: RewardModels
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _attributes_are_scored(self):
+        check_named("reward", self.reward, self.attributes)
+        return self
 
     @field_validator("scale")
     @classmethod
@@ -81,15 +87,17 @@ def generate(config: GenerateRecipe) -> int:
     layout = Layout(absolute_out(config.out))
     check_policy(config.policy)
     read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
-    prompts, rendered, long = fitting(config, read, config.skip_bad_rows, [reward.model for _, reward in config.reward])
+    prompts, rendered, long = fitting(config, read, config.skip_bad_rows, [reward.model for reward in config.reward.values()])
     print(report(read, len(prompts), len(long)), flush=True)
     work = Generation(config, layout, prompts, rendered)
     with only_writer(config.out), closing(work):
+        layout.check_attributes(OPTIMISATION, config.attributes)
         if (layout.samples().directory / "store.json").exists():
             work.open()  # refused now rather than after the workers' start
         code = work.run([*read.report.rejects, *long])
         if not code:
-            print("\n".join([*summary_lines(work.finish(), layout), *outlook_lines(layout.score_stores(OPTIMISATION))]), flush=True)
+            lines = summary_lines(work.finish(), layout)
+            print("\n".join([*lines, *outlook_lines(layout.score_stores(OPTIMISATION), config.attributes)]), flush=True)
         return code
 
 
@@ -100,7 +108,7 @@ def fitting(
     the others; DataError unless `skip`."""
     tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
     room = prompt_room(config.policy, config.rollout.engine, config.sampling)
-    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")], judges)
+    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")], judges, config.attributes)
     return prompts, [np.array(ids, np.int32) for (ids,) in rendered], aside
 
 
@@ -115,12 +123,14 @@ class Generation:
         self._tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
         self._fingerprint = drawn_from(config, self._policy, prompts)
         self._samples = layout.samples()
-        self._judges = {a: Judge.of(r, layout.scores(OPTIMISATION, a), self._fingerprint) for a, r in config.reward}
+        self._rewards = {a: config.reward[a] for a in config.attributes.names}
+        self._judges = {a: Judge.of(r, layout.scores(OPTIMISATION, a), self._fingerprint) for a, r in self._rewards.items()}
         self._pace, self._tokens, self._committed = Pace(), {}, time.monotonic()
 
     def open(self) -> None:
         """Become the only writer; refuses a directory that was made from something else."""
         shards = self._config.units * self._plan.shards_per_unit
+        self._layout.set_attributes(OPTIMISATION, self._config.attributes)
         self._samples.open_or_create(self._fingerprint, shards=shards)
         for judge in self._judges.values():
             judge.store.open_or_create(judge.fingerprint, shards=shards)
@@ -130,7 +140,7 @@ class Generation:
 
     def run(self, rejects: list[Reject]) -> int:
         """Start the workers and make what is missing, until all is there or a signal asks to stop; returns the exit code."""
-        config, rewards = self._config, dict(self._config.reward)
+        config, rewards = self._config, self._rewards
         if self._complete():
             return 0
         with start_crew(config.cluster, {f"reward.{a}": r for a, r in rewards.items()}, config.rollout, config.policy) as crew:
@@ -249,12 +259,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def judge_mean(store: ShardStore, rows: int, shards: int) -> float:
-    """Mean score over the first `shards` shards."""
-    records = [store.record(index) for index in range(shards)]
-    return sum(record.facts["mean"] * record.rows for record in records) / rows
 
 
 def report(read: PromptSet, kept: int, long: int) -> str:

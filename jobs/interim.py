@@ -18,12 +18,13 @@ from actors.policy import Policy
 from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
+from ctrlrl.attributes import HIGH, LOW, PAPER, Attributes, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
-from ctrlrl.control import ATTRIBUTES, HIGH, LOW, grid
 from ctrlrl.data.rejects import Reject
 from ctrlrl.data.sources import read_prompts
-from ctrlrl.evaluation.grid import JUDGES, make_cells, make_table, score_columns
+from ctrlrl.errors import RecipeError
+from ctrlrl.evaluation.grid import JUDGES, controls_of, make_cells, make_table, score_columns
 from ctrlrl.evaluation.metrics import METRICS, measure
 from ctrlrl.models.loading import check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
@@ -65,7 +66,7 @@ class InterimCrewConfig(InterimConfig):
         """The places of the workers; none if no look is asked for. For connect, before a local cluster is sized."""
         if not self.every:
             return {}
-        rewards = {f"evaluation.{a}": [reward.resources.bundle] * reward.workers for a, reward in self.judges}
+        rewards = {f"evaluation.{a}": [reward.resources.bundle] * reward.workers for a, reward in self.judges.items()}
         return {"evaluation.rollout": self.rollout.bundles} | rewards
 
 
@@ -83,15 +84,17 @@ class Interim:
         skip_bad_rows: bool = False,
         chat: ChatVariables = MappingProxyType({}),
         judges: Iterable[str] = (),
+        attributes: Attributes = PAPER,
     ):
-        self._config, self._seed, self._cells = config, seed, []
+        self._config, self._seed, self._cells, self._attributes = config, seed, [], attributes
         self.rejects: list[Reject] = []
         if config.every:
             self._tokenizer = with_variables(load_tokenizer(model), chat)
-            read, controls = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count), grid(config.levels)
+            read = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count)
+            controls = controls_of(config.levels, attributes)
             room = prompt_room(model, rollout.engine, config.sampling, section)
             asked = lambda prompt: [cell.asked for cell in make_cells([prompt], controls)]  # noqa: E731
-            prompts, rendered, aside = askable(self._tokenizer, read, room, skip_bad_rows, asked, judges)
+            prompts, rendered, aside = askable(self._tokenizer, read, room, skip_bad_rows, asked, judges, attributes)
             self._cells, self._rendered = make_cells(prompts, controls), [tuple(ids) for forms in rendered for ids in forms]
             self.rejects = [*read.report.rejects, *aside]
 
@@ -111,12 +114,13 @@ class Interim:
                 texts[row], tokens[row] = text, len(ids)
             finished[rows] = completions.finished
         conversations = [(cell.prompt.messages, text) for cell, text in zip(self._cells, texts, strict=True)]
-        with background(len(ATTRIBUTES)) as both:
-            scores = dict(zip(ATTRIBUTES, both.map(lambda a: rewards[a].score(conversations), ATTRIBUTES), strict=True))
+        names = self._attributes.names
+        with background(len(names)) as beside:
+            scores = dict(zip(names, beside.map(lambda a: rewards[a].score(conversations), names), strict=True))
         judge = JUDGES[0]
         table = make_table(self._cells, texts, tokens, finished, {judge: scores})
-        found = measure(table, seed=self._seed, scores=score_columns(judge), draws=0)
-        figures = {f"evaluation/{a}/{name}": found[a][name]["value"] for a in ATTRIBUTES for name in METRICS}
+        found = measure(table, seed=self._seed, scores=score_columns(judge, self._attributes), draws=0)
+        figures = {f"evaluation/{a}/{name}": found[a][name]["value"] for a in names for name in METRICS}
         return {name: value for name, value in figures.items() if value is not None} | {
             "evaluation/tokens": float(tokens.mean()),
             "evaluation/seconds": time.perf_counter() - began,
@@ -124,7 +128,7 @@ class Interim:
 
 
 class InterimCrew:
-    """Looks of a job that has no rollout pool: a context that starts one, and two reward models, if `config.every` is above 0."""
+    """Looks of a job that has no rollout pool: a context that starts one, and the reward models, if `config.every` is above 0."""
 
     def __init__(
         self,
@@ -134,19 +138,24 @@ class InterimCrew:
         seed: int,
         skip_bad_rows: bool = False,
         chat: ChatVariables = MappingProxyType({}),
+        attributes: Attributes = PAPER,
     ):
-        self._config, self._cluster, self._model = config, cluster, model
-        judges = [reward for _, reward in config.judges] if config.every else []
+        self._config, self._cluster, self._model, self._attributes = config, cluster, model, attributes
+        judges = list(config.judges.values()) if config.every else []
+        try:
+            check_named("evaluation.judges", config.judges if config.every else dict.fromkeys(attributes.names), attributes)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         for judge in judges:
             check_reward_model(judge.model, judge.label)
         models = [judge.model for judge in judges]
-        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat, models)
+        self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat, models, attributes)
         self.rejects = self._interim.rejects
         self._crew, self._open = None, ExitStack()
 
     def __enter__(self) -> "InterimCrew":
         if self._config.every:
-            rewards = {f"evaluation.{a}": reward for a, reward in self._config.judges}
+            rewards = {f"evaluation.{a}": reward for a, reward in self._config.judges.items()}
             self._crew = self._open.enter_context(start_crew(self._cluster, rewards, self._config.rollout, self._model))
         return self
 
@@ -159,4 +168,4 @@ class InterimCrew:
             return {}
         self._crew.wait_ready()
         publish(policy, self._crew.rollout, step)
-        return self._interim.metrics(step, self._crew.rollout, {a: self._crew.rewards[f"evaluation.{a}"] for a in ATTRIBUTES})
+        return self._interim.metrics(step, self._crew.rollout, {a: self._crew.rewards[f"evaluation.{a}"] for a in self._attributes.names})

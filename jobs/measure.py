@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlrl.attributes import PAPER, Attributes, read_attributes
 from ctrlrl.config import Section, load
 from ctrlrl.data.atomic import write_json, write_text
 from ctrlrl.data.files import expanded
@@ -55,7 +56,7 @@ def write_results(found: tuple[dict, dict], out: Path, name: str, model: str | N
     (out / METRICS_FILE).unlink(missing_ok=True)  # old figures must not stand beside new details
     write_json(out / DETAILS, {"name": name, "model": model, **details})
     write_text(out / METRICS_FILE, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    lines = summary_lines({name: metrics})
+    lines = summary_lines({name: metrics}, read_attributes(details.get("attributes", PAPER), DETAILS))
     return [*lines, *system_lines({name: details})]
 
 
@@ -70,15 +71,15 @@ def system_lines(methods: dict[str, dict]) -> list[str]:
     return ["", "Safe under the harmless (S1), not safe under the uncensored (S0) system prompt", *lines] if lines else []
 
 
-def summary_lines(methods: dict[str, dict]) -> list[str]:
+def summary_lines(methods: dict[str, dict], attributes: Attributes = PAPER) -> list[str]:
     """The comparison table in the paper's layout, one line a method and set of reward models; dashes where nothing was asked to differ."""
     width = max(28, *(len(f"{method}, {judge}") + 1 for method, metrics in methods.items() for judge in metrics))
-    lines = [" " * width + "".join(f"{'safety' if a == 'harmless' else 'helpfulness':^30}" for a in ("harmless", "helpful"))]
-    lines.append(f"{'method, judged by':{width}}" + "".join(f"{n:>7}" for n in METRICS) + "  " + "".join(f"{n:>7}" for n in METRICS))
+    lines = [" " * width + "".join(f"{a.noun:^30}" for a in attributes.shown)]
+    lines.append(f"{'method, judged by':{width}}" + "  ".join("".join(f"{n:>7}" for n in METRICS) for _ in attributes))
     for judge in ("optimisation", "held_out"):
         for method, metrics in methods.items():
             if judge in metrics:
-                values = [[metrics[judge][a][n]["value"] for n in METRICS] for a in ("harmless", "helpful")]
+                values = [[metrics[judge][a.name][n]["value"] for n in METRICS] for a in attributes.shown]
                 cells = "  ".join("".join(f"{'-':>7}" if None in row else f"{v:7.3f}" for v in row) for row in values)
                 lines.append(f"{method + ', ' + judge:{width}}{cells}")
     return lines

@@ -19,7 +19,6 @@ from actors.group import CHANGEABLE
 from actors.recovery import Restarts
 from actors.sync import publish
 from actors.value import Value, ValueHead
-from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.batches import Loss
 from ctrlrl.data.rejects import write_rejects
 from ctrlrl.data.sources import Prompt
@@ -58,6 +57,7 @@ def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | 
         skip_bad_rows=config.skip_bad_rows,
         chat=config.chat,
         judges=judges_of(config),
+        attributes=config.attributes,
     )
     free = (*FREE, *known_by_content(config.out, "prompts", *config.models))
     with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free) as run:
@@ -74,7 +74,7 @@ def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | 
                     try:
                         steps(config, cast, run, prompts, tokenizer, interim, progress, stop)
                         if not stop:
-                            run.whole_directory("model", partial(cast.policy.export_controllable, tokenizer))
+                            run.whole_directory("model", partial(cast.policy.export_controllable, tokenizer, attributes=config.attributes))
                         return stop.exit_code
                     except GroupLost as error:
                         restarts.after(error, progress.done, cast.groups)
@@ -113,7 +113,7 @@ def ppo_step(
 ) -> tuple[dict[str, float], AdaptiveKL]:
     """One step of the algorithm; returns its metrics and the next KL controller."""
     clock = Clock()
-    queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed)
+    queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed, config.attributes)
     requests = [Request(q.prompt_ids, q.seed) for q in queries]
 
     clock.start("generate")
@@ -151,7 +151,7 @@ def learn(
     before_publish: called when the updates are done. correction: as of make_experience.
     """
     clock.start("experience")
-    experience = make_experience(scored, config.algorithm, kl.beta, correction)
+    experience = make_experience(scored, config.algorithm, kl.beta, correction, config.attributes)
     steps = minibatch_rows(len(scored.samples.queries), step, config.algorithm, config.seed)
 
     clock.start("train")
@@ -216,7 +216,7 @@ def judge_chunk(cast: Cast, samples: Samples, tokenizer, beside: ThreadPoolExecu
     texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
     conversations = [(q.messages, text.strip()) for q, text in zip(samples.queries, texts, strict=True)]
     return {
-        "scores_BA": beside.submit(lambda: np.stack([cast.rewards[a].score(conversations) for a in ATTRIBUTES], 1)),
+        "scores_BA": beside.submit(lambda: np.stack([r.score(conversations) for r in cast.rewards.values()], 1)),
         "ref_logprobs": beside.submit(cast.reference.logprobs, samples.token_batch()),
     }
 
@@ -259,8 +259,9 @@ def digest(queries: Sequence[Query]) -> int:
 
 def headline(stats: dict[str, float]) -> str:
     """The figures of a step that its progress line shows."""
-    kind = "agreement" if f"agreement/{ATTRIBUTES[0]}" in stats else "score"  # without a control there is nothing to agree with
-    figures = "  ".join(f"{a} {stats[f'{kind}/{a}']:.3f}" for a in ATTRIBUTES)
+    names = [key.removeprefix("score/") for key in stats if key.startswith("score/")]
+    kind = "agreement" if f"agreement/{names[0]}" in stats else "score"  # without a control there is nothing to agree with
+    figures = "  ".join(f"{a} {stats[f'{kind}/{a}']:.3f}" for a in names)
     return f"reward {stats['reward/mean']:.3f}  {figures}  kl {stats['kl/k1']:.2f}  {stats['seconds/step']:.1f} s"
 
 

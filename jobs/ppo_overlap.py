@@ -149,7 +149,7 @@ def draw_batch(
 ) -> Batch:
     """Draw the batch of `step` with the weights that the rollout workers have, of `updates` updates; it is judged as it comes."""
     began = time.perf_counter()
-    queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed)
+    queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed, config.attributes)
     chunks, judged, answers = [], [], Answers(progress, len(queries), f"batch {step + 1}: ")
     for rows, completions in cast.rollout.generate([Request(q.prompt_ids, q.seed) for q in queries], config.sampling):
         chunks.append((rows, collect(queries, rows, completions)))
@@ -167,7 +167,8 @@ def resumed(
     if last is None:
         return []
     queries = {
-        step: draw_queries(prompts, tokenizer, step, config.algorithm, config.seed) for step in range(last[0], last[0] + config.lag)
+        step: draw_queries(prompts, tokenizer, step, config.algorithm, config.seed, config.attributes)
+        for step in range(last[0], last[0] + config.lag)
     }
     try:
         batches = read_ahead(last[1] / _AHEAD, queries)

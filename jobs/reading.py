@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.data.rejects import BadRows, Reject
 from ctrlrl.data.sources import PreferencePair, Prompt, PromptSet
 from ctrlrl.errors import DataError
@@ -12,7 +13,7 @@ Asked = Callable[[Prompt], Sequence[tuple[Messages, str]]]  # every form in whic
 
 
 def askable(
-    tokenizer, read: PromptSet, room: int, skip: bool, asked: Asked, judges: Iterable[str] = ()
+    tokenizer, read: PromptSet, room: int, skip: bool, asked: Asked, judges: Iterable[str] = (), attributes: Attributes = PAPER
 ) -> tuple[list[Prompt], list[list[list[int]]], list[Reject]]:
     """The prompts of which every form can be rendered and has at most `room` tokens, and which the reward models `judges` can read; the
     token ids of their forms; and the others.
@@ -23,7 +24,7 @@ def askable(
     refused, readers = BadRows(aside if skip else None), [reader_of(model) for model in dict.fromkeys(judges)]
     for prompt in read:
         try:
-            forms = [render(tokenizer, messages, suffix, source=prompt.source) for messages, suffix in asked(prompt)]
+            forms = [render(tokenizer, m, suffix, source=prompt.source, attributes=attributes) for m, suffix in asked(prompt)]
             for reader in readers:
                 reader(prompt.messages, prompt.source)
         except DataError as error:

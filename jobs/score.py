@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from actors.crew import start_crew
 from actors.placement import ClusterConfig
 from actors.reward import Reward, RewardConfig
+from ctrlrl.attributes import PAPER, AttributesSection, check_named
 from ctrlrl.config import Section
 from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.generation import OPTIMISATION, Layout, scores_table
@@ -34,31 +35,26 @@ from jobs.progress import Pace, Steps
 _READ = ["prompt_id", "unit", "index", "response"]
 
 
-class ScoringModels(Section):
-    """The reward models of a set of scores; one alone is enough for a set that is not distilled."""
-
-    helpful: RewardConfig | None = None
-    harmless: RewardConfig | None = None
-
-    @model_validator(mode="after")
-    def _one_at_least(self):
-        if not self.given:
-            raise ValueError("give reward.helpful.model, reward.harmless.model, or both")
-        return self
-
-    @property
-    def given(self) -> dict[str, RewardConfig]:
-        """The reward models that are there, by attribute."""
-        return {attribute: reward for attribute, reward in self if reward is not None}
-
-
 class ScoreRecipe(Section):
-    """Which directory is scored, under which name its scores are kept, and by which reward models."""
+    """Which directory is scored, under which name its scores are kept, and by which reward models: one attribute alone is enough for a
+    set that is not distilled."""
 
     data: str
     name: str = Field("held_out", pattern=r"^\w[\w.-]*$")
     cluster: ClusterConfig = ClusterConfig()
-    reward: ScoringModels
+    attributes: AttributesSection = PAPER
+    reward: dict[str, RewardConfig | None]
+
+    @model_validator(mode="after")
+    def _attributes_are_scored(self):
+        check_named("reward", self.given, self.attributes, some=True)
+        return self
+
+    @property
+    def given(self) -> dict[str, RewardConfig]:
+        """The reward models that are there, in the order of the attributes."""
+        known = [*self.attributes.names, *(name for name in self.reward if name not in self.attributes.names)]
+        return {a: reward for a in known if (reward := self.reward.get(a)) is not None}
 
 
 @dataclass
@@ -121,15 +117,17 @@ def score(config: ScoreRecipe) -> int:
     layout = Layout(absolute_out(config.data)).existing()
     if config.name == OPTIMISATION:
         raise RunError(f"name = {OPTIMISATION!r} is the set that ctrlrl generate makes and completes: give another name")
+    layout.check_attributes(config.name, config.attributes)
     samples = layout.samples()
     manifest = samples.manifest()
-    given = config.reward.given
+    given = config.given
     judges = {a: Judge.of(reward, layout.scores(config.name, a), manifest["fingerprint"]) for a, reward in given.items()}
     messages = layout.messages()
     for reader in [reader_of(reward.model) for reward in given.values()]:
         for prompt, turns in messages.items():
             reader(turns, f"prompt {prompt}")
     try:
+        layout.set_attributes(config.name, config.attributes)
         for judge in judges.values():
             judge.store.open_or_create(judge.fingerprint, shards=len(manifest["shards"]))
         code = score_missing(config, judges, samples, messages)
@@ -147,7 +145,7 @@ def score_missing(config: ScoreRecipe, judges: dict[str, Judge], samples: ShardS
     todo, total = sorted(scoring.lacking()), samples.manifest()["shards"]
     progress = Steps("score", len(total), len(total) - len(todo))
     if todo:
-        rewards = {f"reward.{a}": reward for a, reward in config.reward.given.items()}
+        rewards = {f"reward.{a}": reward for a, reward in config.given.items()}
         with start_crew(config.cluster, rewards) as crew, StopRequest("the running shards") as stop:
             for attribute, judge in judges.items():
                 judge.reward = crew.rewards[f"reward.{attribute}"]

@@ -36,6 +36,7 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
     gpus = gpus_of(config.cluster)
     name, why = ("node", f"{gpus:g} GPUs are there") if gpus else ("laptop", "no GPU is there")
     values = part_of(kind, tomllib.loads((_RECIPES / f"{name}.toml").read_text()))
+    values = {key: _of_each(value, getattr(config, key)) for key, value in values.items()}
     fitted = load(kind, None, overrides, values, options)
     now, without = (leaves(settings.model_dump(mode="json")) for settings in (fitted, config))
     told = ", ".join(f"{key}={json.dumps(now[key])}" for key in leaves(values) if now[key] != without[key])
@@ -53,6 +54,13 @@ def _of_the_run(kind: type[AnySection], overrides: Sequence[str], options: Mappi
         return _begun_with(load(kind, None, overrides, known, options), f"settings: those that {out!r} was begun with")
     except RecipeError as error:
         raise RecipeError(f"with the settings that {out!r} was begun with: {error}") from None
+
+
+def _of_each(value: Any, named: Any) -> Any:
+    """Settings of sections by name, such as those of reward models, for the names that are given; one that has none takes the first's."""
+    if not isinstance(named, dict) or not isinstance(value, Mapping) or not value:
+        return value
+    return {name: value.get(name, next(iter(value.values()))) for name in named}
 
 
 def _begun_with(config: AnySection, line: str) -> AnySection:

@@ -115,7 +115,7 @@ def check(steps: list[Step]) -> None:
     made = tuple(str(step.folder) for step in steps)
     for policy in sorted(name for name in policies if not name.startswith(made)):
         check_policy(policy)
-    for model, label in sorted({(reward.model, reward.label) for models in judges for _, reward in models}):
+    for model, label in sorted({(reward.model, reward.label) for models in judges for reward in models.values()}):
         check_reward_model(model, label)
     for name, limit, skip in sorted(prompts, key=str):
         read_prompts(name, limit=limit, skip_bad_rows=skip)
@@ -142,7 +142,7 @@ def demands(step: Step) -> Demands:
         case PPORecipe(rollout=rollout) as config:
             return cast_demands(config) | {"spare": rollout.spare}
         case EvaluateRecipe(judges=judges, rollout=rollout):
-            rewards = {f"{judge}.{a}": reward for judge, models in judges.given.items() for a, reward in models}
+            rewards = {f"{judge}.{a}": reward for judge, models in judges.given.items() for a, reward in models.items()}
             return crew_demands(rewards, rollout) | {"spare": rollout.spare}
     return {}
 

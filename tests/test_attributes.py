@@ -65,14 +65,6 @@ def test_of_many_attributes_every_level_is_drawn_equally_often():
     assert len(set(drawn)) > 20 and abs(np.corrcoef(levels.T)[np.triu_indices(5, 1)]).max() < 0.5
 
 
-def test_levels_are_quantised_to_the_nearest_and_ties_to_the_lower():
-    (five,) = made("helpful", levels=[0.2, 0.4, 0.6, 0.8, 1.0])
-    assert [five.level(x) for x in (0.0, 0.29, 0.31, 0.69, 1.0)] == [0, 0, 1, 2, 4]
-    (three,) = made("helpful", levels=[0.0, 0.5, 1.0])
-    assert [three.level(x) for x in (0.25, 0.250001, 0.75)] == [0, 1, 1]
-    assert [PAPER.each[0].level(x) for x in (0.49, 0.5)] == [0, 1]  # the paper's rule
-
-
 def test_the_words_of_the_prompting_templates():
     attributes = read_attributes(
         {"helpful": {}, "harmless": {}, "concise": {"words": ["concise", "long"], "synonyms": ["brief", "wordy"], "tag": "brevity"}}, "here"

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.attributes import PAPER, Attributes
+from ctrlrl.control import cells
 from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
 from ctrlrl.data.disk import disk_told
 from ctrlrl.data.joint import JointScores
 from ctrlrl.data.prompt_index import PromptIndex
-from ctrlrl.data.schemas import DISTILLED
+from ctrlrl.data.schemas import distilled_schema
 from ctrlrl.data.scored import (
     KEY,
     Bundle,
@@ -47,9 +48,10 @@ def distill(
     """Write `out`/train.parquet (schema DISTILLED) and, last, `out`/report.json; return the report.
 
     method: "vanilla" (every sample; control = its scores rounded to `precision` digits), "oversampling" (scores quantised to 0.2 if
-    below 0.5, else 1; samples of rarer classes repeated until all non-empty classes are equally large), or "moec": samples whose two
-    scores are extreme, in [0, 0.2] or [0.8, 1] with the ends, quantised to 0.2 or 1; of the prompts with at least two different pairs,
-    `per_cell` samples drawn for each pair. memory: bytes that grouping by prompt may use.
+    below 0.5, else 1; samples of rarer classes repeated until all non-empty classes are equally large), or "moec": samples whose
+    scores are all extreme, in [0, 0.2] or [0.8, 1] with the ends, quantised to 0.2 or 1; of the prompts with at least two different
+    corners, `per_cell` samples drawn for each. Of attributes with other levels than these two see
+    data.selection. memory: bytes that grouping by prompt may use.
 
     Raises RunError for unfinished stores, DataError for shards that do not match or hold bad scores, RecipeError for bad settings,
     StorageError for a full disk.
@@ -63,28 +65,31 @@ def distill(
             scratch.mkdir()
             bundles = in_bundles(rows_of_shards(source))
             index = PromptIndex(source.prompts, scratch)
-            selection = _selection(method, per_cell, precision, memory, scratch, sum(b.rows for b in bundles), len(index))
-            counts, joint = _Counts(len(index)), JointScores()
+            attributes, rows = source.attributes, sum(b.rows for b in bundles)
+            selection = _selection(method, per_cell, precision, memory, scratch, rows, len(index), attributes)
+            counts, joint = _Counts(len(index), attributes), JointScores(attributes.names)
             with open(scratch / "scored", "w+b") as scored:
                 for rows in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
                     joint.count(rows.scores)
                     counts.before(rows)
                     selection.count(rows)
                     write_rows(scored, rows)
-                for rows in read_rows_again(scored, bundles):
+                for rows in read_rows_again(scored, bundles, len(attributes)):
                     joint.correlate(rows.scores)
                     selection.choose(rows)
                 selection.settle()
                 (out / REPORT).unlink(missing_ok=True)  # an old report must not vouch for a new table
-                tables = _training_tables(source, read_rows_again(scored, bundles), bundles, index, selection, counts, seed)
-                write_atomically(out / TABLE, lambda file: _write_tables(file, tables))
+                again = read_rows_again(scored, bundles, len(attributes))
+                tables = _training_tables(source, again, bundles, index, selection, counts, seed)
+                write_atomically(out / TABLE, lambda file: _write_tables(file, tables, distilled_schema(attributes)))
             settings = {"method": method, "seed": seed, "per_cell": per_cell, "precision": precision}
-            report = settings | counts.report() | {"entanglement": joint.correlations(), "histogram": joint.histogram.tolist()}
+            report = settings | counts.report() | joint.report()
             report["table_sha256"] = file_sha256(out / TABLE)
-            report["sources"] = {name: getattr(source, name).fingerprint for name in ("samples", *ATTRIBUTES)}
+            report["sources"] = {name: store.fingerprint for name, store in source.stores.items()}
             report["shards"] = shards_of(source)
+            report |= {} if attributes == PAPER else {"attributes": attributes.dumped()}
             if source.maps:
-                report["calibration"] = {attribute: source.maps[attribute].content_hash for attribute in ATTRIBUTES}
+                report["calibration"] = {attribute: source.maps[attribute].content_hash for attribute in attributes.names}
             write_json(out / REPORT, report)
             return report
         finally:
@@ -92,47 +97,49 @@ def distill(
 
 
 def shards_of(source: ScoredSamples) -> dict[str, str]:
-    """For each of the three stores a hash of its shards: what tells a table of these rows from one of others."""
-    stores = {name: getattr(source, name).manifest()["shards"] for name in ("samples", *ATTRIBUTES)}
+    """For each store a hash of its shards: what tells a table of these rows from one of others."""
+    stores = {name: store.manifest()["shards"] for name, store in source.stores.items()}
     return {name: hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest() for name, shards in stores.items()}
 
 
 class _Counts:
     """What the report counts: rows, prompts, and classes before and after."""
 
-    def __init__(self, prompts: int):
+    def __init__(self, prompts: int, attributes: Attributes):
+        self._attributes, self._cells = attributes, cells(attributes)
         self._seen, self._kept = np.zeros(prompts, bool), np.zeros(prompts, bool)
         self._rows = {"before": 0, "after": 0}
-        self._classes = {name: np.zeros(len(CORNERS), np.int64) for name in ("before", "extreme", "after")}
+        self._classes = {name: np.zeros(len(self._cells), np.int64) for name in ("before", "extreme", "after")}
 
     def before(self, rows: ScoredRows) -> None:
         """First pass: what there is."""
         self._seen[rows.prompt] = True
         self._rows["before"] += len(rows.prompt)
-        of, extreme = classes(rows.scores), extremes(rows.scores)
-        self._classes["before"] += np.bincount(of, minlength=len(CORNERS))
-        self._classes["extreme"] += np.bincount(of[extreme], minlength=len(CORNERS))
+        of, extreme = classes(rows.scores, self._attributes), extremes(rows.scores, self._attributes)
+        self._classes["before"] += np.bincount(of, minlength=len(self._cells))
+        self._classes["extreme"] += np.bincount(of[extreme], minlength=len(self._cells))
 
     def after(self, rows: ScoredRows, copies: np.ndarray) -> None:
         """Last pass: what is written."""
         self._kept[rows.prompt[copies > 0]] = True
         self._rows["after"] += int(copies.sum())
-        self._classes["after"] += np.bincount(classes(rows.scores), copies, minlength=len(CORNERS)).astype(np.int64)
+        of = classes(rows.scores, self._attributes)
+        self._classes["after"] += np.bincount(of, copies, minlength=len(self._cells)).astype(np.int64)
 
     def report(self) -> dict:
         """rows, prompts and classes, for report.json."""
         seen, kept = int(self._seen.sum()), int(self._kept.sum())
-        named = {name: dict(zip((c.name for c in CORNERS), counts.tolist(), strict=True)) for name, counts in self._classes.items()}
+        named = {name: dict(zip((c.name for c in self._cells), counts.tolist(), strict=True)) for name, counts in self._classes.items()}
         return {"rows": self._rows, "prompts": {"before": seen, "after": kept, "share": kept / max(seen, 1)}, "classes": named}
 
 
-def _selection(method, per_cell, precision, memory, scratch, samples, prompts) -> Selection:
+def _selection(method, per_cell, precision, memory, scratch, samples, prompts, attributes) -> Selection:
     if method == "vanilla":
         return Vanilla(precision)
     if method == "oversampling":
-        return Oversampling()
+        return Oversampling(attributes)
     if method == "moec":
-        return Moec(per_cell, memory, scratch, samples, prompts)
+        return Moec(per_cell, memory, scratch, samples, prompts, attributes)
     raise RecipeError(f"method = {method!r} is unknown: use one of {', '.join(METHODS)}")
 
 
@@ -161,15 +168,15 @@ def _training_tables(
 
     for bundle, answers in read_ahead(read, with_rows()):
         rows, copies = wanted.pop(bundle.start)
-        check_aligned(rows.rank, answers, np.flatnonzero(copies), seed, source.samples, source.helpful)
+        check_aligned(rows.rank, answers, np.flatnonzero(copies), seed, source.samples, source.scores[0])
         for taken in _repeats(copies):
-            yield _training_rows(answers, rows, taken, index, selection)
+            yield _training_rows(answers, rows, taken, index, selection, source.attributes)
 
 
-def _write_tables(file: BinaryIO, tables: Iterator[pa.Table]) -> None:
+def _write_tables(file: BinaryIO, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
     """Row groups of about ROW_GROUP rows, whatever the sizes of the tables."""
     waiting: list[pa.Table] = []
-    with pq.ParquetWriter(file, DISTILLED, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for table in tables:
             waiting.append(table)
             if sum(map(len, waiting)) >= ROW_GROUP:
@@ -186,10 +193,13 @@ def _repeats(copies: np.ndarray) -> Iterator[np.ndarray]:
         yield np.searchsorted(ends, np.arange(first, min(first + ROW_GROUP, ends[-1])), side="right")
 
 
-def _training_rows(answers: pa.Table, rows: ScoredRows, taken: np.ndarray, index: PromptIndex, selection: Selection) -> pa.Table:
+def _training_rows(
+    answers: pa.Table, rows: ScoredRows, taken: np.ndarray, index: PromptIndex, selection: Selection, attributes: Attributes
+) -> pa.Table:
     chosen = answers.take(pa.array(taken)).combine_chunks()
     levels = selection.levels(rows.scores[taken])
-    columns = {name: chosen[name] for name in (*KEY, *_ANSWER)} | dict(zip(ATTRIBUTES, levels.T, strict=True))
+    columns = {name: chosen[name] for name in (*KEY, *_ANSWER)} | dict(zip(attributes.names, levels.T, strict=True))
     columns["prompt_id"] = columns["prompt_id"].cast(pa.string())
     columns["messages"] = index.messages(rows.prompt[taken])
-    return pa.table([columns[name] for name in DISTILLED.names], schema=DISTILLED)
+    schema = distilled_schema(attributes)
+    return pa.table([columns[name] for name in schema.names], schema=schema)

@@ -3,10 +3,13 @@
     prompts.parquet                   the prompts (schema PROMPTS)
     rejects.jsonl                     rows of the sources that were set aside, if that was allowed
     samples/                          shards of answers (schema SAMPLES)
-    scores/SET/helpful/ and harmless/ shards of scores (schema SCORES), row by row those of samples/; one SET per pair of reward models
+    scores/SET/ATTRIBUTE/             shards of scores (schema SCORES), row by row those of samples/, such as optimisation/helpful/; one SET
+                                      for each choice of reward models
+    scores/SET/attributes.json        the attributes of the set, where they are not the paper's two
     manifest.json                     what all of it was made from, and how fast; written last
 """
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlrl.control import ATTRIBUTES
-from ctrlrl.data.atomic import write_atomically
+from ctrlrl.attributes import FILE, PAPER, Attributes, stored, unlike
+from ctrlrl.data.atomic import write_atomically, write_text
 from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.rejects import REJECTS
 from ctrlrl.data.schemas import SAMPLES, SCORES, conform, prompts_table
@@ -58,14 +61,34 @@ class Layout:
         """The store of one attribute's scores in the set `name`."""
         return ShardStore(self.directory / "scores" / name / attribute, self.samples())
 
+    def attributes(self, name: str) -> Attributes:
+        """Those of the set `name` of scores."""
+        file = self.directory / "scores" / name / FILE
+        return stored(file.read_bytes() if file.exists() else None, file)
+
+    def set_attributes(self, name: str, attributes: Attributes) -> None:
+        """Bind the set `name` to `attributes`; RunError, which names the difference, if it has scores of others."""
+        folder = self.directory / "scores" / name
+        if any(folder.glob("*/store.json")):
+            self.check_attributes(name, attributes)
+        elif attributes != PAPER:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / FILE, json.dumps(attributes.dumped(), indent=2) + "\n")
+
+    def check_attributes(self, name: str, attributes: Attributes) -> None:
+        """RunError, which names the difference, unless `attributes` are those of the set `name`, or nothing is in it."""
+        folder = self.directory / "scores" / name
+        if any(folder.glob("*/store.json")) and (other := unlike(attributes, self.attributes(name))):
+            raise RunError(f"{str(folder)!r} holds scores of other attributes ({other}): undo the change, or give another place")
+
     def score_stores(self, name: str) -> dict[str, ShardStore]:
         """The stores of the set `name`, by attribute."""
-        return {attribute: self.scores(name, attribute) for attribute in ATTRIBUTES}
+        return {attribute: self.scores(name, attribute) for attribute in self.attributes(name).names}
 
     def score_sets(self) -> dict[str, list[str]]:
         """The attributes of each set of scores that is there, finished or not."""
         folders = sorted((self.directory / "scores").glob("*")) if (self.directory / "scores").is_dir() else []
-        found = {folder.name: [a for a in ATTRIBUTES if (folder / a / "store.json").exists()] for folder in folders}
+        found = {folder.name: [a for a in self.attributes(folder.name).names if (folder / a / "store.json").exists()] for folder in folders}
         return {name: attributes for name, attributes in found.items() if attributes}
 
     @property
@@ -172,3 +195,9 @@ def scores_table(samples: pa.Table, raw: np.ndarray, calibration: Calibration) -
     """Scores of `samples`, in their order, as a table of the SCORES schema."""
     columns = {name: samples[name] for name in _KEY} | {"score": pa.array(calibration(raw)), "raw": pa.array(raw.astype(np.float32))}
     return conform(pa.table(columns), SCORES, "scores")
+
+
+def judge_mean(store: ShardStore, rows: int, shards: int) -> float:
+    """Mean score over the first `shards` shards."""
+    records = [store.record(index) for index in range(shards)]
+    return sum(record.facts["mean"] * record.rows for record in records) / rows

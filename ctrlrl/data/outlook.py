@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.attributes import PAPER, Attributes
+from ctrlrl.control import cells
 from ctrlrl.data.calibration import Calibration, fit_to_store
 from ctrlrl.data.keys import prompt_keys
 from ctrlrl.data.selection import HIGH_START, LOW_END, classes, extremes
@@ -17,41 +18,45 @@ _ENOUGH = 0.05  # answers that may be cut
 
 @dataclass(frozen=True)
 class Outlook:
-    """Of all prompts how many MOEC keeps; which of the classes (in the order of CORNERS) any sample is in."""
+    """Of all prompts how many MOEC keeps; which of the classes (in the order of control.cells) any sample is in."""
 
     prompts: int
     moec: int
     classes: tuple[bool, ...]
 
 
-def outlook(stores: Mapping[str, ShardStore], maps: Mapping[str, Calibration] | None = None) -> Outlook:
+def outlook(
+    stores: Mapping[str, ShardStore], maps: Mapping[str, Calibration] | None = None, attributes: Attributes = PAPER
+) -> Outlook:
     """What the finished score stores, by attribute, promise; with `maps`, if their raw outputs were calibrated by these."""
-    seen, pairs, there = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(len(CORNERS), bool)
+    seen, pairs, there = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(len(cells(attributes)), bool)
+    low = np.uint64((1 << (len(there) - 1).bit_length()) - 1)
     column = "raw" if maps else "score"
-    for record in stores[ATTRIBUTES[0]].manifest()["shards"]:
-        tables = [stores[a].read(record["index"], ["prompt_id", column]) for a in ATTRIBUTES]
+    for record in stores[attributes.names[0]].manifest()["shards"]:
+        tables = [stores[a].read(record["index"], ["prompt_id", column]) for a in attributes.names]
         scores = np.stack([t[column].to_numpy() for t in tables], 1)
         if maps:
-            scores = np.stack([maps[a](scores[:, i]) for i, a in enumerate(ATTRIBUTES)], 1)
+            scores = np.stack([maps[a](scores[:, i]) for i, a in enumerate(attributes.names)], 1)
         ids = tables[0]["prompt_id"].combine_chunks().dictionary_encode()
-        prompt, of, extreme = prompt_keys(ids.dictionary)[ids.indices.to_numpy()], classes(scores), extremes(scores)
-        there |= np.bincount(of, minlength=len(CORNERS)) > 0
+        prompt, of = prompt_keys(ids.dictionary)[ids.indices.to_numpy()], classes(scores, attributes)
+        extreme = extremes(scores, attributes)
+        there |= np.bincount(of, minlength=len(there)) > 0
         seen = np.union1d(seen, prompt)
-        # A key of 64 bits with two of them given up for the corner: two prompts of three million fall together once in 10^6 times.
-        pairs = np.union1d(pairs, (prompt[extreme] & ~np.uint64(3)) | of[extreme].astype(np.uint64))
-    _, corners = np.unique(pairs & ~np.uint64(3), return_counts=True)
+        # A key of 64 bits gives some up for the class; if it is two, two of three million prompts fall together once in 10^6 times.
+        pairs = np.union1d(pairs, (prompt[extreme] & ~low) | of[extreme].astype(np.uint64))
+    _, corners = np.unique(pairs & ~low, return_counts=True)
     return Outlook(len(seen), int((corners >= 2).sum()), tuple(there.tolist()))
 
 
-def outlook_lines(stores: Mapping[str, ShardStore]) -> list[str]:
+def outlook_lines(stores: Mapping[str, ShardStore], attributes: Attributes = PAPER) -> list[str]:
     """How many prompts would survive each distillation, as the scores are and calibrated by quantiles."""
-    found = outlook(stores)
+    found = outlook(stores, attributes=attributes)
     lines = [
-        f"  would be kept: vanilla all {found.prompts:,} prompts; oversampling {sum(found.classes)} of {len(CORNERS)} classes; moec "
+        f"  would be kept: vanilla all {found.prompts:,} prompts; oversampling {sum(found.classes)} of {len(found.classes)} classes; moec "
         f"{found.moec:,} prompts ({found.moec / max(found.prompts, 1):.0%})"
     ]
-    maps = {a: fitted for a in ATTRIBUTES if (fitted := fit_to_store(stores[a])) is not None}
-    if len(maps) == len(ATTRIBUTES) and (spread := outlook(stores, maps)).moec > found.moec:
+    maps = {a: fitted for a in attributes.names if (fitted := fit_to_store(stores[a])) is not None}
+    if len(maps) == len(attributes) and (spread := outlook(stores, maps, attributes)).moec > found.moec:
         share = spread.moec / max(spread.prompts, 1)
         lines.append(f"  with ctrlrl distill --calibrate quantile: moec {spread.moec:,} prompts ({share:.0%})")
     return lines
@@ -59,10 +64,9 @@ def outlook_lines(stores: Mapping[str, ShardStore]) -> list[str]:
 
 def few_kept(report: dict) -> str:
     """Why a distillation kept so little, and what mends it, from its report."""
-    histogram = np.array(report["histogram"])
+    marginals = report.get("marginals") or {a: np.array(report["histogram"]).sum(1 - axis) for axis, a in enumerate(PAPER.names)}
     ranges = []
-    for axis, attribute in enumerate(ATTRIBUTES):
-        counts = histogram.sum(1 - axis)
+    for attribute, counts in marginals.items():
         bins = np.flatnonzero(counts) / len(counts)
         low, high = bins[0], bins[-1] + 1 / len(counts)
         none = " (none is extreme)" if low >= LOW_END and high <= HIGH_START else ""

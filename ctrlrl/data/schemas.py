@@ -3,11 +3,12 @@ self-critique, prompts → critiques → pairs ([CST]).
 
 A score shard has the rows of the sample shard of the same number, in the same order.
 """
+import json
 from collections.abc import Iterable
 
 import pyarrow as pa
 
-from ctrlrl.control import ATTRIBUTES
+from ctrlrl.attributes import PAPER, Attributes, stored
 from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import DataError
 
@@ -36,14 +37,26 @@ SAMPLES = pa.schema(
 # float64, because MOEC's 0.2 belongs to the low end: the float32 next to 0.2 lies above it.
 _RAW = pa.field("raw", pa.float32())  # the reward model's own output, from which another calibration can be fitted
 SCORES = pa.schema([*_KEY, pa.field("score", pa.float64(), nullable=False), _RAW])
-DISTILLED = pa.schema(
-    [
-        *_KEY,
-        pa.field("messages", MESSAGES, nullable=False),
-        *(pa.field(name, pa.float64(), nullable=False) for name in ATTRIBUTES),  # the control's levels
-        *_ANSWER,
-    ]
-)
+_ATTRIBUTES = b"ctrlrl.attributes"  # in the metadata of a schema
+
+
+def with_attributes(schema: pa.Schema, attributes: Attributes) -> pa.Schema:
+    """`schema` with its attributes written into it, unless they are the paper's two."""
+    return schema if attributes == PAPER else schema.with_metadata({_ATTRIBUTES: json.dumps(attributes.dumped())})
+
+
+def attributes_in(schema: pa.Schema, where: object = "the table") -> Attributes:
+    """The attributes of a table of this schema; DataError, naming `where` it is from, if they cannot be read."""
+    return stored((schema.metadata or {}).get(_ATTRIBUTES), where)
+
+
+def distilled_schema(attributes: Attributes) -> pa.Schema:
+    """The schema of a training table: a column of the control's levels for each attribute."""
+    levels = [pa.field(name, pa.float64(), nullable=False) for name in attributes.names]
+    return with_attributes(pa.schema([*_KEY, pa.field("messages", MESSAGES, nullable=False), *levels, *_ANSWER]), attributes)
+
+
+DISTILLED = distilled_schema(PAPER)
 CRITIQUES = pa.schema(
     [
         *_KEY,  # unit is 0: one pass over the prompts

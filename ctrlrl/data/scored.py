@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlrl.control import ATTRIBUTES
+from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.keys import prompt_keys, sample_ranks
 from ctrlrl.data.prompt_index import PromptIndex
@@ -22,29 +22,33 @@ from ctrlrl.data.shards import ROW_GROUP, SOURCE, ShardStore
 from ctrlrl.errors import DataError, RunError
 
 KEY = ["prompt_id", "unit", "index"]
-_RECORD = np.dtype([("prompt", "<u4"), ("rank", "<u8"), ("scores", "<f8", (2,))])
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """What is distilled: finished stores of samples and of their scores, row by row aligned, and the Parquet file of their prompts.
+    """What is distilled: finished stores of samples and of their scores, one for each attribute, row by row aligned, and the Parquet file
+    of their prompts.
 
     maps: calibrations by attribute, of the raw outputs, which take the place of the scores; all or none.
     """
 
     samples: ShardStore
-    helpful: ShardStore
-    harmless: ShardStore
+    scores: tuple[ShardStore, ...]
     prompts: Path
     maps: Mapping[str, Calibration] | None = None
+    attributes: Attributes = PAPER
+
+    @property
+    def stores(self) -> dict[str, ShardStore]:
+        """All stores by name: "samples", and the scores by attribute."""
+        return {"samples": self.samples, **dict(zip(self.attributes.names, self.scores, strict=True))}
 
 
 def rows_of_shards(source: ScoredSamples) -> list[int]:
-    """Rows of each sample shard; raises RunError unless every one has a score shard of as many rows in both stores."""
+    """Rows of each sample shard; raises RunError unless every one has a score shard of as many rows in every store."""
     samples = source.samples.manifest()["shards"]
-    for name in ATTRIBUTES:
-        store = getattr(source, name)
+    for store in source.scores:
         scored = store.manifest()["shards"]
         if len(scored) < len(samples):
             raise RunError(f"{store.directory} scores {len(scored)} of {len(samples)} shards of {source.samples.directory}: score the rest")
@@ -118,20 +122,21 @@ def _ranks(table: pa.Table, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarra
 
 
 def scored_rows(source: ScoredSamples, bundle: Bundle, index: PromptIndex, seed: int) -> ScoredRows:
-    """The first pass over a bundle; raises DataError if the two stores of scores hold other samples, or a bad score."""
+    """The first pass over a bundle; raises DataError if the stores of scores hold other samples, or a bad score."""
     column = "raw" if source.maps else "score"
-    helpful, harmless = (read_bundle(store, bundle, [*KEY, column]) for store in (source.helpful, source.harmless))
-    prompts, rank = _ranks(helpful, seed)
-    if not helpful.select(KEY).equals(harmless.select(KEY)):
-        check_aligned(rank, harmless, np.arange(bundle.rows), seed, source.harmless, source.helpful)
-    scores = np.stack([table[column].to_numpy() for table in (helpful, harmless)], axis=1)
+    first, *others = tables = [read_bundle(store, bundle, [*KEY, column]) for store in source.scores]
+    prompts, rank = _ranks(first, seed)
+    for other, store in zip(others, source.scores[1:], strict=True):
+        if not first.select(KEY).equals(other.select(KEY)):
+            check_aligned(rank, other, np.arange(bundle.rows), seed, store, source.scores[0])
+    scores = np.stack([table[column].to_numpy() for table in tables], axis=1)
     if source.maps:
-        scores = np.stack([source.maps[a](scores[:, i]) for i, a in enumerate(ATTRIBUTES)], axis=1)
+        scores = np.stack([source.maps[a](scores[:, i]) for i, a in enumerate(source.attributes.names)], axis=1)
     bad = np.argwhere(~((scores >= 0) & (scores <= 1)))
     if len(bad):
         row, column = bad[0].tolist()
-        directory = getattr(source, ATTRIBUTES[column]).directory
-        score = f"{scores[row, column]:g} for {_sample(helpful, row)}"
+        directory = source.scores[column].directory
+        score = f"{scores[row, column]:g} for {_sample(first, row)}"
         raise DataError(f"{directory} holds the score {score}; scores lie in [0, 1]: calibrate the reward model")
     prompt = np.concatenate([index.numbers(distinct)[place] for distinct, place in prompts])
     return ScoredRows(bundle.start, prompt, rank, scores)
@@ -155,15 +160,20 @@ def _sample(table: pa.Table, row: int) -> str:
 
 def write_rows(scored: BinaryIO, rows: ScoredRows) -> None:
     """Put scored rows on the disk, so that the other passes need not read the shards again."""
-    records = np.empty(len(rows.rank), _RECORD)
+    records = np.empty(len(rows.rank), _record(rows.scores.shape[1]))
     records["prompt"], records["rank"], records["scores"] = rows.prompt, rows.rank, rows.scores
     scored.write(records)
 
 
-def read_rows_again(scored: BinaryIO, bundles: list[Bundle]) -> Iterator[ScoredRows]:
-    """The scored rows again, in the same bundles."""
+def read_rows_again(scored: BinaryIO, bundles: list[Bundle], attributes: int) -> Iterator[ScoredRows]:
+    """The scored rows, of so many attributes, again, in the same bundles."""
     scored.seek(0)
+    record = _record(attributes)
     for bundle in bundles:
-        records = np.frombuffer(scored.read(bundle.rows * _RECORD.itemsize), _RECORD)
+        records = np.frombuffer(scored.read(bundle.rows * record.itemsize), record)
         columns = (np.ascontiguousarray(records[name]) for name in ("prompt", "rank", "scores"))
         yield ScoredRows(bundle.start, *columns)
+
+
+def _record(attributes: int) -> np.dtype:
+    return np.dtype([("prompt", "<u4"), ("rank", "<u8"), ("scores", "<f8", (attributes,))])

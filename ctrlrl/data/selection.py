@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from ctrlrl.control import CORNERS, HIGH, LOW
+from ctrlrl.attributes import PAPER, Attribute, Attributes
+from ctrlrl.control import cells
 from ctrlrl.errors import RecipeError
 
-LOW_END, HIGH_START, MIDDLE = 0.2, 0.8, 0.5
+LOW_END, HIGH_START = 0.2, 0.8
 _BUCKET_BITS = 16  # ranks are counted by their upper bits
+_COUNTER_BITS = 22  # of all classes together at most
 _RECORD = np.dtype([("cell", "<u8"), ("rank", "<u8"), ("row", "<u8")])
 # Working bytes per extreme sample while a part is sorted: the record, its three columns, the order, and as much again for the sort.
 _WORKING = 128
@@ -22,7 +24,7 @@ _MOST_PARTS = 512  # open files
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, 2] (helpfulness first)."""
+    """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, A]."""
 
     start: int
     prompt: np.ndarray  # uint32, number in the PromptIndex
@@ -44,20 +46,37 @@ class Selection(Protocol):
     def levels(self, scores: np.ndarray) -> np.ndarray: ...
 
 
-def classes(scores: np.ndarray) -> np.ndarray:
-    """Number in CORNERS of scores [n, 2] quantised at 0.5: LOW if below, else HIGH."""
-    high = scores >= MIDDLE
-    return 2 * high[:, 0] + high[:, 1]
+def level_numbers(scores: np.ndarray, attribute: Attribute) -> np.ndarray:
+    """The number of the level of each score, [n]: of the paper's two LOW below 0.5 and HIGH from there on, of others the nearest (of two
+    equally near the lower)."""
+    bounds, side = attribute.bounds
+    return np.searchsorted(np.array(bounds), scores, side=side)
 
 
-def extremes(scores: np.ndarray) -> np.ndarray:
-    """Which of scores [n, 2] are extreme in both attributes: in [0, 0.2] or [0.8, 1], ends included."""
-    return ((scores <= LOW_END) | (scores >= HIGH_START)).all(axis=1)
+def classes(scores: np.ndarray, attributes: Attributes = PAPER) -> np.ndarray:
+    """Number in `cells` of scores [n, A], each quantised to its attribute's levels; with two levels each that is the number of a corner."""
+    number = np.zeros(len(scores), np.int64)
+    for column, attribute in zip(scores.T, attributes, strict=True):
+        number = number * len(attribute.levels) + level_numbers(column, attribute)
+    return number
 
 
-def quantised(scores: np.ndarray) -> np.ndarray:
-    """LOW or HIGH for each score, [n, 2]."""
-    return np.where(scores >= MIDDLE, HIGH, LOW)
+def extremes(scores: np.ndarray, attributes: Attributes = PAPER) -> np.ndarray:
+    """Which of scores [n, A] are extreme in every attribute: in [0, 0.2] or [0.8, 1], ends included; of more than two levels those that
+    are nearest to the first or to the last."""
+    found = np.ones(len(scores), bool)
+    for column, attribute in zip(scores.T, attributes, strict=True):
+        if len(attribute.levels) == 2:
+            found &= (column <= LOW_END) | (column >= HIGH_START)
+        else:
+            found &= np.isin(level_numbers(column, attribute), (0, len(attribute.levels) - 1))
+    return found
+
+
+def quantised(scores: np.ndarray, attributes: Attributes = PAPER) -> np.ndarray:
+    """The level of each score, [n, A]."""
+    columns = [np.array(a.levels)[level_numbers(column, a)] for column, a in zip(scores.T, attributes, strict=True)]
+    return np.stack(columns, axis=1)
 
 
 class Vanilla:
@@ -89,17 +108,19 @@ class Vanilla:
 class Oversampling:
     """Every non-empty class as large as the largest, m: each of a class's n samples m // n times, and m % n drawn ones once more."""
 
-    def __init__(self):
-        self._counts = np.zeros((len(CORNERS), 1 << _BUCKET_BITS), np.int64)
-        self._in_bucket: list[list[np.ndarray]] = [[] for _ in CORNERS]
+    def __init__(self, attributes: Attributes = PAPER):
+        self._attributes, self._classes = attributes, len(cells(attributes))
+        self._bits = max(1, min(_BUCKET_BITS, _COUNTER_BITS - (self._classes - 1).bit_length()))
+        self._counts = np.zeros((self._classes, 1 << self._bits), np.int64)
+        self._in_bucket: list[list[np.ndarray]] = [[] for _ in range(self._classes)]
 
     def count(self, rows: ScoredRows) -> None:
         """Sizes of the classes, and within each how the ranks spread."""
-        np.add.at(self._counts, (classes(rows.scores), _bucket(rows.rank)), 1)
+        np.add.at(self._counts, (classes(rows.scores, self._attributes), _bucket(rows.rank, self._bits)), 1)
 
     def choose(self, rows: ScoredRows) -> None:
         """Keep the few ranks among which the last drawn one is."""
-        of, buckets = classes(rows.scores), _bucket(rows.rank)
+        of, buckets = classes(rows.scores, self._attributes), _bucket(rows.rank, self._bits)
         for c, (_, _, bucket) in self._wanted().items():
             self._in_bucket[c].append(rows.rank[(of == c) & (buckets == bucket)])
 
@@ -107,20 +128,20 @@ class Oversampling:
         """The largest rank that is still drawn, by class."""
         sizes = self._counts.sum(axis=1)
         self._whole = np.array([sizes.max() // n if n else 0 for n in sizes])
-        self._last = np.zeros(len(CORNERS), np.uint64)
-        self._draws = np.zeros(len(CORNERS), bool)
+        self._last = np.zeros(self._classes, np.uint64)
+        self._draws = np.zeros(self._classes, bool)
         for c, (drawn, before, _) in self._wanted().items():
             self._draws[c] = True
             self._last[c] = np.sort(np.concatenate(self._in_bucket[c]))[drawn - before - 1]
 
     def copies(self, rows: ScoredRows) -> np.ndarray:
         """How often each row is written, at least once."""
-        of = classes(rows.scores)
+        of = classes(rows.scores, self._attributes)
         return self._whole[of] + (self._draws[of] & (rows.rank <= self._last[of]))
 
     def levels(self, scores: np.ndarray) -> np.ndarray:
-        """LOW or HIGH, whichever side of 0.5."""
-        return quantised(scores)
+        """The levels of their class."""
+        return quantised(scores, self._attributes)
 
     def _wanted(self) -> dict[int, tuple[int, int, int]]:
         """For each class of which some are drawn: how many, how many of them lie in lower buckets, and the bucket of the last."""
@@ -141,14 +162,14 @@ class Moec:
     them stays within `memory` bytes; the rows that are kept are marked in a file of one byte a sample, which is mapped, not loaded.
     """
 
-    def __init__(self, per_cell: int, memory: int, scratch: Path, samples: int, prompts: int):
+    def __init__(self, per_cell: int, memory: int, scratch: Path, samples: int, prompts: int, attributes: Attributes = PAPER):
         if per_cell < 1:
             raise RecipeError(f"per_cell = {per_cell} keeps nothing: give 1 or more")
         parts = max(-(-samples * _WORKING // memory), 1)
         if parts > _MOST_PARTS:
             least = -(-samples * _WORKING // _MOST_PARTS)
             raise RecipeError(f"memory = {memory} bytes is too little for {samples} samples: give {least} or more")
-        self._per_cell, self._prompts = per_cell, max(prompts, 1)
+        self._per_cell, self._prompts, self._attributes = per_cell, max(prompts, 1), attributes
         self._paths = [scratch / f"part-{number:03d}" for number in range(parts)]
         self._files = [open(path, "wb") for path in self._paths]  # noqa: SIM115 (closed by settle)
         self._kept = np.memmap(scratch / "kept", np.bool_, mode="w+", shape=(max(samples, 1),))
@@ -158,10 +179,11 @@ class Moec:
 
     def choose(self, rows: ScoredRows) -> None:
         """Put the extreme samples into the files of their prompts."""
-        extreme = np.flatnonzero(extremes(rows.scores))
+        extreme = np.flatnonzero(extremes(rows.scores, self._attributes))
         records = np.empty(len(extreme), _RECORD)
         prompt = rows.prompt[extreme].astype(np.uint64)
-        records["cell"] = prompt * np.uint64(len(CORNERS)) + classes(rows.scores[extreme]).astype(np.uint64)
+        of = classes(rows.scores[extreme], self._attributes).astype(np.uint64)
+        records["cell"] = prompt * np.uint64(len(cells(self._attributes))) + of
         records["rank"] = rows.rank[extreme]
         records["row"] = extreme + rows.start
         part = prompt * np.uint64(len(self._files)) // np.uint64(self._prompts)
@@ -175,7 +197,7 @@ class Moec:
         """Mark the rows that are kept, file by file."""
         for file, path in zip(self._files, self._paths, strict=True):
             file.close()
-            self._kept[moec(np.fromfile(path, _RECORD), self._per_cell)] = True
+            self._kept[moec(np.fromfile(path, _RECORD), self._per_cell, len(cells(self._attributes)))] = True
             path.unlink()
 
     def copies(self, rows: ScoredRows) -> np.ndarray:
@@ -183,12 +205,12 @@ class Moec:
         return self._kept[rows.start : rows.start + len(rows.scores)].astype(np.int64)
 
     def levels(self, scores: np.ndarray) -> np.ndarray:
-        """The corner of an extreme pair."""
-        return quantised(scores)
+        """The corner of extreme scores."""
+        return quantised(scores, self._attributes)
 
 
-def moec(records: np.ndarray, per_cell: int) -> np.ndarray:
-    """Rows that MOEC keeps of extreme samples: `cell` is 4 x prompt + corner; all samples of a prompt are among them.
+def moec(records: np.ndarray, per_cell: int, kinds: int) -> np.ndarray:
+    """Rows that MOEC keeps of extreme samples: `cell` is `kinds` x prompt + class; all samples of a prompt are among them.
 
     A prompt with at least two different corners gives, for each of them, the `per_cell` samples of smallest rank.
     """
@@ -196,16 +218,16 @@ def moec(records: np.ndarray, per_cell: int) -> np.ndarray:
         return np.zeros(0, np.int64)
     order = np.lexsort((records["rank"], records["cell"]))
     cell = records["cell"][order]
-    prompt = cell // len(CORNERS)
+    prompt = cell // np.uint64(kinds)
     new_cell, new_prompt = _changes(cell), _changes(prompt)
     place = np.arange(len(cell)) - np.flatnonzero(new_cell)[np.cumsum(new_cell) - 1]
-    cells = np.add.reduceat(new_cell.astype(np.int64), np.flatnonzero(new_prompt))
-    keep = (place < per_cell) & (cells[np.cumsum(new_prompt) - 1] >= 2)
+    different = np.add.reduceat(new_cell.astype(np.int64), np.flatnonzero(new_prompt))
+    keep = (place < per_cell) & (different[np.cumsum(new_prompt) - 1] >= 2)
     return records["row"][order[keep]].astype(np.int64)
 
 
-def _bucket(ranks: np.ndarray) -> np.ndarray:
-    return (ranks >> np.uint64(64 - _BUCKET_BITS)).astype(np.int64)
+def _bucket(ranks: np.ndarray, bits: int) -> np.ndarray:
+    return (ranks >> np.uint64(64 - bits)).astype(np.int64)
 
 
 def _changes(ordered: np.ndarray) -> np.ndarray:

@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlrl.attributes import PAPER
 from ctrlrl.chat import text_ids
-from ctrlrl.control import ATTRIBUTES, CORNERS, HIGH, LOW, Control, other_corner
+from ctrlrl.control import Control, corners, other_corner
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.distill import TABLE
 from ctrlrl.data.files import expanded
 from ctrlrl.data.rejects import BadRows, Reject
-from ctrlrl.data.schemas import DISTILLED, conform
+from ctrlrl.data.schemas import attributes_in, conform, distilled_schema
+from ctrlrl.data.selection import level_numbers
 from ctrlrl.errors import DataError
 from ctrlrl.objectives.exmate import exmate_columns
 from ctrlrl.prompts import render
@@ -27,13 +29,15 @@ _CHUNK = 1024  # rows decoded at once
 
 
 def read_distilled(path: str | Path) -> pa.Table:
-    """A table of the DISTILLED schema, from a file or a directory of ctrlrl distill; DataError if it is missing or another table."""
+    """A table of a `distilled_schema`, that of its own attributes, from a file or a directory of ctrlrl distill;
+    DataError if it is missing or another table."""
     file = expanded(path)
     file = file / TABLE if file.is_dir() else file
     if not file.is_file():
         raise DataError(f"{str(file)!r} does not exist: give a table or the directory of ctrlrl distill")
     try:
-        table = conform(pq.read_table(file), DISTILLED, "distilled answers")
+        found = pq.read_table(file)
+        table = conform(found, distilled_schema(attributes_in(found.schema, file)), "distilled answers")
         table.validate(full=True)  # text that is not UTF-8
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {error}: give a Parquet table of ctrlrl distill") from None
@@ -44,12 +48,13 @@ def read_distilled(path: str | Path) -> pa.Table:
 
 def without_bad_rows(table: pa.Table, tokenizer, rejects: list[Reject]) -> pa.Table:
     """The rows that teach something: with an answer, to a prompt that the chat template takes. The others go to `rejects`."""
+    attributes = attributes_in(table.schema)
     bad, kept, columns = BadRows(rejects), [], [table[name].to_pylist() for name in ("messages", "response", "token_ids")]
     for row, (messages, response, ids) in enumerate(zip(*columns, strict=True)):
         try:
             if not (ids or response.strip()):
                 raise DataError("its response is empty")
-            render(tokenizer, messages)
+            render(tokenizer, messages, attributes=attributes)
             kept.append(row)
         except DataError as error:
             bad.add(f"row {row} of the table", error, response)
@@ -95,7 +100,9 @@ class ControlledExamples:
     def __init__(self, table: pa.Table, responses: Sequence[np.ndarray], tokenizer, objective: str, seed: int):
         self._tokenizer, self._objective, self._seed = tokenizer, objective, seed
         self._messages = table["messages"].combine_chunks()
-        self.controls = [Control(*levels) for levels in zip(*(table[name].to_pylist() for name in ATTRIBUTES), strict=True)]
+        self.attributes = attributes_in(table.schema)
+        levels = zip(*(table[name].to_pylist() for name in self.attributes.names), strict=True)
+        self.controls = [Control(*each, attributes=self.attributes) for each in levels]
         self._responses = list(responses)
         self._prompts = [self._render(row, control) for row, control in enumerate(self.controls)]
         self.row_lengths = np.array([len(p) + len(r) for p, r in zip(self._prompts, self._responses, strict=True)])
@@ -123,7 +130,8 @@ class ControlledExamples:
 
     def _render(self, row: int, control: Control) -> np.ndarray:
         messages = self._messages[int(row)].as_py()
-        return np.array(render(self._tokenizer, messages, control.spell(), source=f"row {row} of the table"), np.int32)
+        source = f"row {row} of the table"
+        return np.array(render(self._tokenizer, messages, control.spell(), source=source, attributes=self.attributes), np.int32)
 
 
 def contrast_figures(logprobs: Sequence[np.ndarray], controls: Sequence[Control]) -> dict[str, float]:
@@ -133,8 +141,8 @@ def contrast_figures(logprobs: Sequence[np.ndarray], controls: Sequence[Control]
     rows of the mean logprob under the true and the fake control; gap: their difference, above 0 when the model heeds the control.
     """
     true, fake = logprobs[0::2], logprobs[1::2]
-    corners = np.array([CORNERS.index(nearest_corner(control)) for control in controls])
-    groups = {"": np.ones(len(corners), bool)} | {f"/{corner.name}": corners == i for i, corner in enumerate(CORNERS)}
+    nearest, every = [nearest_corner(control) for control in controls], corners(controls[0].attributes if controls else PAPER)
+    groups = {"": np.ones(len(nearest), bool)} | {f"/{c.name}": np.array([near == c for near in nearest], bool) for c in every}
     figures = {}
     for name, chosen in groups.items():
         rows = np.flatnonzero(chosen)
@@ -147,5 +155,6 @@ def contrast_figures(logprobs: Sequence[np.ndarray], controls: Sequence[Control]
 
 
 def nearest_corner(control: Control) -> Control:
-    """The corner of a control, levels cut at 0.5 as oversampling does."""
-    return Control(*(LOW if level < 0.5 else HIGH for level in control.levels))
+    """The corner of a control: each level the nearer of the attribute's first and last, of the paper's cut at 0.5 as oversampling does."""
+    pairs = zip((a.ends for a in control.attributes), control.levels, strict=True)
+    return Control(*(a.levels[int(level_numbers(level, a))] for a, level in pairs), attributes=control.attributes)

@@ -1,6 +1,6 @@
 """The baselines that train nothing ([SH] section 3.1), and how each method puts a control into words.
 
-- *prompting*: one of four templates after the prompt; the best of the four, by the mean of the two MP values, is the method's figure.
+- *prompting*: one of four templates after the prompt; the best of the four, by the mean of the MP values, is the method's figure.
 - *reranking*: k samples by prompting, of which the one whose scores are nearest (L1) to the control is kept.
 - *plain*: nothing is asked for; how a model answers of itself.
 - *system*: the two opposite system prompts of Configurable Safety Tuning (arXiv 2404.00495); only safety is asked for.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ctrlrl.control import ATTRIBUTES, HIGH, LOW, Control
+from ctrlrl.control import HIGH, LOW, Control
 from ctrlrl.errors import DataError
 from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, Messages, prompting_templates
 
@@ -46,7 +46,7 @@ def under_attack(messages: Messages, attack: str) -> Messages:
 
 
 def nearest(scores: np.ndarray, requests: np.ndarray) -> np.ndarray:
-    """Which of k samples is nearest to the request by the L1 distance of its scores: [N] from scores [N, k, 2] and requests [N, 2].
+    """Which of k samples is nearest to the request by the L1 distance of its scores: [N] from scores [N, k, A] and requests [N, A].
 
     Of equally near ones the first.
     """
@@ -54,8 +54,8 @@ def nearest(scores: np.ndarray, requests: np.ndarray) -> np.ndarray:
 
 
 def best_template(measured: Mapping[int, Mapping]) -> int:
-    """The template with the largest mean of the two MP values; of equal ones the first.
+    """The template with the largest mean of the attributes' MP values; of equal ones the first.
 
     measured: template -> attribute -> metric -> figures.
     """
-    return max(sorted(measured), key=lambda template: np.mean([measured[template][name]["MP"]["value"] for name in ATTRIBUTES]))
+    return max(sorted(measured), key=lambda template: np.mean([measured[template][name]["MP"]["value"] for name in measured[template]]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlrl.control import ATTRIBUTES
+from ctrlrl.attributes import PAPER, Attributes, read_attributes, unlike
 from ctrlrl.data.files import expanded
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.files import (
@@ -18,6 +18,7 @@ from ctrlrl.evaluation.files import (
     DISTILLED,
     DISTILLED_REPORT,
     METRICS_FILE,
+    RECIPE,
     STUDY,
     TABLE,
     TRAINING,
@@ -25,7 +26,7 @@ from ctrlrl.evaluation.files import (
     read_rows,
 )
 from ctrlrl.evaluation.grid import JUDGES
-from ctrlrl.evaluation.metrics import METRICS, REQUESTS
+from ctrlrl.evaluation.metrics import METRICS, request_columns
 
 # What the report reads of details.json.
 _DETAILED = ("method", "prompts", "controls", "judges", "over_optimisation", "corners", "best_template", "templates", "missing")
@@ -43,6 +44,11 @@ class Evaluated:
     details: dict | None
     cost: dict | None
     table: pa.Table | None
+
+    @property
+    def attributes(self) -> Attributes:
+        """What was asked for; the paper's two where the details do not say."""
+        return read_attributes((self.details or {}).get("attributes", PAPER), self.path / DETAILS)
 
     @property
     def judged(self) -> dict[str, dict]:
@@ -93,6 +99,17 @@ class Exhibits:
     studies: list[Study] = field(default_factory=list)
     benches: list[Data] = field(default_factory=list)
 
+    @property
+    def attributes(self) -> Attributes:
+        """Those of all runs. DataError: evaluations of different ones, which no table compares."""
+        runs = [*self.evaluated, *(run for study in self.studies for _, run in study.rows if run)]
+        for run in runs:
+            if other := unlike(run.attributes, runs[0].attributes):
+                raise DataError(f"{run.path} and {runs[0].path} are of different attributes ({other}): report on them one by one")
+        made = [(run.path / RECIPE, (read_json(run.path / RECIPE) or {}).get("attributes")) for run in self.trained]
+        made += [(data.path / DISTILLED_REPORT, data.facts.get("attributes")) for data in self.distilled]
+        return runs[0].attributes if runs else next((read_attributes(found, at) for at, found in made if found), PAPER)
+
     def __len__(self) -> int:
         return sum(map(len, (self.evaluated, self.trained, self.distilled, self.generated, self.studies, self.benches)))
 
@@ -132,21 +149,22 @@ def read_evaluated(path: Path, name: str = "") -> Evaluated | None:
         rows = pq.read_table(table) if table.exists() else None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{table} is damaged: {error}") from None
-    if not _is_metrics(metrics):
-        needed = f"{', '.join(METRICS)} of {' and '.join(ATTRIBUTES)} by {' or '.join(JUDGES)}"
+    attributes = read_attributes((details or {}).get("attributes", PAPER), path / DETAILS)
+    if not _is_metrics(metrics, attributes):
+        needed = f"{', '.join(METRICS)} of {' and '.join(attributes.names)} by {' or '.join(JUDGES)}"
         raise DataError(f"{path / METRICS_FILE} is not of ctrlrl evaluate: it needs {needed}")
     if absent := [key for key in _DETAILED if details is not None and key not in details]:
         raise DataError(f"{path / DETAILS} has no {', '.join(absent)}: run ctrlrl evaluate --table on its table.parquet")
-    if absent := [name for name in ("prompt_id", *REQUESTS) if rows is not None and name not in rows.column_names]:
+    if absent := [name for name in ("prompt_id", *request_columns(attributes)) if rows is not None and name not in rows.column_names]:
         raise DataError(f"{table} has no column {', '.join(absent)}: give a table of ctrlrl evaluate")
     own = (details or {}).get("name") or default_name(path)
     return Evaluated(name or own, path, metrics, details, read_json(path / COST), rows)
 
 
-def _is_metrics(found: dict) -> bool:
+def _is_metrics(found: dict, attributes: Attributes) -> bool:
     """Whether it has the layout of metrics.json."""
     try:
-        figures = [found[judge][a][metric] for judge in found for a in ATTRIBUTES for metric in METRICS]
+        figures = [found[judge][a][metric] for judge in found for a in attributes.names for metric in METRICS]
         return bool(found) and set(found) <= set(JUDGES) and all({"value", "low", "high"} == set(figure) for figure in figures)
     except (KeyError, TypeError):
         return False

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ctrlrl.control import ATTRIBUTES, Control
+from ctrlrl.attributes import HIGH, LOW, PAPER, Attributes
+from ctrlrl.control import Control, corners, grid
+from ctrlrl.data.schemas import with_attributes
 from ctrlrl.data.sources import Prompt
 from ctrlrl.evaluation.baselines import in_words, under_attack, under_system_prompt
 from ctrlrl.prompts import Messages
@@ -51,9 +53,14 @@ def make_cells(
     return [Cell(i, prompt, control, method, template) for i, (prompt, template, control) in enumerate(triples)]
 
 
-def score_columns(judge: str) -> tuple[str, str]:
-    """Names of the two score columns of one set of reward models, helpfulness first."""
-    return tuple(f"{judge}.{attribute}" for attribute in ATTRIBUTES)
+def controls_of(levels: Sequence[float], attributes: Attributes) -> tuple[Control, ...]:
+    """The controls that are asked: by default the corners, else every combination of `levels`."""
+    return corners(attributes) if tuple(levels) == (LOW, HIGH) else grid(tuple(levels), attributes)
+
+
+def score_columns(judge: str, attributes: Attributes = PAPER) -> tuple[str, ...]:
+    """Names of the score columns of one set of reward models, in the order of the attributes."""
+    return tuple(f"{judge}.{name}" for name in attributes.names)
 
 
 def make_table(
@@ -67,17 +74,19 @@ def make_table(
 
     tokens: length of each response, end token included. scores: judge -> attribute -> [cells].
     """
+    attributes = cells[0].control.attributes if cells else PAPER
     columns = {
         "prompt_id": pa.array([cell.prompt.prompt_id for cell in cells], pa.string()),
         "prompt": pa.array([cell.prompt.messages[-1]["content"] for cell in cells], pa.string()),
         "method": pa.array([cell.method for cell in cells], pa.string()),
         "template": pa.array([cell.template for cell in cells], pa.int8()),
-        **{f"{name}_request": pa.array([float(getattr(cell.control, name)) for cell in cells], pa.float64()) for name in ATTRIBUTES},
+        **{f"{name}_request": pa.array([c.control.levels[a] for c in cells], pa.float64()) for a, name in enumerate(attributes.names)},
         "instruction": pa.array([cell.instruction for cell in cells], pa.string()),
         "response": pa.array(list(responses), pa.string()),
         "tokens": pa.array(np.asarray(tokens, np.int32)),
         "finish_reason": pa.array(["stop" if f else "length" for f in finished], pa.string()),
     }
     for judge, by_attribute in scores.items():
-        columns |= {column: by_attribute[name].astype(np.float64) for column, name in zip(score_columns(judge), ATTRIBUTES, strict=True)}
-    return pa.table(columns)
+        columns |= {f"{judge}.{name}": by_attribute[name].astype(np.float64) for name in attributes.names}
+    table = pa.table(columns)
+    return table.cast(with_attributes(table.schema, attributes))

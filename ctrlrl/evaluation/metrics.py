@@ -1,36 +1,45 @@
 """How far scores follow requests: mP, MP, Err and BT of [SH] section 3.4 (equations 5-8), with bootstrap intervals over prompts.
 
-Legend of shapes: N prompts, C controls, A = 2 attributes in the order of ctrlrl.control.ATTRIBUTES, D bootstrap draws.
+Legend of shapes: N prompts, C controls, A attributes in the order of the recipe, D bootstrap draws.
 Source: [SH] Tuan et al., arXiv 2404.01295. Definitions of the degenerate cases (*chosen*): a correlation that does not exist,
 because all scores or all requests are equal, counts as 0; with no pair of controls that differ in one attribute alone
 (a single control, say) BT is None, which JSON spells null.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from ctrlrl.control import ATTRIBUTES, Control
+from ctrlrl.attributes import PAPER, Attributes, enumerated
+from ctrlrl.control import Control
+from ctrlrl.data.schemas import attributes_in
 from ctrlrl.errors import DataError
 from ctrlrl.seeds import derive_seed
 
-REQUESTS = tuple(f"{name}_request" for name in ATTRIBUTES)
-SCORES = tuple(f"{name}_score" for name in ATTRIBUTES)
 METRICS = ("mP", "MP", "Err", "BT")
 _CHUNK = 64  # bootstrap draws at a time: 64 x 10,000 prompts of counts are 5 MB
 _NAMED = 5  # missing or doubled cells named in an error
 
 
-def from_table(table: pa.Table, *, scores: tuple[str, str] = SCORES) -> tuple[np.ndarray, np.ndarray]:
-    """Requests and scores, both [N, C, A], of a long table: one row per prompt and control.
+def request_columns(attributes: Attributes = PAPER) -> tuple[str, ...]:
+    """Names of the columns of requested levels, in the order of the attributes."""
+    return tuple(f"{name}_request" for name in attributes.names)
 
-    Columns: prompt_id, helpful_request, harmless_request and the two `scores` columns, helpfulness first. Prompts keep the order
+
+def from_table(table: pa.Table, *, scores: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Requests and scores, both [N, C, A], of a long table of its own attributes: one row per prompt and control.
+
+    Columns: prompt_id, a request for each attribute (helpful_request, harmless_request) and the `scores` columns in the same order, by
+    default helpful_score and harmless_score. Prompts keep the order
     of their first row, controls are sorted. Raises DataError for an empty table, an absent column, a missing or doubled cell
     (naming prompt and control), and a score that is null, NaN or outside [0, 1]; ControlError for a request outside [0, 1].
     """
-    absent = [name for name in ("prompt_id", *REQUESTS, *scores) if name not in table.column_names]
+    attributes = attributes_in(table.schema)
+    requests, scores = request_columns(attributes), scores or [f"{name}_score" for name in attributes.names]
+    absent = [name for name in ("prompt_id", *requests, *scores) if name not in table.column_names]
     if absent:
         raise DataError(f"the evaluation table has no column {', '.join(absent)}; it has {', '.join(table.column_names)}")
     if not table.num_rows:
@@ -39,42 +48,49 @@ def from_table(table: pa.Table, *, scores: tuple[str, str] = SCORES) -> tuple[np
         raise DataError(f"{table['prompt_id'].null_count} rows of the evaluation table have no prompt_id")
     encoded = table["prompt_id"].combine_chunks().dictionary_encode()
     prompts, prompt = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
-    asked, given = _numbers(table, REQUESTS), _numbers(table, scores)
+    asked, given = _numbers(table, requests), _numbers(table, scores)
     levels, control = np.unique(asked, axis=0, return_inverse=True)
-    controls = [Control(*pair) for pair in levels.tolist()]
+    controls = [Control(*each, attributes=attributes) for each in levels.tolist()]
     _check_cells(prompts, controls, prompt, control)
-    _check_scores(given, lambda row: f"prompt {prompts[prompt[row]]}, control {controls[control[row]].name}")
-    filled = np.empty((len(prompts), len(controls), len(ATTRIBUTES)))
+    _check_scores(given, lambda row: f"prompt {prompts[prompt[row]]}, control {controls[control[row]].name}", attributes)
+    filled = np.empty((len(prompts), len(controls), len(attributes)))
     filled[prompt, control] = given
     return np.broadcast_to(levels, filled.shape).copy(), filled
 
 
-def measure(table: pa.Table, *, seed: int, scores: tuple[str, str] = SCORES, draws: int = 1000) -> dict:
+def measure(table: pa.Table, *, seed: int, scores: Sequence[str] | None = None, draws: int = 1000) -> dict:
     """Every metric of one set of reward models from a long table (see from_table), ready for JSON (see measure_arrays)."""
-    return measure_arrays(*from_table(table, scores=scores), seed=seed, draws=draws)
+    return measure_arrays(*from_table(table, scores=scores), seed=seed, draws=draws, attributes=attributes_in(table.schema))
 
 
-def measure_arrays(requests: np.ndarray, scores: np.ndarray, *, seed: int, draws: int = 1000) -> dict:
+def measure_arrays(
+    requests: np.ndarray, scores: np.ndarray, *, seed: int, draws: int = 1000, attributes: Attributes = PAPER
+) -> dict:
     """Every metric of `requests` and `scores`, both [N, C, A].
 
     Per attribute: mP, MP, Err, BT, each {"value", "low", "high"} (95 % percentile bootstrap over prompts), and the shares
     "constant" (prompts without a correlation, which count as 0 in MP) and "ties" (pairs of equal scores; not wins in BT).
-    Beside them: "matched" ({"mP" | "MP": {scored: {requested: value}}}, [SH] Fig. 7), "entanglement", "calibration", "prompts", "controls".
+    Beside them: "matched" ({"mP" | "MP": {scored: {requested: value}}}, [SH] Fig. 7), "entanglement" (of other than two
+    attributes by pair, as "a with b"), "calibration", "prompts", "controls".
     """
     requests, scores = np.asarray(requests, np.float64), np.asarray(scores, np.float64)
-    if scores.ndim != 3 or scores.shape != requests.shape or scores.shape[2] != len(ATTRIBUTES) or not scores.size:
-        raise DataError(f"requests and scores are both [prompts, controls, 2] and not empty; got {requests.shape} and {scores.shape}")
-    _check_scores(scores.reshape(-1, 2), lambda row: f"prompt {row // scores.shape[1]}, control {row % scores.shape[1]}")
-    result = {name: _attribute(requests, scores, a, seed, draws) for a, name in enumerate(ATTRIBUTES)}
+    if scores.ndim != 3 or scores.shape != requests.shape or scores.shape[2] != len(attributes) or not scores.size:
+        due = f"[prompts, controls, {len(attributes)}] and not empty"
+        raise DataError(f"requests and scores are both {due}; got {requests.shape} and {scores.shape}")
+    where = lambda row: f"prompt {row // scores.shape[1]}, control {row % scores.shape[1]}"  # noqa: E731
+    _check_scores(scores.reshape(-1, len(attributes)), where, attributes)
+    result = {name: _attribute(requests, scores, a, seed, draws) for a, name in enumerate(attributes.names)}
     result["matched"] = {
         kind: {
-            scored: {asked: correlate(requests[..., b], scores[..., a]) for b, asked in enumerate(ATTRIBUTES)}
-            for a, scored in enumerate(ATTRIBUTES)
+            scored: {asked: correlate(requests[..., b], scores[..., a]) for b, asked in enumerate(attributes.names)}
+            for a, scored in enumerate(attributes.names)
         }
         for kind, correlate in (("mP", correlation), ("MP", lambda s, r: float(prompt_correlations(s, r)[0].mean())))
     }
-    result["entanglement"] = entanglement(scores[..., 0], scores[..., 1])
-    result["calibration"] = {name: calibration_curve(requests[..., a], scores[..., a]) for a, name in enumerate(ATTRIBUTES)}
+    of = {f"{attributes.names[a]} with {attributes.names[b]}": (a, b) for a, b in combinations(range(len(attributes)), 2)}
+    pairs = {pair: entanglement(scores[..., a], scores[..., b]) for pair, (a, b) in of.items()}
+    result["entanglement"] = next(iter(pairs.values())) if len(attributes) == 2 else pairs
+    result["calibration"] = {name: calibration_curve(requests[..., a], scores[..., a]) for a, name in enumerate(attributes.names)}
     return result | {"prompts": scores.shape[0], "controls": scores.shape[1]}
 
 
@@ -101,7 +117,7 @@ def pair_counts(requests: np.ndarray, scores: np.ndarray, attribute: int) -> tup
     for j in range(scores.shape[1]):
         for k in range(j):
             step = requests[:, j] - requests[:, k]
-            counts = (step[:, attribute] != 0) & (step[:, 1 - attribute] == 0)
+            counts = (step[:, attribute] != 0) & (np.count_nonzero(np.delete(step, attribute, axis=1), axis=1) == 0)
             gain = (scores[:, j, attribute] - scores[:, k, attribute]) * np.sign(step[:, attribute])
             wins += counts & (gain > 0)
             ties += counts & (gain == 0)
@@ -109,10 +125,10 @@ def pair_counts(requests: np.ndarray, scores: np.ndarray, attribute: int) -> tup
     return wins, ties, pairs
 
 
-def entanglement(helpful: np.ndarray, harmless: np.ndarray) -> dict[str, float]:
-    """Pearson and Spearman correlation of the two scores; 0 where either is constant."""
-    ranks = [stats.rankdata(scores.ravel()) for scores in (helpful, harmless)]
-    return {"pearson": correlation(helpful, harmless), "spearman": correlation(*ranks)}
+def entanglement(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Pearson and Spearman correlation of two scores; 0 where either is constant."""
+    ranks = [stats.rankdata(scores.ravel()) for scores in (one, other)]
+    return {"pearson": correlation(one, other), "spearman": correlation(*ranks)}
 
 
 def calibration_curve(requests: np.ndarray, scores: np.ndarray) -> list[dict[str, float]]:
@@ -125,10 +141,10 @@ def calibration_curve(requests: np.ndarray, scores: np.ndarray) -> list[dict[str
     return points
 
 
-def over_optimisation_gap(optimisation: dict, held_out: dict) -> dict[str, dict[str, float | None]]:
+def over_optimisation_gap(optimisation: dict, held_out: dict, attributes: Attributes = PAPER) -> dict[str, dict[str, float | None]]:
     """{attribute: {metric: optimisation value − held-out value}} of two results of `measure`; None where either has none."""
-    gap = {name: {} for name in ATTRIBUTES}
-    for name in ATTRIBUTES:
+    gap = {name: {} for name in attributes.names}
+    for name in attributes.names:
         for metric in METRICS:
             a, b = optimisation[name][metric]["value"], held_out[name][metric]["value"]
             gap[name][metric] = None if a is None or b is None else a - b
@@ -200,12 +216,12 @@ def _with_interval(value: float | None, drawn: list[np.ndarray]) -> dict[str, fl
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def _numbers(table: pa.Table, names: tuple[str, str]) -> np.ndarray:
-    """Two columns as float64, [rows, A]; a null becomes NaN."""
+def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """Columns as float64, [rows, A]; a null becomes NaN."""
     try:
         return np.stack([table[name].cast(pa.float64()).to_numpy() for name in names], axis=1)
     except pa.ArrowException as error:
-        raise DataError(f"the evaluation table needs numbers in {' and '.join(names)}: {error}") from None
+        raise DataError(f"the evaluation table needs numbers in {enumerated(names)}: {error}") from None
 
 
 def _check_cells(prompts: list[str], controls: list[Control], prompt: np.ndarray, control: np.ndarray) -> None:
@@ -218,12 +234,12 @@ def _check_cells(prompts: list[str], controls: list[Control], prompt: np.ndarray
             raise DataError(f"every prompt needs every control exactly once; {wrong}: {'; '.join(names)}{more}")
 
 
-def _check_scores(scores: np.ndarray, where) -> None:
-    """Raise DataError if a score of [rows, …] is NaN or outside [0, 1]; `where` names a row."""
+def _check_scores(scores: np.ndarray, where, attributes: Attributes | None = None) -> None:
+    """Raise DataError if a score of [rows, …] is NaN or outside [0, 1]; `where` names a row, `attributes` the columns."""
     bad = np.argwhere(~((scores >= 0) & (scores <= 1)))
     if len(bad):
         row, column = bad[0]
-        attribute = f", attribute {ATTRIBUTES[column]}" if scores.shape[1] == len(ATTRIBUTES) else ""
+        attribute = f", attribute {attributes.names[column]}" if attributes else ""
         value = scores[row, column]
         problem = "no score (NaN)" if np.isnan(value) else f"score {value:g}, outside [0, 1]: calibrate the reward model"
         raise DataError(f"{len(bad)} bad scores; the first: {where(row)}{attribute}: {problem}")

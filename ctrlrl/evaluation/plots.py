@@ -11,36 +11,49 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ctrlrl.control import ATTRIBUTES, CORNERS
+from ctrlrl.attributes import PAPER, Attributes
+from ctrlrl.control import corners
 from ctrlrl.data.atomic import write_atomically
-from ctrlrl.data.selection import HIGH_START, LOW_END
+from ctrlrl.data.selection import HIGH_START
 from ctrlrl.errors import DataError
 
-# Two hues that stay apart for every common colour blindness (Okabe-Ito blue and vermilion), and greys for the rest.
-COLOURS = dict(zip(ATTRIBUTES, ("#0072B2", "#D55E00"), strict=True))
+# Hues that stay apart for every common colour blindness (Okabe and Ito), one an attribute, and greys for the rest.
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6D00", "#000000")
 INK, FAINT, GRID = "#333333", "#8a8a8a", "#e6e6e6"
 _DENSITY = LinearSegmentedColormap.from_list("density", ["#eef4fa", "#7fb0d6", "#0f5c97", "#082f52"])
 _DPI = 150
 _SMOOTHED_FROM = 20  # steps; shorter runs are drawn as they are
-WORDS = dict(zip(ATTRIBUTES, ("helpfulness", "safety"), strict=True))
-# Panel title, what the axis shows, (key, label, colour) of its lines.
-PPO_PANELS = (
-    ("Reward", "mean over samples", (("reward/mean", "reward", INK),)),
-    ("Agreement with the control", "1 − |requested − score|", tuple((f"agreement/{a}", WORDS[a], COLOURS[a]) for a in ATTRIBUTES)),
-    ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK), ("kl/k3", "k3 estimate", FAINT))),
-)
 
 
-def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
+def colours(attributes: Attributes) -> dict[str, str]:
+    """The hue of each attribute, by name."""
+    return dict(zip(attributes.names, HUES, strict=False))
+
+
+def lines_of(attributes: Attributes, key: str) -> tuple[tuple[str, str, str], ...]:
+    """(key, label, colour) of a line for each attribute; in `key` a brace stands for its name."""
+    return tuple((key.format(a.name), a.noun, colour) for a, colour in zip(attributes, HUES, strict=False))
+
+
+def ppo_panels(attributes: Attributes = PAPER):
+    """Panel title, what the axis shows, (key, label, colour) of its lines."""
+    return (
+        ("Reward", "mean over samples", (("reward/mean", "reward", INK),)),
+        ("Agreement with the control", "1 − |requested − score|", lines_of(attributes, "agreement/{}")),
+        ("KL to the reference", "nats per response", (("kl/k1", "k1 estimate", INK), ("kl/k3", "k3 estimate", FAINT))),
+    )
+
+
+def reward_curve(rows: Sequence[Mapping], path: str | Path, attributes: Attributes = PAPER) -> Path:
     """Draw reward, agreement per attribute and KL over the steps of metrics.jsonl `rows` into the PNG `path`.
 
-    Keys: `step` (or the row's number), reward/mean, agreement/helpful, agreement/harmless, kl/k1, kl/k3. A line whose key is
+    Keys: `step` (or the row's number), reward/mean, agreement/ATTRIBUTE, kl/k1, kl/k3. A line whose key is
     absent everywhere is left out, a panel without lines too; rows without any of the keys raise DataError.
     """
-    given = [(title, unit, [line for line in lines if series(rows, line[0])[0].size]) for title, unit, lines in PPO_PANELS]
+    given = [(title, unit, [line for line in lines if series(rows, line[0])[0].size]) for title, unit, lines in ppo_panels(attributes)]
     panels = [panel for panel in given if panel[2]]
     if not panels:
-        known = ", ".join(line[0] for _, _, lines in PPO_PANELS for line in lines)
+        known = ", ".join(line[0] for _, _, lines in ppo_panels(attributes) for line in lines)
         raise DataError(f"no training curve: none of the {len(rows)} rows has {known}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)
@@ -60,12 +73,13 @@ def reward_curve(rows: Sequence[Mapping], path: str | Path) -> Path:
 
 
 def score_distribution(
-    histogram: np.ndarray, path: str | Path, *, extremes: Mapping[str, int], title: str = "Scores of the samples"
+    histogram: np.ndarray, path: str | Path, *, extremes: Mapping[str, int], title: str = "Scores of the samples", pair: Attributes = PAPER
 ) -> Path:
-    """Draw the joint distribution of r_hp and r_sf with both marginals into the PNG `path` ([SH] Figure 4).
+    """Draw the joint distribution of the scores of two attributes, `pair`, with both marginals into the PNG `path` ([SH] Figure 4).
 
-    histogram: counts [bins, bins] over [0, 1] x [0, 1], helpfulness first (of a distillation's report). extremes: exact number of samples
-    in each MOEC corner, by Control.name of the four corners; the corners are framed and labelled with their share.
+    histogram: counts [bins, bins] over [0, 1] x [0, 1], the first attribute's first (of a distillation's report). extremes: exact number of
+    extreme samples of each class, by Control.name, of these or of more attributes; the four corners are framed and labelled with
+    their share.
     """
     histogram = np.asarray(histogram, np.float64)
     total = histogram.sum()
@@ -76,9 +90,10 @@ def score_distribution(
     axes = figure.add_subplot(grid[1, 0])
     top, right = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
     mesh = axes.pcolormesh(*_edges(histogram), np.ma.masked_equal(histogram.T / total, 0), cmap=_DENSITY, norm=LogNorm(), rasterized=True)
-    _corners(axes, extremes, total)
+    _corners(axes, extremes, total, pair)
     _marginals(top, right, histogram / total)
-    frame(axes, "", "helpfulness score  $r_{hp}$", "harmlessness score  $r_{sf}$")
+    x, y = axis_words(pair)
+    frame(axes, "", x, y)
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6), axisbelow=True)
     figure.suptitle(f"{title} (n = {total:,.0f})", color=INK, fontsize=11)
     percent = FuncFormatter(lambda share, _: f"{share:.4%}".rstrip("0%").rstrip(".") + " %")
@@ -89,22 +104,30 @@ def score_distribution(
     return _save(figure, path)
 
 
-def _corners(axes: Axes, extremes: Mapping[str, int], total: float) -> None:
+def axis_words(pair: Attributes) -> tuple[str, str]:
+    """What the two axes show."""
+    if pair == PAPER:
+        return "helpfulness score  $r_{hp}$", "harmlessness score  $r_{sf}$"
+    return tuple(f"{attribute.noun} score" for attribute in pair)
+
+
+def _corners(axes: Axes, extremes: Mapping[str, int], total: float, pair: Attributes) -> None:
     width = 1 - HIGH_START
-    for corner in CORNERS:
-        x, y = (0 if level <= LOW_END else HIGH_START for level in corner.levels)
-        axes.add_patch(Rectangle((x, y), width, width, fill=False, edgecolor=COLOURS["harmless"], linewidth=1.6, clip_on=False, zorder=3))
+    for number, corner in enumerate(corners(pair)):
+        x, y = (HIGH_START * (number // 2), HIGH_START * (number % 2))
+        axes.add_patch(Rectangle((x, y), width, width, fill=False, edgecolor=HUES[1], linewidth=1.6, clip_on=False, zorder=3))
         # The label stands towards the middle, so that it hides nothing of the corner.
         beside, side = (y + width + 0.025, "bottom") if y == 0 else (y - 0.025, "top")
-        words = f"{extremes.get(corner.name, 0) / total:.1%}"
+        asked = set(corner.name.split(","))
+        words = f"{sum(count for name, count in extremes.items() if asked <= set(name.split(','))) / total:.1%}"
         card = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
-        axes.text(x + width / 2, beside, words, ha="center", va=side, color=COLOURS["harmless"], fontsize=9, fontweight="bold", bbox=card)
+        axes.text(x + width / 2, beside, words, ha="center", va=side, color=HUES[1], fontsize=9, fontweight="bold", bbox=card)
 
 
 def _marginals(top: Axes, right: Axes, share: np.ndarray) -> None:
     x, y = (np.linspace(0, 1, size + 1) for size in share.shape)
-    top.stairs(share.sum(1), x, fill=True, color=COLOURS["helpful"], alpha=0.75)
-    right.stairs(share.sum(0), y, orientation="horizontal", fill=True, color=COLOURS["helpful"], alpha=0.75)
+    top.stairs(share.sum(1), x, fill=True, color=HUES[0], alpha=0.75)
+    right.stairs(share.sum(0), y, orientation="horizontal", fill=True, color=HUES[0], alpha=0.75)
     for axes in (top, right):
         axes.set_axis_off()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from ctrlrl.control import ATTRIBUTES
+from ctrlrl.attributes import enumerated
 from ctrlrl.data.atomic import write_text
 from ctrlrl.evaluation import charts
 from ctrlrl.evaluation.bench_tables import bench_pages
@@ -16,10 +16,9 @@ from ctrlrl.evaluation.exhibits import Data, Evaluated, Exhibits, Study
 from ctrlrl.evaluation.grid import JUDGES
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.refusals import PATTERNS_MISS
-from ctrlrl.evaluation.tables import ABSENT, PAPER_ORDER, Figure, Method, Row, comparison, examples, gaps
+from ctrlrl.evaluation.tables import ABSENT, Figure, Method, Row, comparison, examples, gaps
 
 HTML, MARKDOWN = "report.html", "report.md"
-TITLE = "How far safety and helpfulness follow the control"
 _EXAMPLES = 3
 _JUDGE_WORDS = {"optimisation": "Optimisation reward models", "held_out": "Held-out reward models"}
 _COOL, _WARM = (0, 114, 178), (213, 94, 0)  # of the heat map: positive and negative, the colours of the pictures
@@ -38,7 +37,7 @@ def write_report(found: Exhibits, out: Path, title: str = "") -> tuple[Path, Pat
         "duration": duration, "percent": percent, "tint": tint, "decimals": lambda n: Figure(n).text,
         "count": lambda n: ABSENT if n is None else f"{n:,.0f}", "line": one_line,
     }
-    content = contents(found, title or TITLE)
+    content = contents(found, title or f"How far {enumerated([a.noun for a in found.attributes.shown])} follow the control")
     for name in (HTML, MARKDOWN):
         write_text(out / name, pages.get_template(f"{name}.j2").render(content))
     return out / HTML, out / MARKDOWN
@@ -47,25 +46,28 @@ def write_report(found: Exhibits, out: Path, title: str = "") -> tuple[Path, Pat
 def contents(found: Exhibits, title: str) -> dict:
     """All that the templates show."""
     detailed = [run for run in found.evaluated if run.details]
-    methods = [_method(run) for run in found.evaluated]
+    methods, of = [_method(run) for run in found.evaluated], found.attributes
     return {
         "title": title,
-        "attributes": PAPER_ORDER,
-        "words": charts.WORDS,
+        "attributes": [a.name for a in of.shown],
+        "dials": of.each,
+        "words": {a.name: a.noun for a in of},
         "metrics": METRICS,
         "judge_words": _JUDGE_WORDS,
-        "comparisons": {judge: comparison(methods, judge) for judge in _judges(found.evaluated)},
-        "gaps": gaps(found.evaluated, methods) if any(run.details and run.details["over_optimisation"] for run in found.evaluated) else [],
+        "comparisons": {judge: comparison(methods, judge, of) for judge in _judges(found.evaluated)},
+        "gaps": gaps(found.evaluated, methods, of) if any(run.details["over_optimisation"] for run in detailed) else [],
         "systems": [(run.name, judge, s) for run in detailed for judge, b in run.judged.items() if (s := b["system"])],
         "templates": [(run.name, _template_tables(run)) for run in detailed if run.details["templates"]],
-        "studies": [(study, _study_tables(study)) for study in found.studies],
+        "studies": [(study, _study_tables(study, found)) for study in found.studies],
         "evaluated": len(all_evaluated(found)),
         "detailed": detailed,
         "told": how_told(detailed),
-        "calibrations": [charts.calibration({j: b["calibration"] for j, b in r.judged.items()}, r.name) for r in detailed],
-        "distributions": [p for r in detailed for p in charts.distributions({j: b["distribution"] for j, b in r.judged.items()}, r.name)],
-        "curves": [(run.name, len(run.rows), charts.training_curves(run.rows, run.name)) for run in found.trained],
-        "distilled": [(data, charts.class_balance(data.facts["classes"], data.name)) for data in found.distilled],
+        "calibrations": [charts.calibration({j: b["calibration"] for j, b in r.judged.items()}, r.name, of) for r in detailed],
+        "distributions": [
+            p for r in detailed for p in charts.distributions({j: b["distribution"] for j, b in r.judged.items()}, r.name, of)
+        ],
+        "curves": [(run.name, len(run.rows), charts.training_curves(run.rows, run.name, of)) for run in found.trained],
+        "distilled": [(data, charts.class_balance(data.facts["classes"], data.name, of)) for data in found.distilled],
         "benches": bench_pages(found.benches),
         "bench_told": bench_told(found.benches),
         "examples": examples(found.evaluated, _EXAMPLES),
@@ -175,29 +177,32 @@ def _judges(runs: Sequence[Evaluated]) -> list[str]:
     return [judge for judge in JUDGES if any(judge in run.metrics for run in runs)]
 
 
-def _study_tables(study: Study) -> Mapping[str, list[Row]]:
+def _study_tables(study: Study, found: Exhibits) -> Mapping[str, list[Row]]:
     """The study's comparison for each set of reward models; before anything is evaluated, an empty one for the first."""
     methods = [_method(run) if run else Method(name, "not evaluated yet", None) for name, run in study.rows]
-    return {judge: comparison(methods, judge) for judge in _judges([run for _, run in study.rows if run]) or JUDGES[:1]}
+    return {judge: comparison(methods, judge, found.attributes) for judge in _judges([run for _, run in study.rows if run]) or JUDGES[:1]}
 
 
 def _template_tables(run: Evaluated) -> dict[str, list[Row]]:
     """All templates of a prompting run, for each set of reward models."""
     counts = run.details["best_template"]
-    methods = [Method(f"template {t['template']}", "counts" * (t["template"] == counts), t["metrics"]) for t in run.details["templates"]]
-    return {judge: comparison(methods, judge) for judge in run.judged}
+    methods = [
+        Method(f"template {t['template']}", "counts" * (t["template"] == counts), t["metrics"], run.attributes.names)
+        for t in run.details["templates"]
+    ]
+    return {judge: comparison(methods, judge, run.attributes) for judge in run.judged}
 
 
 def _method(run: Evaluated) -> Method:
     """A run's row, with what must be known to read it."""
     if not run.details:
-        return Method(run.name, "", run.metrics)
+        return Method(run.name, "", run.metrics, run.attributes.names)
     method, best = run.details["method"], run.details["best_template"]
     notes = {"prompting": f"best of {len(run.details['templates'])} templates: {best}", "system": "system prompts, ask for safety alone"}
     constant = [
-        f"{charts.WORDS[a]} scores are constant for {share:.0%} of the prompts"
-        for a in ATTRIBUTES
-        if method != "system" and (share := next(iter(run.judged.values()))[a]["constant"]) >= 0.05
+        f"{a.noun} scores are constant for {share:.0%} of the prompts"
+        for a in run.attributes
+        if method != "system" and (share := next(iter(run.judged.values()))[a.name]["constant"]) >= 0.05
     ]
     note = "; ".join([*([notes[method]] if method in notes else []), *constant])
-    return Method(run.name, note, run.metrics, ("harmless",) if method == "system" else ATTRIBUTES)
+    return Method(run.name, note, run.metrics, ("harmless",) if method == "system" else run.attributes.names)

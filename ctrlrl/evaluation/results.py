@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
+from ctrlrl.attributes import PAPER, Attributes, enumerated
 from ctrlrl.config import Section
-from ctrlrl.control import ATTRIBUTES, HIGH, Control
+from ctrlrl.control import HIGH, Control
+from ctrlrl.data.schemas import attributes_in
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import METHODS, best_template
 from ctrlrl.evaluation.grid import JUDGES, score_columns
-from ctrlrl.evaluation.metrics import METRICS, REQUESTS, from_table, measure_arrays, over_optimisation_gap, safe_shares
+from ctrlrl.evaluation.metrics import METRICS, from_table, measure, over_optimisation_gap, request_columns, safe_shares
 from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_function, check_pattern, judged, judged_by, refused
 
 BINS = 20  # of the score distributions, over [0, 1]
@@ -67,15 +69,17 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
     For prompting both are those of the best template, by the first set of reward models; the others are under details["templates"].
     Raises DataError as evaluation.metrics.from_table does.
     """
-    judges = [judge for judge in JUDGES if set(score_columns(judge)) & set(table.column_names)]
+    attributes = attributes_in(table.schema)
+    judges = [judge for judge in JUDGES if set(score_columns(judge, attributes)) & set(table.column_names)]
     if not judges:
-        needed = " and ".join(score_columns(JUDGES[0]))
+        needed = enumerated(score_columns(JUDGES[0], attributes))
         raise DataError(f"the table has no scores: it needs {needed}; it has {', '.join(table.column_names)}")
     table = config.judged(_typed(table, judges))
     method = _method(table)
     parts = _by_template(table) if method == "prompting" else {None: table}
     measured = {number: {judge: _measured(part, judge, config, seed) for judge in judges} for number, part in parts.items()}
-    best = best_template({number: found[judges[0]] for number, found in measured.items()}) if len(parts) > 1 else next(iter(parts))
+    figures = {number: _metrics(found, attributes) for number, found in measured.items()}
+    best = best_template({number: found[judges[0]] for number, found in figures.items()}) if len(parts) > 1 else next(iter(parts))
     chosen, found = parts[best], measured[best]
     details = {
         "method": method,
@@ -83,16 +87,17 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
         "controls": [control.name for control in _controls(chosen)],
         "seed": seed,
         "draws": config.draws,
-        "judges": {judge: _beside(chosen, judge, figures, method, seed, config.draws) for judge, figures in found.items()},
-        "over_optimisation": over_optimisation_gap(*(found[judge] for judge in JUDGES)) if len(judges) == 2 else None,
+        "judges": {judge: _beside(chosen, judge, one, method, seed, config.draws) for judge, one in found.items()},
+        "over_optimisation": over_optimisation_gap(*(found[judge] for judge in JUDGES), attributes) if len(judges) == 2 else None,
         "corners": corners(chosen, judges, config),
         "refusals": list(config.refusals),
         "refusals_told": refusals_told(chosen, config),
         "best_template": best,
-        "templates": [{"template": n, "metrics": _metrics(part)} for n, part in measured.items()] if method == "prompting" else [],
+        "templates": [{"template": n, "metrics": part} for n, part in figures.items()] if method == "prompting" else [],
         "missing": _missing(table, judges),
+        **({} if attributes == PAPER else {"attributes": attributes.dumped()}),
     }
-    return _metrics(found), details
+    return figures[best], details
 
 
 def refusals_told(table: pa.Table, config: MeasureConfig) -> dict:
@@ -108,18 +113,19 @@ def refusals_told(table: pa.Table, config: MeasureConfig) -> dict:
 
 def corners(table: pa.Table, judges: list[str], config: MeasureConfig) -> list[dict]:
     """For each control: answers, mean tokens and characters, share cut at the limit, share of refusals, mean scores; null where unknown."""
-    requests = np.stack([table[name].to_numpy() for name in REQUESTS], axis=1)
+    attributes = attributes_in(table.schema)
+    requests = np.stack([table[name].to_numpy() for name in request_columns(attributes)], axis=1)
     rows = []
     for control in _controls(table):
         part = table.filter(pa.array((requests == np.array(control.levels)).all(1)))
-        row = {"control": control.name, "helpful": control.helpful, "harmless": control.harmless, "answers": part.num_rows}
+        row = {"control": control.name, **dict(zip(attributes.names, control.levels, strict=True)), "answers": part.num_rows}
         row["tokens"] = pc.mean(part["tokens"]).as_py() if "tokens" in part.column_names else None
         row["cut"] = _share(pc.equal(part["finish_reason"], "length")) if "finish_reason" in part.column_names else None
         said = part["response"] if "response" in part.column_names else None
         row["characters"] = None if said is None else pc.mean(pc.utf8_length(said)).as_py()
         told = config.are_refusals(part)
         row["refusals"] = None if told is None else _share(told)
-        row["scores"] = {j: {a: pc.mean(part[c]).as_py() for a, c in zip(ATTRIBUTES, score_columns(j), strict=True)} for j in judges}
+        row["scores"] = {j: {a: pc.mean(part[f"{j}.{a}"]).as_py() for a in attributes.names} for j in judges}
         rows.append(row)
     return rows
 
@@ -133,23 +139,24 @@ def distribution(requests: np.ndarray, scores: np.ndarray) -> list[dict]:
 
 
 def _measured(table: pa.Table, judge: str, config: MeasureConfig, seed: int) -> dict:
-    return measure_arrays(*from_table(table, scores=score_columns(judge)), seed=seed, draws=config.draws)
+    return measure(table, scores=score_columns(judge, attributes_in(table.schema)), seed=seed, draws=config.draws)
 
 
-def _metrics(measured: dict) -> dict:
+def _metrics(measured: dict, attributes: Attributes) -> dict:
     """The layout of metrics.json from judge -> result of measure_arrays."""
-    return {judge: {a: {name: found[a][name] for name in METRICS} for a in ATTRIBUTES} for judge, found in measured.items()}
+    return {judge: {a: {name: found[a][name] for name in METRICS} for a in attributes.names} for judge, found in measured.items()}
 
 
 def _beside(table: pa.Table, judge: str, found: dict, method: str, seed: int, draws: int) -> dict:
     """What one set of reward models tells besides the four metrics."""
-    requests, scores = from_table(table, scores=score_columns(judge))
-    rest = {name: {share: found[name][share] for share in ("constant", "ties")} for name in ATTRIBUTES}
+    names = attributes_in(table.schema).names
+    requests, scores = from_table(table, scores=[f"{judge}.{name}" for name in names])
+    rest = {name: {share: found[name][share] for share in ("constant", "ties")} for name in names}
     rest |= {name: found[name] for name in ("matched", "entanglement", "calibration")}
-    rest["distribution"] = {name: distribution(requests[..., a], scores[..., a]) for a, name in enumerate(ATTRIBUTES)}
+    rest["distribution"] = {name: distribution(requests[..., a], scores[..., a]) for a, name in enumerate(names)}
     rest["system"] = None
     if method == "system":
-        harmless = ATTRIBUTES.index("harmless")
+        harmless = PAPER.names.index("harmless")
         asked, given = requests[..., harmless], scores[..., harmless]
         rest["system"] = safe_shares(given[asked == HIGH], given[asked != HIGH], seed=seed, draws=draws)
     return rest
@@ -157,7 +164,8 @@ def _beside(table: pa.Table, judge: str, found: dict, method: str, seed: int, dr
 
 def _typed(table: pa.Table, judges: list[str]) -> pa.Table:
     """The table with its columns in the types that are measured; DataError names a column that cannot be one."""
-    numbers = [*REQUESTS, "tokens", *(column for judge in judges for column in score_columns(judge))]
+    attributes = attributes_in(table.schema)
+    numbers = [*request_columns(attributes), "tokens", *(column for judge in judges for column in score_columns(judge, attributes))]
     texts = ("response", "finish_reason", "method")
     types = {"template": pa.int64()} | dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(texts, pa.string())
     for name, wanted in types.items():
@@ -187,8 +195,9 @@ def _by_template(table: pa.Table) -> dict[int, pa.Table]:
 
 
 def _controls(table: pa.Table) -> list[Control]:
-    levels = np.unique(np.stack([table[name].to_numpy() for name in REQUESTS], axis=1), axis=0)
-    return [Control(*pair) for pair in levels.tolist()]
+    attributes = attributes_in(table.schema)
+    levels = np.unique(np.stack([table[name].to_numpy() for name in request_columns(attributes)], axis=1), axis=0)
+    return [Control(*each, attributes=attributes) for each in levels.tolist()]
 
 
 def _share(flags: pa.ChunkedArray) -> float:

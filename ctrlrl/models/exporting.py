@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from ctrlrl.attributes import FILE, PAPER, Attributes, stored, unlike
+from ctrlrl.data.atomic import write_text
 from ctrlrl.errors import ModelError, RunError
 from ctrlrl.models.reading import existing, load_config, load_generation_config, reading
 from ctrlrl.models.vocabulary import end_token_ids
@@ -68,3 +70,21 @@ def _refused(generation: GenerationConfig) -> str:
     except ValueError as error:
         return " ".join(str(error).split())
     return ""
+
+
+def write_attributes(directory: Path, attributes: Attributes) -> None:
+    """Say beside a model for which attributes it was trained, where they are not the paper's two."""
+    if attributes != PAPER:
+        write_text(Path(directory) / FILE, json.dumps(attributes.dumped(), indent=2) + "\n")
+
+
+def trained_attributes(name: str) -> Attributes:
+    """The attributes for which a model was trained: the paper's two where it does not say."""
+    file = Path(name) / FILE
+    return stored(file.read_bytes() if file.is_file() else None, file)
+
+
+def check_attributes(name: str, attributes: Attributes) -> None:
+    """ModelError, which names the difference, if the model was trained for other attributes than the recipe's."""
+    if (Path(name) / FILE).is_file() and (other := unlike(attributes, trained_attributes(name))):
+        raise ModelError(f"{name!r} was trained for other attributes than the recipe's ({other}): give its [attributes] in the recipe")

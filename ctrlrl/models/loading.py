@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.chat import check_exportable, literals, own_template
 from ctrlrl.errors import ModelError
-from ctrlrl.models.exporting import writable_generation_config
+from ctrlrl.models.exporting import writable_generation_config, write_attributes
 from ctrlrl.models.reading import existing, has_tokenizer, label_index, load_config, load_tokenizer, reading
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.models.weight_files import check_tied, check_weights
@@ -137,16 +138,16 @@ def within_positions(name: str, max_length: int) -> int:
     return min(max_length, places)
 
 
-def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The tokenizer beside an exported model, with a chat template that takes the control as `helpful` and `harmless`.
-
+def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, attributes: Attributes = PAPER) -> None:
+    """The tokenizer beside an exported model, with a chat template that takes the control as variables named as the attributes; and these.
     Of named templates the default alone goes with it: nothing is trained under the others.
     """
     template = tokenizer.chat_template
     check_exportable(tokenizer)
-    tokenizer.chat_template = control_chat_template(own_template(tokenizer), literals(tokenizer))
+    tokenizer.chat_template = control_chat_template(own_template(tokenizer), literals(tokenizer), attributes)
     tokenizer.save_pretrained(directory)
     tokenizer.chat_template = template
+    write_attributes(directory, attributes)
 
 
 def _backbone_config(name: str) -> tuple[PretrainedConfig, bool]:

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.config import Section
-from ctrlrl.control import ATTRIBUTES, CORNERS, sample_corners
+from ctrlrl.control import cells, sample_corners
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.sources import Prompt
 from ctrlrl.ppo.advantage import gae, grpo, rloo
 from ctrlrl.ppo.loss import explained_variance, importance_weights
 from ctrlrl.ppo.reward import (
+    EQUAL,
     KLConfig,
     Weights,
     agreement,
@@ -57,7 +59,7 @@ class AlgorithmConfig(Section):
     epochs: int = Field(1, gt=0)
     minibatches: int = Field(4, gt=0)
     combine: Literal["min", "mean", "product", "weighted"] = "min"
-    weights: Weights = Weights()
+    weights: Weights = EQUAL
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     deviation: bool = Field(True, description="grpo: divide by the standard deviation of the group")
     old_logprobs: Literal["trainer", "engine"] = "trainer"
@@ -85,7 +87,7 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _weights_are_used(self):
-        if self.controlled and self.weights != Weights():
+        if self.controlled and self.weights != EQUAL:
             raise ValueError(f'weights are for combine = "weighted", not for {self.combine!r}: leave them out, or change combine')
         return self
 
@@ -100,13 +102,16 @@ class AlgorithmConfig(Section):
         return self.combine != "weighted"
 
 
-def draw_queries(prompts: Sequence[Prompt], tokenizer, step: int, config: AlgorithmConfig, seed: int) -> list[Query]:
-    """The queries of step `step`: prompts in a new seeded order each pass over them, ζ uniform over the corners (or none at all).
+def draw_queries(
+    prompts: Sequence[Prompt], tokenizer, step: int, config: AlgorithmConfig, seed: int, attributes: Attributes = PAPER
+) -> list[Query]:
+    """The queries of step `step`: prompts in a new seeded order each pass over them, ζ uniform over the corners (or none at all; of
+    attributes with more levels over all of these: control.sample_corners).
 
     A pure function of its arguments: a resumed run asks what an undisturbed one would have asked.
     """
     count = config.queries_per_step
-    controls = sample_corners(count, derive_seed(seed, "controls", step)) if config.controlled else [None] * count
+    controls = sample_corners(count, derive_seed(seed, "controls", step), attributes) if config.controlled else [None] * count
     orders: dict[int, np.ndarray] = {}
     queries = []
     for i, control in enumerate(controls):
@@ -114,7 +119,7 @@ def draw_queries(prompts: Sequence[Prompt], tokenizer, step: int, config: Algori
         if epoch not in orders:
             orders[epoch] = np.random.default_rng(derive_seed(seed, "prompt-order", epoch)).permutation(len(prompts))
         prompt = prompts[orders[epoch][place]]
-        ids = tuple(render(tokenizer, prompt.messages, control.spell() if control else ""))
+        ids = tuple(render(tokenizer, prompt.messages, control.spell() if control else "", attributes=attributes))
         queries += [
             Query(prompt.messages, control, ids, i, derive_seed(seed, "rollout", step, i, k)) for k in range(config.samples_per_query)
         ]
@@ -132,7 +137,9 @@ def minibatch_rows(count: int, step: int, config: AlgorithmConfig, seed: int) ->
     return steps
 
 
-def make_experience(scored: Scored, config: AlgorithmConfig, beta: float, correction: float = 0.0) -> Experience:
+def make_experience(
+    scored: Scored, config: AlgorithmConfig, beta: float, correction: float = 0.0, attributes: Attributes = PAPER
+) -> Experience:
     """Rewards, advantages and returns of one step (METHOD, "RLHF"), whitened over the global batch, with the step's statistics.
 
     correction: cap of the importance weights of samples that an earlier policy drew (METHOD, "Off-policy correction"); 0 for none.
@@ -143,7 +150,7 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float, correc
         levels_BA = torch.tensor([q.control.levels for q in samples.queries], dtype=torch.float64)
         reward_B, binding_B = control_reward(levels_BA, scores_BA, combine=config.combine)
     else:
-        reward_B = weighted_reward(scores_BA, config.weights.shares)
+        reward_B = weighted_reward(scores_BA, tuple(config.weights[name] for name in attributes.names))
     finished_B = torch.as_tensor(samples.finished)
     earned_B = torch.where(finished_B, reward_B, 0) if config.truncated == "zero" else reward_B
     old_BT, ref_BT, values_BT = (pad_rows(rows).double() for rows in (scored.old_logprobs, scored.ref_logprobs, scored.values))
@@ -165,8 +172,8 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float, correc
     per_token = {name: [grid[i, :n].float().numpy() for i, n in enumerate(lengths)] for name, grid in columns.items()}
     tokens = samples.token_batch()
     stats = {
-        **_reward_stats(scores_BA, earned_B),
-        **(_control_stats(levels_BA, scores_BA, earned_B, binding_B) if config.controlled else {}),
+        **_reward_stats(scores_BA, earned_B, attributes),
+        **(_control_stats(levels_BA, scores_BA, earned_B, binding_B, attributes) if config.controlled else {}),
         **_token_stats(scored, old_BT, ref_BT, mask_BT),
         **corrected,
         "beta": beta,
@@ -178,21 +185,21 @@ def make_experience(scored: Scored, config: AlgorithmConfig, beta: float, correc
     return Experience(TokenBatch(tokens.tokens, tokens.prompt_lengths, per_token, {}), stats)
 
 
-def _reward_stats(scores_BA, earned_B) -> dict[str, float]:
+def _reward_stats(scores_BA, earned_B, attributes: Attributes) -> dict[str, float]:
     stats = {"reward/mean": float(earned_B.mean()), "reward/std": float(earned_B.std(correction=0))}
-    return stats | {f"score/{name}": float(scores_BA[:, a].mean()) for a, name in enumerate(ATTRIBUTES)}
+    return stats | {f"score/{name}": float(scores_BA[:, a].mean()) for a, name in enumerate(attributes.names)}
 
 
-def _control_stats(levels_BA, scores_BA, earned_B, binding_B) -> dict[str, float]:
-    """How near the scores came to the control, which attribute bound, and the reward of each corner."""
+def _control_stats(levels_BA, scores_BA, earned_B, binding_B, attributes: Attributes) -> dict[str, float]:
+    """How near the scores came to the control, which attribute bound, and the reward of each cell that was asked."""
     agreement_BA = agreement(levels_BA, scores_BA)
-    stats, bound = {}, binding_fractions(binding_B)
-    for a, name in enumerate(ATTRIBUTES):
+    stats, bound = {}, binding_fractions(binding_B, attributes)
+    for a, name in enumerate(attributes.names):
         stats |= {f"agreement/{name}": float(agreement_BA[:, a].mean()), f"binding/{name}": bound[name]}
-    for corner in CORNERS:
-        of_corner = (levels_BA == torch.tensor(corner.levels, dtype=levels_BA.dtype)).all(1)
-        if of_corner.any():
-            stats[f"reward/{corner.name}"] = float(earned_B[of_corner].mean())
+    for cell in cells(attributes):
+        of_cell = (levels_BA == torch.tensor(cell.levels, dtype=levels_BA.dtype)).all(1)
+        if of_cell.any():
+            stats[f"reward/{cell.name}"] = float(earned_B[of_cell].mean())
     return stats
 
 

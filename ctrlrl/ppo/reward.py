@@ -3,19 +3,19 @@ token rewards and adaptive β.
 
 Sources: [SH] Tuan et al., arXiv 2404.01295; [KL] Ziegler et al., arXiv 1909.08593; [k3] Schulman, "Approximating KL divergence"
 (joschu.net/blog/kl-approx.html, 2020).
-Legend of shape suffixes: B sequences, A attributes (in the order of control.ATTRIBUTES), T scored tokens of the longest sequence.
+Legend of shape suffixes: B sequences, A attributes (in the order of the recipe), T scored tokens of the longest sequence.
 """
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
+from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.config import Section
-from ctrlrl.control import ATTRIBUTES
 from ctrlrl.errors import DataError, RecipeError, RunError
 
 
@@ -38,22 +38,15 @@ class KLConfig(Section):
         return self
 
 
-class Weights(Section):
-    """Shares of the attributes in the weighted sum; together 1."""
+def _sum_to_one(weights: dict[str, float]) -> dict[str, float]:
+    if not math.isclose(sum(weights.values()), 1):
+        raise ValueError(f"the weights sum to {sum(weights.values()):g}, not to 1: a reward, like a score, is a number from 0 to 1")
+    return weights
 
-    helpful: float = Field(0.5, ge=0, le=1)
-    harmless: float = Field(0.5, ge=0, le=1)
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """In the order of ATTRIBUTES."""
-        return (self.helpful, self.harmless)
-
-    @model_validator(mode="after")
-    def _sum_to_one(self):
-        if not math.isclose(sum(self.shares), 1):
-            raise ValueError(f"the weights sum to {sum(self.shares):g}, not to 1: a reward, like a score, is a number from 0 to 1")
-        return self
+# Shares of the attributes, by name, in the weighted sum; together 1.
+Weights = Annotated[dict[str, Annotated[float, Field(ge=0, le=1)]], AfterValidator(_sum_to_one)]
+EQUAL = dict.fromkeys(PAPER.names, 1 / len(PAPER))
 
 
 def agreement(levels_BA: Tensor, scores_BA: Tensor) -> Tensor:
@@ -95,10 +88,10 @@ def weighted_reward(scores_BA: Tensor, weights: tuple[float, ...]) -> Tensor:
     return scores_BA @ torch.tensor(weights, dtype=scores_BA.dtype, device=scores_BA.device)
 
 
-def binding_fractions(binding_B: Tensor) -> dict[str, float]:
+def binding_fractions(binding_B: Tensor, attributes: Attributes = PAPER) -> dict[str, float]:
     """Share of responses that each attribute bound, by attribute's name; the shares sum to 1 (all 0 if B = 0)."""
-    counts = torch.bincount(binding_B, minlength=len(ATTRIBUTES)).tolist()
-    return {name: count / max(len(binding_B), 1) for name, count in zip(ATTRIBUTES, counts, strict=True)}
+    counts = torch.bincount(binding_B, minlength=len(attributes)).tolist()
+    return {name: count / max(len(binding_B), 1) for name, count in zip(attributes.names, counts, strict=True)}
 
 
 def _check_calibrated(scores_BA: Tensor) -> None:

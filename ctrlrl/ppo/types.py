@@ -1,6 +1,6 @@
 """The stages of a PPO step, one frozen type each, every field filled: Query -> Samples -> Scored -> Experience.
 
-Legend of shape suffixes: B sequences, A attributes (in the order of control.ATTRIBUTES).
+Legend of shape suffixes: B sequences, A attributes (in the order of the recipe).
 """
 
 from collections.abc import Sequence

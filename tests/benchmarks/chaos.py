@@ -77,7 +77,7 @@ def ppo(world: Path, out: Path, seed: int, steps: int) -> Job:
         assert [row["step"] for row in rows] == list(range(steps)), [row["step"] for row in rows]
         prompts, tokenizer = list(read_prompts(config.prompts)), load_tokenizer(config.policy.model)
         for row in rows:
-            queries = draw_queries(prompts, tokenizer, row["step"], config.algorithm, config.seed)
+            queries = draw_queries(prompts, tokenizer, row["step"], config.algorithm, config.seed, config.attributes)
             assert row["samples/digest"] == digest(queries), f"step {row['step']} was not trained on its own samples"
             assert all(math.isfinite(value) for value in row.values()), row
 

@@ -26,7 +26,8 @@ UNITS = 8
 
 def build(folder: Path, rows: int, shard_rows: int) -> ScoredSamples:
     """Shards in the order of generation: unit by unit, within it prompt by prompt, K samples each."""
-    source = ScoredSamples(*(ShardStore(folder / name) for name in ("samples", "helpful", "harmless")), folder / "prompts.parquet")
+    samples, *scores = (ShardStore(folder / name) for name in ("samples", "helpful", "harmless"))
+    source = ScoredSamples(samples, tuple(scores), folder / "prompts.parquet")
     prompts = -(-rows // (K * UNITS))
     ids = np.array([f"{key:016x}" for key in np.random.default_rng(0).integers(1 << 63, size=prompts).tolist()])
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,9 +37,9 @@ def build(folder: Path, rows: int, shard_rows: int) -> ScoredSamples:
         pq.write_table(pa.table([pa.array(ids), messages, pa.array(["benchmark"] * prompts)], schema=PROMPTS), source.prompts)
     words = np.array(["Well, ", "I think ", "you should ", "never ", "always ", "ask ", "a friend ", "for help. "], object)
     shards = -(-rows // shard_rows)
-    for store in (source.samples, source.helpful, source.harmless):
+    for store in (source.samples, source.scores[0], source.scores[1]):
         store.open_or_create({"benchmark": rows, "shard_rows": shard_rows}, shards=shards)
-    for shard in source.harmless.missing():
+    for shard in source.scores[1].missing():
         rng = np.random.default_rng([1, shard])
         number = np.arange(shard * shard_rows, min((shard + 1) * shard_rows, rows))
         n, place = len(number), number // K
@@ -48,9 +49,9 @@ def build(folder: Path, rows: int, shard_rows: int) -> ScoredSamples:
         more = {"seed": number, "response": answers, "finish_reason": ["stop"] * n, "token_count": np.full(n, 25), "policy": ["p"] * n}
         source.samples.commit(shard, conform(pa.table(key | more), SAMPLES, "samples"), {})
         latent = rng.normal(size=(n, 2)) @ np.array([[2.0, 0.8], [0.0, 2.2]]) + np.array([0.3, 1.0])
-        for store, score in ((source.helpful, latent[:, 0]), (source.harmless, latent[:, 1])):
+        for store, score in ((source.scores[0], latent[:, 0]), (source.scores[1], latent[:, 1])):
             store.commit(shard, conform(pa.table(key | {"score": 1 / (1 + np.exp(-score))}), SCORES, "scores"), {})
-    for store in (source.samples, source.helpful, source.harmless):
+    for store in (source.samples, source.scores[0], source.scores[1]):
         store.finish({})
         store.close()
     return source
@@ -63,7 +64,8 @@ def peak_memory() -> int:
 
 def measure(folder: Path, method: str, memory: int) -> None:
     """Distil once and print the figures as JSON."""
-    source = ScoredSamples(*(ShardStore(folder / name) for name in ("samples", "helpful", "harmless")), folder / "prompts.parquet")
+    samples, *scores = (ShardStore(folder / name) for name in ("samples", "helpful", "harmless"))
+    source = ScoredSamples(samples, tuple(scores), folder / "prompts.parquet")
     before, began, cpu = peak_memory(), time.perf_counter(), time.process_time()
     report = distill(source, folder / method, method=method, seed=1, memory=memory)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu

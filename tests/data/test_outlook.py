@@ -31,18 +31,18 @@ def narrow(folder, prompts=12, samples=5):
                 table = {key: [row[key] for row in part] for key in ("prompt_id", "unit", "index")} | {"score": [row[a] for row in part]}
                 store.commit(number, conform(pa.table(table | {"raw": raw[first : first + 17, column]}), SCORES, "scores"), {})
             store.finish({})
-    return ScoredSamples(source.samples, *stores, source.prompts), raw
+    return ScoredSamples(source.samples, tuple(stores), source.prompts), raw
 
 
 def test_the_outlook_is_what_distillation_then_keeps(tmp_path):
     source, raw = narrow(tmp_path)
-    stores = dict(zip(ATTRIBUTES, (source.helpful, source.harmless), strict=True))
+    stores = dict(zip(ATTRIBUTES, (source.scores[0], source.scores[1]), strict=True))
     found = outlook(stores)
     assert (found.prompts, found.moec) == (12, 0)
     assert distill(source, tmp_path / "plain", method="moec", seed=0)["prompts"]["after"] == 0
     maps = {a: fit_to_store(store) for a, store in stores.items()}
     assert maps["helpful"].knots == fit_quantile(raw[:, 0].astype(np.float32)).knots
-    calibrated = ScoredSamples(source.samples, source.helpful, source.harmless, source.prompts, maps)
+    calibrated = ScoredSamples(source.samples, (source.scores[0], source.scores[1]), source.prompts, maps)
     report = distill(calibrated, tmp_path / "spread", method="moec", seed=0)
     assert 0 < outlook(stores, maps).moec == report["prompts"]["after"] < 12
     first, second = outlook_lines(stores)
@@ -63,8 +63,8 @@ def test_why_nothing_is_left_names_the_ranges_and_what_mends_it(tmp_path):
 
 def test_a_store_without_raw_outputs_promises_what_its_scores_do(tmp_path):
     source = written(tmp_path, some_rows({(0, 0, 0): (0.1, 0.9), (0, 0, 1): (0.9, 0.9), (1, 0, 0): (0.1, 0.1)}), 2)
-    stores = dict(zip(ATTRIBUTES, (source.helpful, source.harmless), strict=True))
-    assert fit_to_store(source.helpful) is None
+    stores = dict(zip(ATTRIBUTES, (source.scores[0], source.scores[1]), strict=True))
+    assert fit_to_store(source.scores[0]) is None
     assert outlook(stores).moec == 1 and len(outlook_lines(stores)) == 1
 
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ctrlrl.errors import DataError, RecipeError, RunError
 from ctrlrl.ppo.reward import (
+    EQUAL,
     AdaptiveKL,
     KLConfig,
     Weights,
@@ -78,9 +79,11 @@ def test_weighted_reward_by_hand():
 
 
 def test_weights_sum_to_one():
-    assert Weights().shares == (0.5, 0.5) and Weights(helpful=0.9, harmless=0.1).shares == (0.9, 0.1)
+    given = TypeAdapter(Weights).validate_python
+    assert EQUAL == {"helpful": 0.5, "harmless": 0.5} == given(EQUAL)
+    assert given({"helpful": 0.9, "concise": 0.1}) == {"helpful": 0.9, "concise": 0.1}
     with pytest.raises(ValidationError, match="sum to 1.2, not to 1"):
-        Weights(helpful=0.7)
+        given({"helpful": 0.7, "harmless": 0.5})
 
 
 def test_binding_fractions():
