@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import fixed
-from ctrlrl.models.scorer import Scorer, ScorerConfig
+from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.prompts import Messages
 
 
@@ -28,10 +28,10 @@ RewardModels = dict[str, RewardConfig]
 
 @ray.remote(max_restarts=0)
 class RewardWorker:
-    """Shell around one Scorer."""
+    """Shell around one scorer."""
 
     def build(self, config):
-        self.scorer = Scorer(config)
+        self.scorer = make_scorer(config)
 
     def score(self, conversations):
         return self.scorer.score(conversations)

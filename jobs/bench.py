@@ -19,6 +19,7 @@ from actors.crew import Crew
 from actors.placement import ClusterConfig
 from actors.reward import RewardConfig, RewardModels
 from actors.rollout import RolloutConfig
+from ctrlrl.attributes import PAPER, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section, dump
 from ctrlrl.control import CORNERS, HIGH, LOW, grid
@@ -36,6 +37,7 @@ from ctrlrl.evaluation.files import BENCH, COST, METRICS_FILE, RECIPE, STUDY, TA
 from ctrlrl.evaluation.grid import Cell
 from ctrlrl.evaluation.results import MeasureConfig
 from ctrlrl.evaluation.safety_sets import SafetySet, read_set
+from ctrlrl.models.exporting import check_attributes
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
@@ -91,6 +93,8 @@ class BenchRecipe(Section):
 
     @model_validator(mode="after")
     def _can_be_asked(self):
+        for judge, models in self.judges.given.items():
+            check_named(f"judges.{judge}", models, PAPER)
         if self.method == "reranking" and self.judges.optimisation is None:
             raise ValueError("method = 'reranking' chooses by judges.optimisation: give its reward models")
         if self.method in ("system", "plain") and self.levels != (LOW, HIGH):
@@ -146,6 +150,7 @@ def bench(config: BenchRecipe, crew: Crew | None = None) -> int:
     crew: workers that serve config.model and its judges already; by default they are started, and ended, here.
     """
     check_policy(config.model)
+    check_attributes(config.model, PAPER)
     for reward in reward_workers(config).values():
         check_reward_model(reward.model, reward.label)
     asked = Bench(config)
@@ -158,7 +163,7 @@ def bench(config: BenchRecipe, crew: Crew | None = None) -> int:
             store,
             asked.cells,
             with_variables(load_tokenizer(config.model), config.chat),
-            {judge: {a: reward.load_calibration() for a, reward in dict(models).items()} for judge, models in config.judges.given.items()},
+            {judge: {a: reward.load_calibration() for a, reward in models.items()} for judge, models in config.judges.given.items()},
             samples=config.samples if config.method == "reranking" else 1,
             chunk=config.rollout.chunk,
             room=prompt_room(config.model, config.rollout.engine, config.sampling),
@@ -193,7 +198,7 @@ def fingerprint(config: BenchRecipe, asked: Bench) -> dict:
     for name, cell in zip(asked.sets, asked.cells, strict=True):
         if cell.prompt not in prompts.setdefault(name, [])[-1:]:  # its cells are neighbours
             prompts[name].append(cell.prompt)
-    judges = {judge: {a: judge_fingerprint(reward) for a, reward in dict(models).items()} for judge, models in config.judges.given.items()}
+    judges = {judge: {a: judge_fingerprint(reward) for a, reward in models.items()} for judge, models in config.judges.given.items()}
     return {
         **config.model_dump(mode="json", include={"method", "seed", "sampling", "chat"}),
         "template": asked.cells[0].template,

@@ -21,7 +21,7 @@ from ctrlrl.config import Section
 from ctrlrl.control import corners
 from ctrlrl.data.rejects import Reject, aside_line
 from ctrlrl.data.sources import Prompt, read_prompts
-from ctrlrl.models.exporting import check_export
+from ctrlrl.models.exporting import check_attributes, check_export
 from ctrlrl.models.layout import check_layout
 from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
 from ctrlrl.models.lora import check_adapters
@@ -242,6 +242,7 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
     """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
     policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
     check_policy(policy, trained=True)
+    check_attributes(policy, config.attributes)
     check_adapters(policy, config.policy.train.lora)
     check_layout(policy, config.policy.train.layout)
     if not config.reference.adapter:

@@ -10,7 +10,7 @@ from ctrlrl.control import ATTRIBUTES
 from ctrlrl.errors import RecipeError
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer, within_positions
 from ctrlrl.models.sampler import EngineConfig, SamplingConfig, prompt_room
-from ctrlrl.models.scorer import Scorer, ScorerConfig
+from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.models.served import ServedModel
 from ctrlrl.prompts import Messages
 from ctrlrl.serving.policies import KIND, NAME, Policies
@@ -87,7 +87,7 @@ def reward_configs(policies: Policies) -> dict[str, ScorerConfig]:
 
 def scores_of(configs: dict[str, ScorerConfig]):
     """A function: scores of answers to one conversation, an object each."""
-    judges = {attribute: Scorer(config) for attribute, config in configs.items()}
+    judges = {attribute: make_scorer(config) for attribute, config in configs.items()}
 
     def scores(messages: Messages, answers: Sequence[str]) -> list[dict[str, float]]:
         columns = {name: judge.score([(messages, answer) for answer in answers]) for name, judge in judges.items()}

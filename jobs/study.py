@@ -31,7 +31,7 @@ from jobs.measure import summary_lines
 from jobs.ppo import PPORecipe, train
 from jobs.variants import RECIPES, Step, StudyRecipe, plan
 
-StudyName = Annotated[str, typer.Argument(help="A TOML file, or a study that comes along: synthesis, scale, models, reward, baseline.")]
+StudyName = Annotated[str, typer.Argument(help="A TOML file, or one of: synthesis, scale, models, reward, baseline, attributes.")]
 WorldFolder = Annotated[str, typer.Option("--world", help="Run on this demo world instead, with the demo's recipes.")]
 
 
@@ -61,7 +61,7 @@ def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list
             if not done and (code := run(step)):
                 return code
     measured = {name: read_json(chain[-1].folder / METRICS_FILE) for name, chain in planned.items()}
-    print("\n".join(["", study.title, *summary_lines(measured), "", f"Report: ctrlrl report {out}"]), flush=True)
+    print("\n".join(["", study.title, *summary_lines(measured, study.attributes), "", f"Report: ctrlrl report {out}"]), flush=True)
     return 0
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from actors.placement import ClusterConfig
+from ctrlrl.attributes import PAPER, AttributesSection
 from ctrlrl.config import Section, laid_over, load
-from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.files import expanded
 from ctrlrl.data.generation import Layout
 from ctrlrl.demo.models import DemoWorld
@@ -55,9 +55,10 @@ class Variant(Section):
 class StudyRecipe(Section):
     """A chain of jobs, what its steps have in common, and the variants.
 
-    A text in `common` or in a variant's `set` may name `{input}`, or `{job}`, the output folder of an earlier step. recipes: the file
-    that a job's settings are laid over, by default the one that comes along. seed, cluster: of every job, unless its own settings say
-    otherwise. skip_bad_rows: if true, of every job that reads data. world: folder of a demo world, whose models and prompts take the
+    A text in `common` or in a variant's `set` may name `{input}`, or `{job}`, the output folder of an earlier step; `{recipes}` is
+    where the recipes are that come along. recipes: the file that a job's settings are laid over, by default the one that comes along.
+    seed, cluster, attributes: of every job, unless its own settings say otherwise. skip_bad_rows: if true, of
+    every job that reads data. world: folder of a demo world, whose models and prompts take the
     place of the inputs, and the demo's recipes that of the others; `with_world` is laid over `common` then.
     """
 
@@ -73,6 +74,7 @@ class StudyRecipe(Section):
     common: Settings = {}
     with_world: Settings = {}
     cluster: ClusterConfig = ClusterConfig()
+    attributes: AttributesSection = PAPER
     variants: tuple[Variant, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -137,8 +139,9 @@ def filled(settings: Any, places: Mapping[str, str]) -> Any:
 def _steps(study: StudyRecipe, variant: Variant) -> Iterator[Step]:
     root = absolute_out(study.out)
     world = load_world(expanded(study.world).absolute()) if study.world else None
-    places = study.inputs | (_world_inputs(world) if world else {}) | variant.inputs
+    places = {"recipes": str(RECIPES)} | study.inputs | (_world_inputs(world) if world else {}) | variant.inputs
     shared = {"seed": study.seed, "cluster": study.cluster.model_dump(exclude_unset=True)}
+    shared |= {"attributes": study.attributes} if study.attributes != PAPER else {}
     shared |= {"skip_bad_rows": True} if study.skip_bad_rows else {}  # where it is not asked for, a job's own recipe decides
     for job in study.chain_of(variant):
         kind = KINDS[job]
@@ -166,5 +169,5 @@ def _recipe(study: StudyRecipe, job: str) -> str | Path:
 
 
 def _world_inputs(world: DemoWorld) -> dict[str, str]:
-    judges = {a: str(world.reward[a]) for a in ATTRIBUTES} | {f"held_out_{a}": str(world.held_out[a]) for a in ATTRIBUTES}
+    judges = {a: str(world.reward[a]) for a in world.reward} | {f"held_out_{a}": str(world.held_out[a]) for a in world.held_out}
     return judges | {"policy": str(world.policy), "prompts": str(world.train_prompts), "test_prompts": str(world.test_prompts)}

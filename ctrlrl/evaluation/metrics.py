@@ -29,6 +29,9 @@ def request_columns(attributes: Attributes = PAPER) -> tuple[str, ...]:
     return tuple(f"{name}_request" for name in attributes.names)
 
 
+REQUESTS = request_columns()
+
+
 def from_table(table: pa.Table, *, scores: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Requests and scores, both [N, C, A], of a long table of its own attributes: one row per prompt and control.
 

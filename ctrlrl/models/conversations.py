@@ -9,6 +9,7 @@ from ctrlrl.control import neutralise
 from ctrlrl.errors import DataError
 from ctrlrl.inert import broken, special_texts
 from ctrlrl.models.loading import load_tokenizer, within_positions
+from ctrlrl.models.python_scorer import is_python
 
 
 def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -45,6 +46,8 @@ def reader_of(model: str) -> Callable[[Messages, str], None]:
 
     It tries the first prompt of each sequence of roles; the others are as that one.
     """
+    if is_python(model):
+        return lambda messages, source: None
     tokenizer, refusals = load_tokenizer(model), {}
 
     def read(messages: Messages, source: str) -> None:

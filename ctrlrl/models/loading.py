@@ -22,6 +22,7 @@ from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.chat import check_exportable, literals, own_template
 from ctrlrl.errors import ModelError
 from ctrlrl.models.exporting import writable_generation_config, write_attributes
+from ctrlrl.models.python_scorer import check_python
 from ctrlrl.models.reading import existing, has_tokenizer, label_index, load_config, load_tokenizer, reading
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.models.weight_files import check_tied, check_weights
@@ -84,9 +85,9 @@ def check_backbone(name: str) -> None:
 
 
 def check_reward_model(name: str, label: str = "") -> None:
-    """Raise ModelError unless `name` is a whole sequence classifier with one label, or of several with `label` among them; reads no
-    weights, but their names and shapes."""
-    _check_whole(AutoModelForSequenceClassification, name, "reward model", _reward_config(name, label))
+    """Raise ModelError unless `name` is a whole sequence classifier with one label, or with `label`, or a function; reads no weights."""
+    if not check_python(name):
+        _check_whole(AutoModelForSequenceClassification, name, "reward model", _reward_config(name, label))
 
 
 def check_value(name: str) -> None:
@@ -140,10 +141,9 @@ def within_positions(name: str, max_length: int) -> int:
 
 def save_control_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, attributes: Attributes = PAPER) -> None:
     """The tokenizer beside an exported model, with a chat template that takes the control as variables named as the attributes; and these.
-    Of named templates the default alone goes with it: nothing is trained under the others.
-    """
-    template = tokenizer.chat_template
+    Of named templates the default alone goes with it: nothing is trained under the others."""
     check_exportable(tokenizer)
+    template = tokenizer.chat_template
     tokenizer.chat_template = control_chat_template(own_template(tokenizer), literals(tokenizer), attributes)
     tokenizer.save_pretrained(directory)
     tokenizer.chat_template = template

@@ -17,6 +17,7 @@ from ctrlrl.models.forward import PolicyModule
 from ctrlrl.models.layout import Layout, settle
 from ctrlrl.models.loading import load_policy, load_reward_model, load_tokenizer, reads_token_types
 from ctrlrl.models.pooling import check_scores_alone, raw_scores
+from ctrlrl.models.python_scorer import PythonScorer, is_python, named
 from ctrlrl.models.reading import label_index
 from ctrlrl.models.trainer import score_rows
 from ctrlrl.models.vocabulary import embedding_rows
@@ -28,6 +29,7 @@ from ctrlrl.tensors import pad_rows
 class ScorerConfig(Section):
     """A reward model. calibration: how its raw output becomes a score in [0, 1]; `quantile` reads it from calibration_file.
 
+    In the place of model: python = "file.py:function", a function (see models.python_scorer) whose numbers are scores already.
     label: of a classifier of several labels (`toxic`, `REJECTION`), the one whose probability is the score.
     """
 
@@ -38,6 +40,17 @@ class ScorerConfig(Section):
     calibration_file: str = ""
     max_length: int = Field(1024, gt=0)
     batch_tokens: int = Field(16384, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function(cls, given):
+        """`python = "file.py:function"` is a model of that name, whose numbers are scores already."""
+        if not isinstance(given, dict) or "python" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "python"}
+        if "model" in rest:
+            raise ValueError("give model or python, one of both")
+        return {"calibration": "identity", **rest, "model": named(str(given["python"]))}
 
     @model_validator(mode="after")
     def _quantile_is_stored(self):
@@ -54,6 +67,11 @@ class ScorerConfig(Section):
                 "one (ctrlrl score), and calibrate anew"
             )
         return calibration
+
+
+def make_scorer(config: ScorerConfig) -> "Scorer | PythonScorer":
+    """What a configuration describes: a reward model, or a function."""
+    return PythonScorer(config.model, config.load_calibration()) if is_python(config.model) else Scorer(config)
 
 
 class Scorer:

@@ -150,7 +150,7 @@ def test_every_method_is_evaluated_on_prompts_that_nothing_was_trained_on(demo):
         assert config.prompts == str(demo.world.test_prompts) and config.max_prompts == 100 and config.seed == 0
         assert config.model == (str(demo.directory / name / "model") if name in TRAINED else str(demo.world.policy))
         assert config.method == {"prompting": "prompting", "reranking": "reranking", "cst": "system", "dpo": "system"}.get(name, "control")
-        assert {a: reward.model for a, reward in config.judges.held_out} == {a: str(demo.world.held_out[a]) for a in ATTRIBUTES}
+        assert {a: reward.model for a, reward in config.judges.held_out.items()} == {a: str(demo.world.held_out[a]) for a in ATTRIBUTES}
     fast = Demo(demo.directory, demo.world, 3, True)
     assert fast.evaluation("ppo").max_prompts == 20 and fast.ppo_recipe().steps == 6 and fast.ppo_recipe().seed == 3
     assert demo.ppo_recipe(9).steps == 9 and demo.ppo_recipe().algorithm.combine == "min"

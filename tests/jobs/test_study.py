@@ -68,7 +68,7 @@ def test_variants_share_the_steps_that_they_have_in_common(tmp_path):
 def test_a_step_gets_the_folders_of_earlier_ones_and_the_inputs(tmp_path):
     generate, distill, finetune, evaluate = plan(study(f"out={tmp_path}"))["exmate"]
     assert generate.folder.parent == tmp_path / "steps" and generate.config.out == str(generate.folder)
-    assert generate.config.policy == "policy" and generate.config.reward.harmless.model == "harmless"
+    assert generate.config.policy == "policy" and generate.config.reward["harmless"].model == "harmless"
     assert distill.config.data == str(generate.folder) and finetune.config.data == str(distill.folder)
     assert evaluate.config.model == f"{finetune.folder}/model" and evaluate.config.name == "exmate"
     assert finetune.config.objective == "exmate" and finetune.config.policy.ranks == 8  # of jobs/recipes/finetune.toml
@@ -215,7 +215,7 @@ def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tm
             assert name == "models" or "meta-llama" not in text  # whose variants name models of their own
             if step.job == "evaluate":
                 assert step.config.prompts == str(tmp_path / "test.jsonl")
-                assert step.config.judges.held_out.harmless.model == str(tmp_path / "held_out" / "harmless")
+                assert step.config.judges.held_out["harmless"].model == str(tmp_path / "held_out" / "harmless")
 
 
 # --- one real study ---
