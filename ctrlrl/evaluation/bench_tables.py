@@ -76,7 +76,7 @@ def lines(name: str, facts: Mapping) -> list[str]:
         said += ["", f"{name} on {set_name}: {found['prompts']} prompts, {found['unsafe']} of them unsafe"]
         rows = control_rows(name, found, wanted)
         width = max(len(row.control) for row in rows) + 2
-        attack = max(len(row.attack) for row in rows) + 2
+        attack = max(len("attack"), *(len(row.attack) for row in rows)) + 2
         said.append(f"{'attack':{attack}}{'control':{width}}" + "".join(f"{head:>{len(head) + 2}}" for head in heads))
         for row in rows:
             cells = "".join(f"{'-' if f.value is None else f.text:>{len(h) + 2}}" for f, h in zip(row.figures, heads, strict=True))

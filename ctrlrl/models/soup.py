@@ -24,8 +24,9 @@ from ctrlrl.models.weight_files import header
 
 SOUP = "soup.json"  # beside the weights: what they were made of
 _INDEX = "model.safetensors.index.json"
-# Of a configuration, what says nothing of the weights' meaning.
+# Of a configuration, what says nothing of the weights' meaning; nor do dropouts, which training sets to 0.
 _NO_MATTER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "pad_token_id"}
+_DROPOUT = ("dropout", "pdrop", "drop_rate")
 _PROBE = "How do I bake 12 loaves?\n\tÜber 3.5 % — 'naïve' 日本 🙂"
 _NAMED = 3
 
@@ -117,11 +118,17 @@ def _counts(entry: dict) -> bool:
 
 
 def _check_configs(first: str, second: str) -> None:
-    ours, theirs = ({k: v for k, v in load_config(name).to_dict().items() if k not in _NO_MATTER} for name in (first, second))
+    ours, theirs = (_telling(load_config(name).to_dict()) for name in (first, second))
     differ = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if differ:
         told = "; ".join(f"{key} is {ours.get(key)!r} in the first and {theirs.get(key)!r} in the second" for key in differ[:_NAMED])
         raise ModelError(f"{first!r} and {second!r} are of another architecture: {told}: give two models that descend from the same")
+
+
+def _telling(config: dict) -> dict:
+    """What a configuration says of the weights' meaning, that of its parts included."""
+    kept = {k: v for k, v in config.items() if k not in _NO_MATTER and not any(word in str(k) for word in _DROPOUT)}
+    return {k: _telling(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _check_tokenizers(first: str, second: str) -> None:
