@@ -100,8 +100,26 @@ def shared_prompts(batch: TokenBatch) -> list[bytes | None]:
     return [key if key is not None and counts[key] > 1 else None for key in keys]
 
 
-def plan_batch(batch: TokenBatch, token_budget: int, layout: str) -> list[np.ndarray]:
-    """`plan_micro_batches` of a batch for a layout: in "shared" those of the same prompt stay together, and it costs its tokens once."""
+def plan_batch(batch: TokenBatch, token_budget: int, layout: str, ranks: int = 1) -> list[np.ndarray]:
+    """`plan_micro_batches` of a batch for a layout: in "shared" those of the same prompt stay together, and it costs its tokens once.
+
+    ranks: micro-batch i is for rank i % ranks; their number is a multiple of it wherever there are sequences enough, and the largest is
+    as small as it can be: no rank waits for one that has more to do.
+    """
+    plan = _cut(batch, token_budget, layout)
+    wanted = -(-len(plan) // ranks) * ranks
+    low, high = 0, token_budget if ranks > 1 else 1  # too small a budget, and one that is large enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _cut(batch, middle, layout)
+        if len(found) > wanted:
+            low = middle
+        else:
+            high, plan = middle, found
+    return plan
+
+
+def _cut(batch: TokenBatch, token_budget: int, layout: str) -> list[np.ndarray]:
     lengths = np.array([len(t) for t in batch.tokens])
     keys = shared_prompts(batch) if layout == "shared" else []
     if not any(key is not None for key in keys):

@@ -173,7 +173,7 @@ class Trainer:
 
     def _mine(self, batch: TokenBatch) -> list[TokenBatch]:
         """This rank's micro-batches. All ranks get the same number, if need be a masked one: ZeRO 2 and 3 communicate in each."""
-        plan = plan_batch(batch, self.config.micro_batch_tokens, self.layout)
+        plan = plan_batch(batch, self.config.micro_batch_tokens, self.layout, self.world)
         parts = [batch.select(rows) for rows in plan[self.rank :: self.world]]
         if len(parts) < math.ceil(len(plan) / self.world):
             parts.append(_masked(batch.select(np.arange(batch.group))))
@@ -253,7 +253,7 @@ def score_rows(
     forward, batch: TokenBatch, layout: str, budget: int, device, rank: int = 0, world: int = 1
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Run `forward` (inputs -> [B, T, …]) over this rank's micro-batches; returns row indices and one fp32 array of scored tokens a row."""
-    plan = plan_batch(replace(batch, group=1), budget, layout)
+    plan = plan_batch(replace(batch, group=1), budget, layout, world)
     turns = math.ceil(len(plan) / world)
     rows, results = [], []
     for turn in range(turns):

@@ -141,6 +141,28 @@ def test_without_a_common_prompt_the_plan_is_the_plain_one(layout):
     assert [rows.tolist() for rows in plan_batch(batch, 60, layout)] == [rows.tolist() for rows in plain]
 
 
+def test_no_rank_waits_for_another_that_has_more_to_do():
+    batch = rows_of(range(6), [20, 0, 10, 0, 10, 20])  # 40, 20, 30, 20, 30, 40 tokens
+    assert [len(plan_batch(batch, 1000, "packed", ranks)) for ranks in (1, 2, 3, 6, 7)] == [1, 2, 3, 6, 6]
+    assert [rows.tolist() for rows in plan_batch(batch, 1000, "packed", 2)] == [[0, 5], [2, 4, 1, 3]]  # 80 and 100, not 180 and 0
+    # Three micro-batches by the budget are four for two ranks; the largest is no larger than four can have it.
+    assert [rows.tolist() for rows in plan_batch(batch, 80, "packed", 1)] == [[0, 5], [2, 4, 1], [3]]
+    assert [rows.tolist() for rows in plan_batch(batch, 80, "packed", 2)] == [[0], [5], [2, 4], [1, 3]]
+    # Pairs stay pairs.
+    assert [rows.tolist() for rows in plan_batch(dataclasses.replace(batch, group=2), 1000, "packed", 2)] == [[4, 5], [0, 1, 2, 3]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(25, 200), st.integers(2, 4), st.sampled_from(["packed", "padded"]))
+def test_any_plan_for_ranks(lengths, token_budget, ranks, layout):
+    batch, padded = rows_of(range(len(lengths)), lengths), layout == "padded"
+    found, plain = plan_batch(batch, token_budget, layout, ranks), plan_batch(batch, token_budget, layout)
+    assert sorted(i for rows in found for i in rows) == list(range(len(lengths)))
+    assert len(plain) <= len(found) <= -(-len(plain) // ranks) * ranks  # no forward more than the busiest rank has anyway
+    costs = [[cost(np.array(lengths) + 20, rows, padded) for rows in plan] for plan in (found, plain)]
+    assert max(costs[0]) <= max(costs[1])
+
+
 def test_rows_that_are_not_whole_groups_are_a_bug():
     with pytest.raises(ValueError, match="reshape"):
         plan_micro_batches(np.array([1, 2, 3]), 10, group=2)
