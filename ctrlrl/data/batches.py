@@ -5,6 +5,7 @@ Legend of shape suffixes: B sequences of a micro-batch, T scored tokens of its l
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -104,14 +105,22 @@ def plan_batch(batch: TokenBatch, token_budget: int, layout: str, ranks: int = 1
     """`plan_micro_batches` of a batch for a layout: in "shared" those of the same prompt stay together, and it costs its tokens once.
 
     ranks: micro-batch i is for rank i % ranks; their number is a multiple of it wherever there are sequences enough, and the largest is
-    as small as it can be: no rank waits for one that has more to do.
+    as small as it can be, to a percent: no rank waits for one that has more to do.
     """
-    plan = _cut(batch, token_budget, layout)
+    lengths = np.array([len(t) for t in batch.tokens])
+    keys = shared_prompts(batch) if layout == "shared" else []
+    if any(key is not None for key in keys):
+        cut = partial(_shared_plan, batch, keys, lengths)
+    else:
+        cut = partial(plan_micro_batches, lengths, group=batch.group, padded=layout == "padded")
+    plan = cut(token_budget=token_budget)
+    if ranks == 1:
+        return plan
     wanted = -(-len(plan) // ranks) * ranks
-    low, high = 0, token_budget if ranks > 1 else 1  # too small a budget, and one that is large enough
-    while high - low > 1:
+    low, high = 0, min(token_budget, len(lengths) * int(lengths.max()))  # too small a budget, and one that is large enough
+    while high - low > max(1, high // 100):
         middle = (low + high) // 2
-        found = _cut(batch, middle, layout)
+        found = cut(token_budget=middle)
         if len(found) > wanted:
             low = middle
         else:
@@ -119,11 +128,7 @@ def plan_batch(batch: TokenBatch, token_budget: int, layout: str, ranks: int = 1
     return plan
 
 
-def _cut(batch: TokenBatch, token_budget: int, layout: str) -> list[np.ndarray]:
-    lengths = np.array([len(t) for t in batch.tokens])
-    keys = shared_prompts(batch) if layout == "shared" else []
-    if not any(key is not None for key in keys):
-        return plan_micro_batches(lengths, token_budget, batch.group, layout == "padded")
+def _shared_plan(batch: TokenBatch, keys: list[bytes | None], lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     pieces: list[list[int]] = []  # groups that share a prompt, as many as the budget takes
     costs: list[int] = []
     latest: dict[bytes, int] = {}
