@@ -4,7 +4,7 @@ A worker's imports (torch, transformers, vLLM or DeepSpeed) take 6 to 12 process
 told to start workers with this file (`executable`). One that names its imports in CTRLRL_IMPORTS is forked from a process that has made
 them, of the same job, with the same environment, on the same node: the first who asks starts it, and it ends with the node's raylet. What
 kinds of workers have in common they import once: the process to fork from is then a fork itself. Any other worker is started as if this
-file were Python itself. For workers without GPUs alone: CUDA does not survive a fork.
+file were Python itself. For workers without GPUs alone: CUDA does not survive a fork. (Nor would threads; no import here begins any.)
 """
 
 import fcntl

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Literal, Self
 
 import ray
 from pydantic import Field, PrivateAttr
@@ -54,12 +54,13 @@ class ClusterConfig(Section):
 
 
 class Resources(Section):
-    """What one worker asks for. threads: of its math libraries; 0 means as many as whole CPUs. custom: resources by which a cluster tells
-    kinds of nodes apart, such as { rollout = 1 }."""
+    """What one worker asks for. threads: of its math libraries; 0 means as many as whole CPUs, "cores" as many as the machine has on which
+    the job is begun: for kinds of workers that take turns there. custom: resources by which a cluster tells kinds of nodes apart, such as
+    { rollout = 1 }."""
 
     cpus: float = Field(1, ge=0)
     gpus: float = Field(0, ge=0)
-    threads: int = Field(0, ge=0)
+    threads: Annotated[int, Field(ge=0)] | Literal["cores"] = 0
     custom: dict[str, float] = {}
 
     @property
@@ -70,9 +71,10 @@ class Resources(Section):
     def environment(self, extra: dict[str, str], imports: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> dict:
         """Ray options that start a worker with these resources and these environment variables. imports: the modules that it will need,
         which it may have from another process (nursery.py); common: those before them that other kinds of workers need, too."""
-        threads = self.threads or max(1, int(self.cpus))
+        threads = os.cpu_count() if self.threads == "cores" else self.threads or max(1, int(self.cpus))
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **_PASSIVE, **extra}
-        if threads == 1 and not self.gpus:  # neither CUDA nor threads that a library began in its import survive a fork
+        if not self.gpus:  # neither CUDA nor threads that a library begins when it is imported survive a fork; only NumPy's would
+            env["OPENBLAS_NUM_THREADS"] = "1"
             env[IMPORTS] = ";".join(",".join(part) for part in (common, imports) if part)
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": self.custom, "runtime_env": {"env_vars": env}}
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import ray
 
-from actors.placement import Resources
+from actors.group import _IMPORTS as RANK
+from actors.placement import MODELS, Resources
+from ctrlrl.models.sampler import IMPORTS as ROLLOUT
 
 MODULE, COMMON = "wave", "chunk"  # of the standard library, and imported by nothing else here
 
@@ -69,6 +72,17 @@ def test_kinds_of_workers_share_what_they_import_both(tellers):
     assert grandmother not in (first[0], third[0]) and mother not in (first[1], second[1], third[1])
 
 
-def test_a_worker_with_threads_is_started_by_itself(tellers):
+def test_threads_do_not_keep_a_worker_from_being_forked(tellers):
     ((mother, imported, found, *_),) = tellers(1, Resources(threads=2))
-    assert mother is None and not imported and found["OMP_NUM_THREADS"] == "2"
+    assert mother is not None and imported and found["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize("imports", [(*MODELS, *ROLLOUT), (*MODELS, *RANK)], ids=["rollout", "rank"])
+def test_imports_begin_no_threads(imports):
+    """Those that a process to fork from makes: a lock that one of its threads held would be held for ever in its forks."""
+    environment = os.environ | Resources(threads=4).environment({})["runtime_env"]["env_vars"]
+    said = subprocess.run(
+        [sys.executable, "-c", f"import os, {', '.join(imports)}; print('threads', len(os.listdir('/proc/self/task')))"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert said.stdout.split("threads ")[-1].strip() == "1", said.stdout + said.stderr

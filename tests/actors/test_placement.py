@@ -1,5 +1,7 @@
 """Reservations: places that exist, places that never will, and waits with an end."""
 
+import os
+
 import pytest
 
 from actors.placement import ClusterConfig, Resources, connect, reserve
@@ -59,6 +61,9 @@ def test_resources_become_a_bundle_and_an_environment():
         "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "A": "b"
     }  # fmt: skip
     alone = Resources(cpus=0.5).environment({}, ("wave", "cgi"))["runtime_env"]["env_vars"]
-    assert (alone["OMP_NUM_THREADS"], alone["CTRLRL_IMPORTS"]) == ("1", "wave,cgi")  # without GPUs, with one thread, it may be forked
+    assert (alone["OMP_NUM_THREADS"], alone["CTRLRL_IMPORTS"]) == ("1", "wave,cgi")  # without GPUs it may be forked
+    assert alone["OPENBLAS_NUM_THREADS"] == "1"  # or NumPy would begin threads when it is imported
+    every = Resources(threads="cores").environment({}, ("wave",))["runtime_env"]["env_vars"]
+    assert (every["OMP_NUM_THREADS"], every["CTRLRL_IMPORTS"]) == (str(os.cpu_count()), "wave")
     both = Resources().environment({}, ("wave",), ("cgi", "chunk"))["runtime_env"]["env_vars"]
     assert both["CTRLRL_IMPORTS"] == "cgi,chunk;wave"

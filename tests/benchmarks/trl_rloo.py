@@ -26,7 +26,6 @@ ATTRIBUTES = ("helpful", "harmless")
 
 def settings(given) -> list[str]:
     """What `ctrlrl ppo` is given beside the laptop's settings."""
-    cores = os.cpu_count()
     return [
         f"policy.model={given.policy}", f"prompts={given.prompts}", *(f"reward.{a}.model={given.rewards / a}" for a in ATTRIBUTES),
         f"steps={given.steps}", "checkpoint_every=100000", "algorithm.advantage=rloo", f"algorithm.samples_per_query={given.samples}",
@@ -34,7 +33,6 @@ def settings(given) -> list[str]:
         f"algorithm.kl.beta={given.beta}", "algorithm.old_logprobs=engine", f"policy.train.learning_rate={given.rate}",
         f"policy.train.micro_batch_tokens={given.micro_batch_tokens}", f"sampling.max_new_tokens={given.tokens}",
         f"rollout.engine.max_model_tokens={given.max_model_tokens}", *given.set,
-        *([] if any(s.startswith("policy.ranks") for s in given.set) else [f"policy.ranks={cores}"]),
     ]  # fmt: skip
 
 
