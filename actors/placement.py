@@ -55,8 +55,8 @@ class ClusterConfig(Section):
 
 class Resources(Section):
     """What one worker asks for. threads: of its math libraries; 0 means as many as whole CPUs, "cores" as many as the machine has on which
-    the job is begun: for kinds of workers that take turns there. custom: resources by which a cluster tells kinds of nodes apart, such as
-    { rollout = 1 }."""
+    the job is begun, or as OMP_NUM_THREADS says there: for kinds of workers that take turns. custom: resources by which a cluster tells
+    kinds of nodes apart, such as { rollout = 1 }."""
 
     cpus: float = Field(1, ge=0)
     gpus: float = Field(0, ge=0)
@@ -71,12 +71,17 @@ class Resources(Section):
     def environment(self, extra: dict[str, str], imports: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> dict:
         """Ray options that start a worker with these resources and these environment variables. imports: the modules that it will need,
         which it may have from another process (nursery.py); common: those before them that other kinds of workers need, too."""
-        threads = os.cpu_count() if self.threads == "cores" else self.threads or max(1, int(self.cpus))
+        threads = _cores() if self.threads == "cores" else self.threads or max(1, int(self.cpus))
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **_PASSIVE, **extra}
         if not self.gpus:  # neither CUDA nor threads that a library begins when it is imported survive a fork; only NumPy's would
             env["OPENBLAS_NUM_THREADS"] = "1"
             env[IMPORTS] = ";".join(",".join(part) for part in (common, imports) if part)
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": self.custom, "runtime_env": {"env_vars": env}}
+
+
+def _cores() -> int:
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(said) if said.isdigit() and int(said) else os.cpu_count() or 1
 
 
 # recipe key -> one bundle for each of its workers

@@ -63,7 +63,16 @@ def test_resources_become_a_bundle_and_an_environment():
     alone = Resources(cpus=0.5).environment({}, ("wave", "cgi"))["runtime_env"]["env_vars"]
     assert (alone["OMP_NUM_THREADS"], alone["CTRLRL_IMPORTS"]) == ("1", "wave,cgi")  # without GPUs it may be forked
     assert alone["OPENBLAS_NUM_THREADS"] == "1"  # or NumPy would begin threads when it is imported
-    every = Resources(threads="cores").environment({}, ("wave",))["runtime_env"]["env_vars"]
-    assert (every["OMP_NUM_THREADS"], every["CTRLRL_IMPORTS"]) == (str(os.cpu_count()), "wave")
     both = Resources().environment({}, ("wave",), ("cgi", "chunk"))["runtime_env"]["env_vars"]
     assert both["CTRLRL_IMPORTS"] == "cgi,chunk;wave"
+
+
+@pytest.mark.parametrize(("said", "found"), [("3", "3"), ("2,1", "2"), ("", "7"), ("0", "7"), (None, "7")])
+def test_a_worker_may_have_all_cores(monkeypatch, said, found):
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    variables = Resources(threads="cores").environment({}, ("wave",))["runtime_env"]["env_vars"]
+    assert (variables["OMP_NUM_THREADS"], variables["CTRLRL_IMPORTS"]) == (found, "wave")
