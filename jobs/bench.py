@@ -19,10 +19,10 @@ from actors.crew import Crew
 from actors.placement import ClusterConfig
 from actors.reward import RewardConfig, RewardModels
 from actors.rollout import RolloutConfig
-from ctrlrl.attributes import PAPER, check_named
+from ctrlrl.attributes import PAPER, AttributesSection, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section, dump
-from ctrlrl.control import CORNERS, HIGH, LOW, grid
+from ctrlrl.control import HIGH, LOW, corners
 from ctrlrl.data.atomic import write_atomically, write_json, write_text
 from ctrlrl.data.generation import prompts_fingerprint
 from ctrlrl.data.rejects import aside_line, write_rejects
@@ -30,11 +30,11 @@ from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import RunError
 from ctrlrl.evaluation.baselines import SYSTEM_CONTROLS
-from ctrlrl.evaluation.bench import ATTACKS, NO_ATTACK, attack_text, bench_figures
+from ctrlrl.evaluation.bench import ATTACKS, NO_ATTACK, SAFETY, attack_text, bench_figures
 from ctrlrl.evaluation.bench_tables import lines
 from ctrlrl.evaluation.exhibits import default_name
 from ctrlrl.evaluation.files import BENCH, COST, METRICS_FILE, RECIPE, STUDY, TABLE, TRAINING
-from ctrlrl.evaluation.grid import Cell
+from ctrlrl.evaluation.grid import Cell, controls_of
 from ctrlrl.evaluation.results import MeasureConfig
 from ctrlrl.evaluation.safety_sets import SafetySet, read_set
 from ctrlrl.models.exporting import check_attributes
@@ -76,6 +76,7 @@ class BenchRecipe(Section):
     seed: int = 0
     model: str
     chat: ChatVariables = {}
+    attributes: AttributesSection = PAPER
     method: Literal["control", "prompting", "reranking", "system", "plain"] = "control"
     template: Literal[1, 2, 3, 4] = 1
     samples: int = Field(3, gt=1)
@@ -94,7 +95,10 @@ class BenchRecipe(Section):
     @model_validator(mode="after")
     def _can_be_asked(self):
         for judge, models in self.judges.given.items():
-            check_named(f"judges.{judge}", models, PAPER)
+            check_named(f"judges.{judge}", models, self.attributes)
+        if SAFETY not in self.attributes.names or (self.method == "system" and self.attributes != PAPER):
+            given = self.attributes.spoken
+            raise ValueError(f"a bench asks for {SAFETY}, and method = 'system' for {PAPER.spoken}: attributes are {given}")
         if self.method == "reranking" and self.judges.optimisation is None:
             raise ValueError("method = 'reranking' chooses by judges.optimisation: give its reward models")
         if self.method in ("system", "plain") and self.levels != (LOW, HIGH):
@@ -112,8 +116,9 @@ class Bench:
         self.cells: list[Cell] = []
         self.sets, self.attacks, self.unsafe, self.rejects = [], [], [], []
         templates = {"prompting": config.template, "reranking": config.template}
-        controls = {"system": SYSTEM_CONTROLS, "plain": CORNERS[-1:]}.get(config.method, grid(config.levels))
-        attacks = {NO_ATTACK: "", **{name: text or attack_text(name) for name, text in config.attacks.items()}}
+        asked_for, names = controls_of(config.levels, config.attributes), config.attributes.names
+        controls = {"system": SYSTEM_CONTROLS, "plain": corners(config.attributes)[-1:]}.get(config.method, asked_for)
+        attacks = {NO_ATTACK: "", **{name: text or attack_text(name, names) for name, text in config.attacks.items()}}
 
         def cells_of(prompt: Prompt, first: int = 0) -> list[tuple[str, Cell]]:
             asked = [(name, text, control) for name, text in attacks.items() for control in controls]
@@ -127,7 +132,7 @@ class Bench:
             limit = given.max_prompts or config.max_prompts
             found = read_set(name, given.model_copy(update={"max_prompts": limit}), skip_bad_rows=config.skip_bad_rows)
             forms = lambda prompt: [cell.asked for _, cell in cells_of(prompt)]  # noqa: E731
-            prompts, _, aside = askable(tokenizer, found.read, room, config.skip_bad_rows, forms, judges)
+            prompts, _, aside = askable(tokenizer, found.read, room, config.skip_bad_rows, forms, judges, config.attributes)
             self.rejects += [*found.read.report.rejects, *aside]
             for prompt in prompts:
                 for attack, cell in cells_of(prompt, len(self.cells)):
@@ -150,7 +155,7 @@ def bench(config: BenchRecipe, crew: Crew | None = None) -> int:
     crew: workers that serve config.model and its judges already; by default they are started, and ended, here.
     """
     check_policy(config.model)
-    check_attributes(config.model, PAPER)
+    check_attributes(config.model, config.attributes)
     for reward in reward_workers(config).values():
         check_reward_model(reward.model, reward.label)
     asked = Bench(config)
@@ -200,7 +205,7 @@ def fingerprint(config: BenchRecipe, asked: Bench) -> dict:
             prompts[name].append(cell.prompt)
     judges = {judge: {a: judge_fingerprint(reward) for a, reward in models.items()} for judge, models in config.judges.given.items()}
     return {
-        **config.model_dump(mode="json", include={"method", "seed", "sampling", "chat"}),
+        **config.model_dump(mode="json", include={"method", "seed", "attributes", "sampling", "chat"}),
         "template": asked.cells[0].template,
         "controls": [control.name for control in dict.fromkeys(cell.control for cell in asked.cells)],
         "attacks": dict(zip(asked.attacks, [cell.attack for cell in asked.cells], strict=True)),
