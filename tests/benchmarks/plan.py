@@ -1,14 +1,15 @@
 """What `ctrlrl plan` says of a trainer's memory against what a trainer's process takes: the highest resident size (VmHWM) of two updates,
-less what the process had before its model. Random weights, one rank on the CPU, no Ray.
+less what the process had after those of a model of next to nothing. Random weights, one rank on the CPU, no Ray.
 
     .venv/bin/python tests/benchmarks/plan.py                # all cases, each in a process of its own
     .venv/bin/python tests/benchmarks/plan.py --only 'lora'
 
-Twice: with the allocator's own settings, under which what is freed goes back to the system, so that the size is that of what is in use; and
-with those of a trainer's process (CPU_ENVIRONMENT), which keeps freed pages and so has gaps.
+Twice: with an allocator that gives what is freed back to the system, so that the size is that of what is in use; and with that of a
+trainer's process (CPU_ENVIRONMENT), which keeps freed pages and so has gaps.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ MODELS = {
     "134M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2304,
              "vocab_size": 32000},
 }  # fmt: skip
+SMALLEST = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 128}
 SETTINGS = {
     "zero 0": {"zero_stage": 0, "dtype": "float32"},
     "lora": {"zero_stage": 0, "dtype": "float32", "lora": {"rank": 16}},
@@ -53,18 +55,24 @@ def measure(shape: dict, settings: dict) -> dict:
     from ctrlrl.models.footprint import peak, trained
     from ctrlrl.objectives.likelihood import likelihood
 
-    config, train = LlamaConfig(**shape), trainer.TrainerConfig(micro_batch_tokens=TOKENS, **settings)
-    planned = trained(config, "policy", train, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).save_pretrained(folder)
-        trainer.join_world(0, 1, "127.0.0.1", int(os.environ["PORT"]), 60)
-        before = resident("VmRSS")
-        made = trainer.Trainer("policy", folder, train)
-    Path("/proc/self/clear_refs").write_text("5")  # what the files that were read took is not the trainer's
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(0, shape["vocab_size"], LENGTH) for _ in range(ROWS)]
-    batch = TokenBatch(rows, np.ones(ROWS, np.int64), {}, {})
-    made.train(batch, likelihood, [np.arange(ROWS)] * 2)
+    train = trainer.TrainerConfig(micro_batch_tokens=TOKENS, **settings)
+
+    def made(shape: dict) -> trainer.Trainer:
+        with tempfile.TemporaryDirectory() as folder:
+            LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+            return trainer.Trainer("policy", folder, train)
+
+    def updated(made: trainer.Trainer, vocabulary: int) -> None:
+        rows = list(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))
+        made.train(TokenBatch(rows, np.ones(ROWS, np.int64), {}, {}), likelihood, [np.arange(ROWS)] * 2)
+
+    trainer.join_world(0, 1, "127.0.0.1", int(os.environ["PORT"]), 60)
+    updated(made(SMALLEST), SMALLEST["vocab_size"])  # what libraries load at their first use is not the model's
+    gc.collect()
+    planned, before = trained(LlamaConfig(**shape), "policy", train, 1), resident("VmRSS")
+    large = made(shape)
+    Path("/proc/self/clear_refs").write_text("5")  # nor is what the files that were read took
+    updated(large, shape["vocab_size"])
     return {"planned": peak(planned), "phases": planned, "measured": resident("VmHWM") - before, "threads": torch.get_num_threads()}
 
 
@@ -74,6 +82,7 @@ def in_a_process(shape: dict, settings: dict, port: int, keeps: bool) -> dict:
 
     command = [sys.executable, __file__, "--case", json.dumps([shape, settings])]
     chosen = {key: value for key, value in CPU_ENVIRONMENT.items() if keeps or not key.startswith("MALLOC")}
+    chosen |= {} if keeps else {"MALLOC_MMAP_THRESHOLD_": "65536"}
     environment = {**os.environ, **chosen, "PORT": str(port)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
