@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from actors.group import GroupConfig
 from ctrlrl.errors import RecipeError
 from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
+from ctrlrl.models.python_scorer import is_python
 from jobs.cast import PPORecipe
 
 GIB = 2**30
@@ -46,8 +47,10 @@ def workers_of(config: PPORecipe, shapes: Mapping[str, PretrainedConfig], beside
         found.append(_group("value", config.value, "value", shapes["value.model"]))
     engine, resources = config.rollout.engine, config.rollout.resources
     found.append(Worker("rollout", config.rollout.workers.min, len(config.rollout.spare), resources.gpus, rollout(policy, engine)))
-    for attribute, reward in config.reward:
-        phases = frozen(shapes[f"reward.{attribute}.model"], "reward", reward.dtype, reward.batch_tokens)
+    for attribute, reward in config.reward.items():
+        phases: Phases = {"score": {}}  # of a function
+        if not is_python(reward.model):
+            phases = frozen(shapes[f"reward.{attribute}.model"], "reward", reward.dtype, reward.batch_tokens)
         found.append(Worker(f"reward.{attribute}", reward.workers, 0, reward.resources.gpus, phases))
     if not config.reference.adapter:
         part = config.reference
@@ -107,7 +110,7 @@ def _of_its_settings(worker: Worker, config: PPORecipe) -> Iterator[list[str]]:
         caches = (gib for gib in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1, 0.5) if gib < config.rollout.engine.kv_cache_gib)
         yield from ([f"rollout.engine.kv_cache_gib={gib:g}"] for gib in caches)
         return
-    frozen_model = config.reference if name == "reference" else getattr(config.reward, name.removeprefix("reward."))
+    frozen_model = config.reference if name == "reference" else config.reward[name.removeprefix("reward.")]
     smaller = [[f"{name}.dtype=bfloat16"]] if frozen_model.dtype == "float32" else []
     yield from smaller
     fewer = [[f"{name}.batch_tokens={tokens}"] for tokens in (8192, 4096, 2048) if tokens < frozen_model.batch_tokens]

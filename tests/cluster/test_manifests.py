@@ -113,7 +113,7 @@ def test_the_placements_for_one_node_fit_one(name, gpus):
 @pytest.mark.parametrize("name", FILES)
 def test_generation_at_eight_units_grows_to_all_spot_nodes(name):
     config, recipe = node_types(name), load(GenerateRecipe, ROOT / "jobs/recipes/generate_cluster.toml", ['scale="8x"'])
-    gang = [b for bundles in crew_demands({a: r for a, r in recipe.reward}, recipe.rollout).values() for b in bundles]
+    gang = [b for bundles in crew_demands({a: r for a, r in recipe.reward.items()}, recipe.rollout).values() for b in bundles]
     assert plan(config, gang, []) == ({"judge": 2}, 0)  # no spot node before there is work
     assert plan(config, gang, recipe.rollout.spare) == ({"judge": 2, SPOT[name]: 8}, 0)
     assert plan(config, gang, [*recipe.rollout.spare, recipe.rollout.resources.bundle])[1] == 1
