@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctrlrl.attributes import PAPER, unlike
 from ctrlrl.chat import OWN_TEMPLATE
 from ctrlrl.config import load
-from ctrlrl.control import ATTRIBUTES
 from ctrlrl.errors import RecipeError
+from ctrlrl.models.exporting import trained_attributes
 from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer, within_positions
 from ctrlrl.models.sampler import EngineConfig, SamplingConfig, prompt_room
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
@@ -55,11 +56,15 @@ def load_serving(model: str, dials: str, overrides: Sequence[str], name: str) ->
     """Read the file and check it, the model and the reward models, before anything is started; CtrlrlError for what is wrong."""
     if not model:
         raise RecipeError("give the model to serve: ctrlrl serve runs/mine/model --dials dials.toml")
-    config = load(ServeConfig, dials or None, list(overrides))
+    trained = trained_attributes(model)
+    known = {a.name: a.model_dump(mode="json", exclude={"name"}) for a in trained}
+    config = load(ServeConfig, dials or None, list(overrides), {} if trained == PAPER else {"attributes": known})
     check_policy(model)
     config = _within(model, config)
     kind = kind_of(model, config)
     check_kind(config, kind)
+    if kind == "tokens" and (other := unlike(config.attributes, trained)):
+        raise RecipeError(f"{model!r} was trained for other attributes than those of the dials ({other}): leave [attributes] out")
     for judge in reward_configs(config).values():
         check_reward_model(judge.model, judge.label)
         judge.load_calibration()
@@ -79,8 +84,8 @@ def kind_of(model: str, policies: Policies) -> KIND:
 
 
 def reward_configs(policies: Policies) -> dict[str, ScorerConfig]:
-    """The two reward models' settings; a plain text is the model's name."""
-    given = {a: policies.rewards[a] for a in ATTRIBUTES if a in policies.rewards}
+    """The reward models' settings; a plain text is the model's name."""
+    given = {a: policies.rewards[a] for a in policies.attributes.names if a in policies.rewards}
     tables = {a: {"model": value} if isinstance(value, str) else value for a, value in given.items()}
     return {a: load(ScorerConfig, None, settings=table) for a, table in tables.items()}
 

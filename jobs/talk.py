@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ctrlrl.attributes import read_attributes
 from ctrlrl.control import Control
 from ctrlrl.errors import ControlError, RecipeError
 from ctrlrl.serving.client import Client, NotAnswered
 
 HELP = """\
-/dial 0.2 1       levels of helpful and harmless
+/dial 0.2 1       levels, such as of helpful and harmless
 /dial NAME        a dial of the server's file
 /system TEXT      a system prompt, or harmless or uncensored for the two published ones
 /corners [TEXT]   a message, or the last one, at every corner; the conversation goes on without it
@@ -55,7 +56,7 @@ class Talk:
         if len(levels) != len(attributes):
             raise RecipeError(f"give {len(attributes)} levels: {' and '.join(attributes)}")
         try:
-            self.setting = dict(zip(attributes, Control(*levels).levels, strict=True))
+            self.setting = dict(zip(attributes, _control(attributes, levels).levels, strict=True))
         except ControlError as error:
             raise RecipeError(str(error)) from None
 
@@ -98,7 +99,9 @@ class Talk:
             return setting
         if "system" in setting:
             return setting["system"]
-        return Control(**setting).spell() if self._dials["kind"] == "tokens" else ", ".join(f"{a} {b:g}" for a, b in setting.items())
+        if self._dials["kind"] == "tokens":
+            return _control(list(setting), list(setting.values())).spell()
+        return ", ".join(f"{a} {b:g}" for a, b in setting.items())
 
     def _dial(self, rest: str) -> None:
         words = rest.split()
@@ -186,6 +189,10 @@ class Talk:
 def _seen(text: str) -> str:
     """Text for a terminal: what would steer it is spelled."""
     return _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _control(names: Sequence[str], levels: Sequence[float]) -> Control:
+    return Control(*levels, attributes=read_attributes({name: {} for name in names}, "the server"))
 
 
 def _named(dials: Sequence[str]) -> str:

@@ -137,7 +137,7 @@ def _dial(given: dict, policies: Policies, kind: KIND, caller: Caller, model: st
         if colon:
             raise Refused(400, "give dial, or a dial's name behind the model's, not both", "dial")
         try:
-            dial = made_dial(kind, given["dial"])
+            dial = made_dial(kind, given["dial"], policies.attributes)
         except ValueError as error:
             raise Refused(400, f"dial: {error}", "dial") from None
         return dial.spelled, dial

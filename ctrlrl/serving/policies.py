@@ -12,15 +12,17 @@
     keys = ["root"]               # may set a dial per request
 """
 
+import difflib
 import hashlib
 import re
 import secrets
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ctrlrl.attributes import PAPER, Attributes, AttributesSection, enumerated
 from ctrlrl.config import Section
-from ctrlrl.control import HIGH, Control
+from ctrlrl.control import Control
 from ctrlrl.prompts import HARMLESS_SYSTEM, prompting_templates
 
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
@@ -30,14 +32,16 @@ TEMPLATE = 3  # of the four prompting templates: the first two are spelled as co
 
 
 class Dial(Section):
-    """One setting of the model: two levels, or a system prompt, and the names of the keys that may use it.
+    """One setting of the model: a level of each attribute, by its name, or a system prompt, and the names of the keys that may use it.
 
     prompting: ask in words, for models that were not trained on control tokens; a number chooses among the four templates.
-    rerank: draw so many answers and keep the one whose scores are nearest to the two levels.
+    rerank: draw so many answers and keep the one whose scores are nearest to the levels.
     """
 
-    helpful: float | None = Field(None, strict=True)
-    harmless: float | None = Field(None, strict=True)
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]  # the levels
+
+    attributes: AttributesSection = PAPER  # those of the file
     system: str | None = None
     prompting: bool | Literal[1, 2, 3, 4] = False
     rerank: int = Field(1, ge=1, le=16)
@@ -45,19 +49,26 @@ class Dial(Section):
 
     @model_validator(mode="after")
     def _one_of_both(self):
-        given = [self.helpful is not None, self.harmless is not None]
-        if any(given) != all(given) or any(given) == (self.system is not None):
-            raise ValueError("a dial is helpful and harmless together, or a system prompt: give one of both")
-        if any(given):
-            Control(self.helpful, self.harmless)
+        given, names = self.__pydantic_extra__, self.attributes.names
+        if odd := next((name for name in given if name not in names), None):
+            near = difflib.get_close_matches(odd, [*names, *type(self).model_fields], n=1, cutoff=0.5)
+            told = f"did you mean {near[0]!r}?" if near else f"the attributes are {enumerated(names)}"
+            raise ValueError(f"unknown key {odd!r}: {told}")
+        if wrong := next((n for n, level in given.items() if isinstance(level, bool) or not isinstance(level, int | float)), None):
+            raise ValueError(f"{wrong} = {given[wrong]!r} is not a valid number")
+        if (given and len(given) < len(names)) or bool(given) == (self.system is not None):
+            raise ValueError(f"a dial is {enumerated(names)} together, or a system prompt: give one of both")
+        if given:
+            Control(*(given[name] for name in names), attributes=self.attributes)
         elif self.prompting is not False or self.rerank > 1:
-            raise ValueError("prompting and rerank belong to a dial with helpful and harmless")
+            raise ValueError(f"prompting and rerank belong to a dial with {enumerated(names)}")
         return self
 
     @property
     def control(self) -> Control | None:
-        """The two levels; None for a system prompt."""
-        return None if self.helpful is None else Control(self.helpful, self.harmless)
+        """The levels; None for a system prompt."""
+        given = self.__pydantic_extra__
+        return Control(*(given[name] for name in self.attributes.names), attributes=self.attributes) if given else None
 
     @property
     def spelled(self) -> str:
@@ -122,7 +133,16 @@ class Policies(Section):
     audit: Audit = Audit()
     system_turns: Literal["forbidden", "allowed"] = "forbidden"
     constraints: Literal["forbidden", "allowed"] = "forbidden"
-    rewards: dict[Literal["helpful", "harmless"], str | dict] = {}
+    attributes: AttributesSection = PAPER
+    rewards: dict[str, str | dict] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dials_know_the_attributes(cls, given):
+        if not isinstance(given, dict) or "attributes" not in given or not isinstance(given.get("dials"), dict):
+            return given
+        known = {"attributes": given["attributes"]}
+        return given | {"dials": {n: dial | known if isinstance(dial, dict) else dial for n, dial in given["dials"].items()}}
 
     @field_validator("keys", "dials")
     @classmethod
@@ -149,10 +169,13 @@ class Policies(Section):
             raise ValueError(f"a model has dials of one kind, but these are {' and '.join(sorted(kinds))}")
         if kinds == {"system"} and self.system_turns == "allowed":
             raise ValueError('system_turns = "allowed" would let requests overrule dials that are system prompts')
-        if set(self.rewards) not in (set(), {"helpful", "harmless"}):
-            raise ValueError("rewards needs both, helpful and harmless")
+        names = self.attributes.names
+        if any(dial.attributes != self.attributes for dial in self.dials.values()):
+            raise ValueError("attributes are those of the whole file, not of a dial")
+        if set(self.rewards) not in (set(), set(names)):
+            raise ValueError(f"rewards needs {'both' if len(names) == 2 else 'all'}, {enumerated(names)}")
         if any(dial.rerank > 1 for dial in self.dials.values()) and not self.rewards:
-            raise ValueError("rerank needs reward models: give rewards.helpful and rewards.harmless")
+            raise ValueError(f"rerank needs reward models: give {enumerated([f'rewards.{name}' for name in names])}")
         return self
 
 
@@ -195,16 +218,17 @@ def first_dial(policies: Policies, kind: KIND, caller: Caller) -> tuple[str, Dia
         return own[0], policies.dials[own[0]]
     if not caller.operator:
         return None
-    dial = made_dial(kind, {"system": HARMLESS_SYSTEM} if kind == "system" else {"helpful": HIGH, "harmless": HIGH})
+    high = {attribute.name: attribute.levels[-1] for attribute in policies.attributes}
+    dial = made_dial(kind, {"system": HARMLESS_SYSTEM} if kind == "system" else high, policies.attributes)
     return dial.spelled, dial
 
 
-def made_dial(kind: KIND, levels: dict) -> Dial:
+def made_dial(kind: KIND, levels: dict, attributes: Attributes = PAPER) -> Dial:
     """An operator's dial for one request; ValueError, which says why, if it is none of this kind."""
-    known = ("system",) if kind == "system" else ("helpful", "harmless")
+    known = ("system",) if kind == "system" else attributes.names
     if not isinstance(levels, dict) or set(levels) != set(known):
-        raise ValueError(f"a dial of this model is an object with {' and '.join(known)}")
+        raise ValueError(f"a dial of this model is an object with {enumerated(known)}")
     try:
-        return Dial(**levels, prompting=kind == "prompting")
+        return Dial(**levels, attributes=attributes, prompting=kind == "prompting")
     except ValidationError as error:
         raise ValueError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrlrl.control import ATTRIBUTES, Control
+from ctrlrl.control import Control
 from ctrlrl.evaluation.baselines import nearest
 
 
@@ -20,7 +20,7 @@ def candidates(fields: dict[str, Any], count: int) -> dict[str, Any]:
 
 def chosen(completion: dict[str, Any], scores: Sequence[dict[str, float]], control: Control) -> dict[str, Any]:
     """`completion` with the nearest of its answers alone; its usage counts all that were drawn."""
-    table = np.array([[[score[name] for name in ATTRIBUTES] for score in scores]])
+    table = np.array([[[score[name] for name in control.attributes.names] for score in scores]])
     best = int(nearest(table, np.array([control.levels]))[0])
     return {**completion, "choices": [{**completion["choices"][best], "index": 0}]}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
 
-from ctrlrl.control import ATTRIBUTES, HIGH, LOW
+from ctrlrl.attributes import HIGH, LOW, unlike
 from ctrlrl.errors import CtrlrlError, DataError
 from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, Messages, render
 from ctrlrl.serving.asked import Asked, Refused, asked
@@ -69,6 +69,8 @@ class Service:
         check_kind(policies, self.kind)
         if policies.rewards != self.policies.rewards:
             raise DataError("rewards cannot change while the server runs: start it anew")
+        if other := unlike(policies.attributes, self.policies.attributes):
+            raise DataError(f"attributes cannot change while the server runs ({other}): start it anew")
         log = AuditLog(policies.audit)
         self._audit, old = log, self._audit
         self.policies = policies
@@ -124,7 +126,7 @@ class Service:
         """What a client may know of the dials."""
         system = self.kind == "system"
         return {
-            "model": self.model.name, "kind": self.kind, "attributes": [] if system else list(ATTRIBUTES),
+            "model": self.model.name, "kind": self.kind, "attributes": [] if system else list(self.policies.attributes.names),
             **({"systems": [HARMLESS_SYSTEM, UNCENSORED_SYSTEM]} if system else {}),
             "levels": {"low": LOW, "high": HIGH}, "dials": list(caller.dials), "operator": caller.operator, "scores": self.has_scores,
         }  # fmt: skip
@@ -153,7 +155,7 @@ class Service:
         try:
             if sum(len(m["content"]) for m in whole) < _SHORT and self._tokenizing.acquire(blocking=False):
                 try:  # in less time than it takes to hand it to another thread
-                    return render(self._tokenizer, whole, suffix)
+                    return render(self._tokenizer, whole, suffix, attributes=self.policies.attributes)
                 finally:
                     self._tokenizing.release()
             return await asyncio.get_running_loop().run_in_executor(self._rendering, self._rendered, whole, suffix)
@@ -162,7 +164,7 @@ class Service:
 
     def _rendered(self, messages: Messages, suffix: str) -> list[int]:
         with self._tokenizing:
-            return render(self._tokenizer, messages, suffix)
+            return render(self._tokenizer, messages, suffix, attributes=self.policies.attributes)
 
     def _room(self, request: Asked, prompt: int, policies: Policies) -> int:
         """Tokens of the answer; Refused if the prompt, or the prompt and what is asked for, are more than the model takes."""
