@@ -23,7 +23,7 @@ from actors.gauges import show
 from actors.placement import ClusterConfig
 from actors.reward import RewardModels
 from actors.rollout import Rollout, RolloutConfig
-from ctrlrl.attributes import PAPER, AttributesSection, check_named
+from ctrlrl.attributes import PAPER, Attributes, AttributesSection, check_named
 from ctrlrl.chat import ChatVariables, with_variables
 from ctrlrl.config import Section
 from ctrlrl.data.atomic import write_json
@@ -87,7 +87,8 @@ def generate(config: GenerateRecipe) -> int:
     layout = Layout(absolute_out(config.out))
     check_policy(config.policy)
     read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
-    prompts, rendered, long = fitting(config, read, config.skip_bad_rows, [reward.model for reward in config.reward.values()])
+    judges = [reward.model for reward in config.reward.values()]
+    prompts, rendered, long = fitting(config, read, config.skip_bad_rows, judges, config.attributes)
     print(report(read, len(prompts), len(long)), flush=True)
     work = Generation(config, layout, prompts, rendered)
     with only_writer(config.out), closing(work):
@@ -102,13 +103,13 @@ def generate(config: GenerateRecipe) -> int:
 
 
 def fitting(
-    config: GenerateRecipe, read: PromptSet, skip: bool, judges: Iterable[str] = ()
+    config: GenerateRecipe, read: PromptSet, skip: bool, judges: Iterable[str] = (), attributes: Attributes = PAPER
 ) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
     """The prompts that leave room for an answer and that the reward models `judges` can read, their token ids without a control, and
     the others; DataError unless `skip`."""
     tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
     room = prompt_room(config.policy, config.rollout.engine, config.sampling)
-    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")], judges, config.attributes)
+    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")], judges, attributes)
     return prompts, [np.array(ids, np.int32) for (ids,) in rendered], aside
 
 

@@ -1,20 +1,26 @@
 """Reservations: places that exist, places that never will, and waits with an end."""
 
 import os
+import time
 
 import pytest
+from ray.util import placement_group_table
 
 from actors.placement import ClusterConfig, Resources, connect, reserve
 from ctrlrl.errors import PlacementError
 
 
 def test_places_are_reserved_and_released(ray_cluster):
-    before = ray_cluster.available_resources()["CPU"]
     place = reserve({"policy": [{"CPU": 1}] * 2, "rollout": [{"CPU": 0.5}]}, ClusterConfig())
     assert place.offsets == {"policy": 0, "rollout": 2}
     assert place.at("rollout", 0).placement_group_bundle_index == 2
-    assert before - ray_cluster.available_resources()["CPU"] == pytest.approx(2.5)
+    held = placement_group_table(place.group)
+    assert held["state"] == "CREATED" and [bundle["CPU"] for bundle in held["bundles"].values()] == [1, 1, 0.5]
     place.release()
+    end = time.monotonic() + 30
+    while placement_group_table(place.group)["state"] != "REMOVED" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert placement_group_table(place.group)["state"] == "REMOVED"
 
 
 def test_an_impossible_reservation_says_what_was_asked_what_there_is_and_what_to_change(ray_cluster):

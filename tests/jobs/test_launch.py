@@ -70,6 +70,7 @@ def test_every_command_answers_interrupts_so(command, monkeypatch):
 
     monkeypatch.setattr(mistakes_told, "__enter__", enter)
     needed = {"submit": ["ppo"], "study": ["scale"], "calibrate": ["runs/x", "--out", "x"]}
+    needed |= {"soup": ["a", "b", "--share", ".5", "--out", "x"], "plan": ["x"]}
     needed |= dict.fromkeys(("score", "distill", "inspect", "report", "serve", "chat"), ["runs/x"])
     for more in ([], ["--table", "x"]) if command == "evaluate" else ([],):
         assert isinstance(CliRunner().invoke(app, [command, *needed.get(command, []), *more]).exception, Entered)
