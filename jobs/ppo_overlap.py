@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import typer
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.gauges import show
 from ctrlrl.data.sources import Prompt
@@ -47,6 +47,15 @@ class OverlapRecipe(PPORecipe):
 
     lag: Literal[0, 1, 2] = 1
     correction: float = Field(2.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _old_is_the_policy_that_trains(self):
+        if self.lag and self.algorithm.old_logprobs == "engine":
+            raise ValueError(
+                'algorithm.old_logprobs = "engine" is what an earlier policy said where lag is above 0, and leaves nothing to correct: set '
+                'algorithm.old_logprobs = "trainer", or lag = 0'
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def run(world: Path, lag: int, steps: int, epochs: int, out: str) -> dict[str, f
     rewards = [f"reward.{a}.model={world / 'reward' / a}" for a in ("helpful", "harmless")]
     settings = [
         f"policy.model={world / 'policy'}", f"prompts={world / 'train.jsonl'}", *rewards, f"out={out}", f"lag={lag}", f"steps={steps}",
-        "checkpoint_every=1000", "algorithm.advantage=rloo", "algorithm.samples_per_query=2", "algorithm.queries_per_step=128",
+        "algorithm.old_logprobs=trainer", "checkpoint_every=1000",
+        "algorithm.advantage=rloo", "algorithm.samples_per_query=2", "algorithm.queries_per_step=128",
         f"algorithm.epochs={epochs}",
     ]  # fmt: skip
     if train(load(OverlapRecipe, RECIPE, settings)):
@@ -53,7 +54,7 @@ def learned(world: Path, lag: int, seed: int, steps: int, folder: Path) -> dict[
     models = {a: world / "reward" / a for a in ("helpful", "harmless")}
     settings = [
         f"policy.model={world / 'policy'}", f"prompts={world / 'train.jsonl'}", *(f"reward.{a}.model={m}" for a, m in models.items()),
-        f"out={out}", f"lag={lag}", f"steps={steps}", f"seed={seed}",
+        f"out={out}", f"lag={lag}", f"steps={steps}", f"seed={seed}", "algorithm.old_logprobs=trainer",
     ]  # fmt: skip
     if train(load(OverlapRecipe, RECIPE, settings), resume=out.exists()):
         raise SystemExit("the run was stopped")

@@ -11,7 +11,7 @@ import torch
 
 import jobs.ppo_overlap
 from ctrlrl.config import load
-from ctrlrl.errors import RunError, VersionMismatch
+from ctrlrl.errors import RecipeError, RunError, VersionMismatch
 from ctrlrl.models.loading import load_policy
 from ctrlrl.ppo.ahead import Drawn, read_ahead, write_ahead
 from ctrlrl.ppo.types import Query, Samples
@@ -144,3 +144,9 @@ def test_the_lag_is_one_of_three(recipe):
         with pytest.raises(RecipeError, match=wrong.partition("=")[0]):
             recipe(wrong)
     assert json.loads(recipe("lag=2").model_dump_json())["correction"] == 2.0
+
+
+def test_the_engines_logprobs_are_no_old_ones_where_a_batch_is_drawn_ahead(recipe):
+    assert recipe("lag=0", "algorithm.old_logprobs=engine").algorithm.old_logprobs == "engine"
+    with pytest.raises(RecipeError, match="what an earlier policy said where lag is above 0"):
+        recipe("lag=1", "algorithm.old_logprobs=engine")
