@@ -3,7 +3,6 @@
 python jobs/distill.py runs/generated --method moec --out runs/moec
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,7 +75,7 @@ def calibrated(source: ScoredSamples, config: DistillRecipe) -> ScoredSamples:
         if fitted is None:
             folder = source.stores[attribute].directory
             raise DataError(f"{folder} keeps no raw outputs, or only one: score these samples anew, or leave out --calibrate")
-    return replace(source, maps=maps)
+    return ScoredSamples(source.samples, *source.scores, source.prompts, maps=maps, attributes=source.attributes)
 
 
 def source_of(config: DistillRecipe) -> ScoredSamples:
@@ -84,7 +83,7 @@ def source_of(config: DistillRecipe) -> ScoredSamples:
     layout = Layout(absolute_out(config.data))
     attributes = layout.attributes(config.scores)
     scores = tuple(layout.score_stores(config.scores).values())
-    return ScoredSamples(layout.samples(), scores, layout.prompts, attributes=attributes)
+    return ScoredSamples(layout.samples(), *scores, layout.prompts, attributes=attributes)
 
 
 def is_finished(config: DistillRecipe) -> bool:

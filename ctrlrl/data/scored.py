@@ -25,7 +25,7 @@ KEY = ["prompt_id", "unit", "index"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ScoredSamples:
     """What is distilled: finished stores of samples and of their scores, one for each attribute, row by row aligned, and the Parquet file
     of their prompts.
@@ -36,8 +36,20 @@ class ScoredSamples:
     samples: ShardStore
     scores: tuple[ShardStore, ...]
     prompts: Path
-    maps: Mapping[str, Calibration] | None = None
-    attributes: Attributes = PAPER
+    maps: Mapping[str, Calibration] | None
+    attributes: Attributes
+
+    def __init__(
+        self,
+        samples: ShardStore,
+        *scores_and_prompts: ShardStore | Path,
+        maps: Mapping[str, Calibration] | None = None,
+        attributes: Attributes = PAPER,
+    ):
+        *scores, prompts = scores_and_prompts
+        given = {"samples": samples, "scores": tuple(scores), "prompts": prompts, "maps": maps, "attributes": attributes}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     @property
     def stores(self) -> dict[str, ShardStore]:

@@ -27,7 +27,7 @@ UNITS = 8
 def build(folder: Path, rows: int, shard_rows: int) -> ScoredSamples:
     """Shards in the order of generation: unit by unit, within it prompt by prompt, K samples each."""
     samples, *scores = (ShardStore(folder / name) for name in ("samples", "helpful", "harmless"))
-    source = ScoredSamples(samples, tuple(scores), folder / "prompts.parquet")
+    source = ScoredSamples(samples, *scores, folder / "prompts.parquet")
     prompts = -(-rows // (K * UNITS))
     ids = np.array([f"{key:016x}" for key in np.random.default_rng(0).integers(1 << 63, size=prompts).tolist()])
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def peak_memory() -> int:
 def measure(folder: Path, method: str, memory: int) -> None:
     """Distil once and print the figures as JSON."""
     samples, *scores = (ShardStore(folder / name) for name in ("samples", "helpful", "harmless"))
-    source = ScoredSamples(samples, tuple(scores), folder / "prompts.parquet")
+    source = ScoredSamples(samples, *scores, folder / "prompts.parquet")
     before, began, cpu = peak_memory(), time.perf_counter(), time.process_time()
     report = distill(source, folder / method, method=method, seed=1, memory=memory)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu

@@ -52,7 +52,7 @@ def some_rows(cells):
 def written(folder, rows, shard_rows, prompts=8):
     """Stores of the rows, in the order given."""
     samples, *scores = (ShardStore(folder / name) for name in ("samples", "helpful", "harmless"))
-    source = ScoredSamples(samples, tuple(scores), folder / "prompts.parquet")
+    source = ScoredSamples(samples, *scores, folder / "prompts.parquet")
     pq.write_table(prompts_table([a_prompt(number) for number in range(prompts)]), source.prompts)
     chunks = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
     for store, name in ((source.samples, None), (source.scores[0], "helpful"), (source.scores[1], "harmless")):
@@ -238,7 +238,7 @@ def test_stores_that_do_not_fit_are_refused(tmp_path):
         (tmp_path / name / "other").mkdir(parents=True)
         source = written(tmp_path / name, rows, 3, **options)
         other = source if changed is None else written(tmp_path / name / "other", changed, 3)
-        return ScoredSamples(source.samples, (source.scores[0], other.scores[1]), source.prompts)
+        return ScoredSamples(source.samples, source.scores[0], other.scores[1], source.prompts)
 
     def refused(source, error, says, **options):
         with pytest.raises(error, match=says):
@@ -254,15 +254,15 @@ def test_stores_that_do_not_fit_are_refused(tmp_path):
     refused(fresh("f", prompts=3), DataError, f"prompt {a_prompt(3).prompt_id} has samples")
     good = fresh("g")
     samples = ShardStore(tmp_path / "a" / "other" / "samples")
-    refused(ScoredSamples(samples, good.scores, good.prompts), DataError, "2 of 8 rows .*/samples .* than .*/helpful",
+    refused(ScoredSamples(samples, *good.scores, good.prompts), DataError, "2 of 8 rows .*/samples .* than .*/helpful",
             method="vanilla")
     gone = fresh("h")
     gone.scores[0].path(1).unlink()
     refused(gone, RunError, "helpful/shards/000001.parquet cannot be read.*ctrlrl inspect")
     pq.write_table(prompts_table([a_prompt(0), a_prompt(0)]), tmp_path / "twice.parquet")
-    refused(ScoredSamples(good.samples, good.scores, tmp_path / "twice.parquet"), DataError, "1 prompts more than once")
-    refused(ScoredSamples(good.samples, good.scores, tmp_path / "none"), DataError, "not a Parquet file of prompts")
-    refused(ScoredSamples(ShardStore(tmp_path / "z"), good.scores, good.prompts), RunError, "not a directory of shards")
+    refused(ScoredSamples(good.samples, *good.scores, tmp_path / "twice.parquet"), DataError, "1 prompts more than once")
+    refused(ScoredSamples(good.samples, *good.scores, tmp_path / "none"), DataError, "not a Parquet file of prompts")
+    refused(ScoredSamples(ShardStore(tmp_path / "z"), *good.scores, good.prompts), RunError, "not a directory of shards")
     refused(good, RecipeError, "method = 'mooc' is unknown", method="mooc")
     refused(good, RecipeError, "per_cell = 0", per_cell=0)
     refused(good, RecipeError, "precision = 7", method="vanilla", precision=7)

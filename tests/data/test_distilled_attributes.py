@@ -56,7 +56,7 @@ def source(request, tmp_path):
                     store.commit(shard, conform(pa.table(table | {"score": scores[list(rows), column]}), SCORES, "scores"), {})
             store.finish({})
     samples, *given = (ShardStore(folder) for folder in stores)
-    return ScoredSamples(samples, tuple(given), layout.prompts, None, attributes), dict(zip(keys, scores.tolist(), strict=True))
+    return ScoredSamples(samples, *given, layout.prompts, attributes=attributes), dict(zip(keys, scores.tolist(), strict=True))
 
 
 def slow_level(score, levels):

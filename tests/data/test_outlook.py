@@ -31,7 +31,7 @@ def narrow(folder, prompts=12, samples=5):
                 table = {key: [row[key] for row in part] for key in ("prompt_id", "unit", "index")} | {"score": [row[a] for row in part]}
                 store.commit(number, conform(pa.table(table | {"raw": raw[first : first + 17, column]}), SCORES, "scores"), {})
             store.finish({})
-    return ScoredSamples(source.samples, tuple(stores), source.prompts), raw
+    return ScoredSamples(source.samples, *stores, source.prompts), raw
 
 
 def test_the_outlook_is_what_distillation_then_keeps(tmp_path):
@@ -42,7 +42,7 @@ def test_the_outlook_is_what_distillation_then_keeps(tmp_path):
     assert distill(source, tmp_path / "plain", method="moec", seed=0)["prompts"]["after"] == 0
     maps = {a: fit_to_store(store) for a, store in stores.items()}
     assert maps["helpful"].knots == fit_quantile(raw[:, 0].astype(np.float32)).knots
-    calibrated = ScoredSamples(source.samples, (source.scores[0], source.scores[1]), source.prompts, maps)
+    calibrated = ScoredSamples(source.samples, *source.scores, source.prompts, maps=maps)
     report = distill(calibrated, tmp_path / "spread", method="moec", seed=0)
     assert 0 < outlook(stores, maps).moec == report["prompts"]["after"] < 12
     first, second = outlook_lines(stores)

@@ -64,7 +64,7 @@ def remake(layout, shard, tag="new"):
 
 
 def sources(layout):
-    return ScoredSamples(layout.samples(), tuple(layout.scores(OPTIMISATION, a) for a in ATTRIBUTES), layout.prompts)
+    return ScoredSamples(layout.samples(), *(layout.scores(OPTIMISATION, a) for a in ATTRIBUTES), layout.prompts)
 
 
 def test_scores_of_remade_samples_are_missing_everywhere(scored, tmp_path, capsys):
@@ -94,7 +94,7 @@ def test_a_plain_store_of_other_samples_is_refused_by_distillation(scored, tmp_p
     remake(scored, 1)
     plain = [ShardStore(scored.scores(OPTIMISATION, a).directory) for a in ATTRIBUTES]
     with pytest.raises(DataError, match="shard 1 of .*helpful scores other samples"):
-        distill(ScoredSamples(scored.samples(), tuple(plain), scored.prompts), tmp_path / "out", method="moec", seed=0)
+        distill(ScoredSamples(scored.samples(), *plain, scored.prompts), tmp_path / "out", method="moec", seed=0)
 
 
 def test_a_smaller_scale_is_finished_anew_when_the_larger_ones_manifest_lists_what_is_gone(scored):
