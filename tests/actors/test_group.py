@@ -25,8 +25,9 @@ def test_a_stopped_rank_is_reported_by_name_within_its_deadline_and_a_dead_one_a
             met.append(ranks)
             if len(met) == 1:
                 ray_cluster.kill(ranks.actors[0])
-                with pytest.raises(ray_cluster.exceptions.RayActorError):  # once it is dead
-                    ray_cluster.get(ranks.actors[0].__ray_ready__.remote())
+                with pytest.raises(ray_cluster.exceptions.RayActorError):  # once it is dead: until then it goes on answering
+                    while True:
+                        ray_cluster.get(ranks.actors[0].__ray_ready__.remote(), timeout=60)
                 refs = [ranks.actors[0].meeting_point.remote()]  # it may have answered before
         return wait(group, ranks, refs, deadline_s, doing)
 
