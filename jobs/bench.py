@@ -39,7 +39,7 @@ from ctrlrl.evaluation.results import MeasureConfig
 from ctrlrl.evaluation.safety_sets import SafetySet, read_set
 from ctrlrl.models.exporting import check_attributes
 from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
+from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import only_writer
 from jobs.asking import Asking
@@ -157,7 +157,7 @@ def bench(config: BenchRecipe, crew: Crew | None = None) -> int:
     check_policy(config.model)
     check_attributes(config.model, config.attributes)
     for reward in reward_workers(config).values():
-        check_reward_model(reward.model, reward.label)
+        reward.check()
     asked = Bench(config)
     if asked.rejects:
         print(aside_line(asked.rejects), flush=True)

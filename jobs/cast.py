@@ -23,7 +23,7 @@ from ctrlrl.data.rejects import Reject, aside_line
 from ctrlrl.data.sources import Prompt, read_prompts
 from ctrlrl.models.exporting import check_attributes, check_export
 from ctrlrl.models.layout import check_layout
-from ctrlrl.models.loading import check_causal, check_policy, check_reward_model, check_value, load_tokenizer, save_control_tokenizer
+from ctrlrl.models.loading import check_causal, check_policy, check_value, load_tokenizer, save_control_tokenizer
 from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.models.state import damaged, read_checked, write_checked
@@ -254,7 +254,7 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
         check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")
     for reward in config.reward.values():
-        check_reward_model(reward.model, reward.label)
+        reward.check()
     room = prompt_room(policy, config.rollout.engine, config.sampling)
     tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
     check_export(policy, config.out, partial(save_control_tokenizer, tokenizer, attributes=config.attributes), generates=True)

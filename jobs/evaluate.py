@@ -34,7 +34,7 @@ from ctrlrl.evaluation.grid import Cell, controls_of, make_cells
 from ctrlrl.evaluation.results import MeasureConfig, results
 from ctrlrl.models.exporting import check_attributes
 from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer
+from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import absolute_out, only_writer, output_directory
 from jobs.asking import REFUSAL_WORKER, Asking, worker_name
@@ -111,7 +111,7 @@ def evaluate(config: EvaluateRecipe, crew: Crew | None = None) -> int:
     check_policy(config.model)
     check_attributes(config.model, config.attributes)
     for reward in reward_workers(config).values():
-        check_reward_model(reward.model, reward.label)
+        reward.check()
     (cells, rejects), room = cells_of(config), prompt_room(config.model, config.rollout.engine, config.sampling)
     if rejects:
         print(aside_line(rejects), flush=True)
@@ -214,8 +214,7 @@ def fingerprint(config: EvaluateRecipe, cells: list[Cell]) -> dict:
 
 def judge_fingerprint(reward: RewardConfig) -> dict:
     """All that the scores of a reward model depend on, by content."""
-    read = reward.model_dump(include={"dtype", "max_length", "label"})
-    return {"sha256": model_fingerprint(reward.model), **read, "calibration": reward.load_calibration().content_hash}
+    return reward.fingerprint()
 
 
 def finish(config: EvaluateRecipe, table: pa.Table, cost: dict[str, float]) -> int:

@@ -26,7 +26,7 @@ from ctrlrl.data.sources import read_prompts
 from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.grid import JUDGES, controls_of, make_cells, make_table, score_columns
 from ctrlrl.evaluation.metrics import METRICS, measure
-from ctrlrl.models.loading import check_reward_model, load_tokenizer
+from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
 from jobs.asking import draw_seed, spoken
 from jobs.launch import background
@@ -147,7 +147,7 @@ class InterimCrew:
         except ValueError as error:
             raise RecipeError(str(error)) from None
         for judge in judges:
-            check_reward_model(judge.model, judge.label)
+            judge.check()
         models = [judge.model for judge in judges]
         self._interim = Interim(config, model, config.rollout, seed, "evaluation.rollout", skip_bad_rows, chat, models, attributes)
         self.rejects = self._interim.rejects

@@ -24,8 +24,6 @@ from ctrlrl.data.generation import OPTIMISATION, Layout, scores_table
 from ctrlrl.data.shards import SOURCE, ShardStore
 from ctrlrl.errors import RunError
 from ctrlrl.models.conversations import reader_of
-from ctrlrl.models.fingerprint import model_fingerprint
-from ctrlrl.models.loading import check_reward_model
 from ctrlrl.prompts import Messages
 from ctrlrl.runs import absolute_out
 from jobs.flow import Flow
@@ -69,11 +67,8 @@ class Judge:
     @classmethod
     def of(cls, config: RewardConfig, store: ShardStore, samples: dict) -> "Judge":
         """Checks the reward model and takes its fingerprint; `samples`: that of the answers."""
-        check_reward_model(config.model, config.label)
-        calibration = config.load_calibration()
-        model = {"sha256": model_fingerprint(config.model), "dtype": config.dtype, "max_length": config.max_length}
-        model |= {"label": config.label} if config.label else {}
-        return cls(store, calibration, {"reward": model | {"calibration": calibration.content_hash}, "samples": samples})
+        config.check()
+        return cls(store, config.load_calibration(), {"reward": config.fingerprint(), "samples": samples})
 
 
 class Scoring:

@@ -9,7 +9,7 @@ from ctrlrl.chat import OWN_TEMPLATE
 from ctrlrl.config import load
 from ctrlrl.errors import RecipeError
 from ctrlrl.models.exporting import trained_attributes
-from ctrlrl.models.loading import check_policy, check_reward_model, load_tokenizer, within_positions
+from ctrlrl.models.loading import check_policy, load_tokenizer, within_positions
 from ctrlrl.models.sampler import EngineConfig, SamplingConfig, prompt_room
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.models.served import ServedModel
@@ -66,8 +66,7 @@ def load_serving(model: str, dials: str, overrides: Sequence[str], name: str) ->
     if kind == "tokens" and (other := unlike(config.attributes, trained)):
         raise RecipeError(f"{model!r} was trained for other attributes than those of the dials ({other}): leave [attributes] out")
     for judge in reward_configs(config).values():
-        check_reward_model(judge.model, judge.label)
-        judge.load_calibration()
+        judge.check()
     return Serving(model, dials, tuple(overrides), _name(model, name), config, kind)
 
 

@@ -19,7 +19,7 @@ from ctrlrl.data.atomic import write_json, write_text
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.errors import RunError
 from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
-from ctrlrl.models.loading import check_policy, check_reward_model
+from ctrlrl.models.loading import check_policy
 from ctrlrl.runs import only_writer
 from jobs.cast import demands_of as cast_demands
 from jobs.distill import DistillRecipe, distill
@@ -115,8 +115,8 @@ def check(steps: list[Step]) -> None:
     made = tuple(str(step.folder) for step in steps)
     for policy in sorted(name for name in policies if not name.startswith(made)):
         check_policy(policy)
-    for model, label in sorted({(reward.model, reward.label) for models in judges for reward in models.values()}):
-        check_reward_model(model, label)
+    for reward in {dump(reward): reward for models in judges for reward in models.values()}.values():
+        reward.check()
     for name, limit, skip in sorted(prompts, key=str):
         read_prompts(name, limit=limit, skip_bad_rows=skip)
 

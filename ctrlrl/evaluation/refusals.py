@@ -5,16 +5,12 @@ reason. What merely sounds so (condolences, "I can't wait", a refusal that is qu
 nothing of the question: a lecture in place of an answer, an answer beside the point and ignorance stay unseen (jobs/README.md has figures).
 """
 
-import ast
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrlrl.errors import DataError
+from ctrlrl.functions import called, loaded
 
 OPENING = 300  # characters of an answer that are looked at; later a "cannot" is mostly part of what is told
 PATTERNS_MISS = (
@@ -146,31 +142,15 @@ def judged(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(scores >= 0.5)])
 
 
-def check_function(place: str) -> None:
-    """ValueError unless `place` is `file.py:function` of a file that is there and defines it; runs nothing of it."""
-    file, _, name = place.rpartition(":")
-    try:
-        tree = ast.parse(Path(file).expanduser().read_text("utf-8"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{place!r} is no file.py:function: {error}") from None
-    if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body):
-        raise ValueError(f"{place!r}: {file} defines no function {name!r}")
-
-
 def judged_by(table: pa.Table, place: str) -> pa.Table:
     """`table` with the column of a judge: what the function at `place` gives for its prompts and responses, a score from 0 to 1 each."""
     if missing := [name for name in ("prompt", "response") if name not in table.column_names]:
         raise DataError(f"{place} judges prompts and responses, and the table has no column {' and '.join(missing)}")
-    scores = np.asarray(_function(place)(table["prompt"].to_pylist(), table["response"].to_pylist()), np.float64)
+    what = "the judge of refusals"
+    judge = loaded(place, what)
+    given = lambda prompts, responses: np.asarray(judge(prompts, responses), np.float64)  # noqa: E731
+    scores = called(given, f"{what} {place!r}", table["prompt"].to_pylist(), table["response"].to_pylist())
     if scores.shape != (len(table),):
         raise DataError(f"{place} gave scores of shape {scores.shape} for {len(table)} answers: it returns one number an answer")
     others = table.drop_columns(JUDGED) if JUDGED in table.column_names else table
     return others.append_column(JUDGED, pa.array(scores))
-
-
-def _function(place: str) -> Callable[[list[str], list[str]], object]:
-    file, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location("ctrlrl_refusal_judge", Path(file).expanduser())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)

@@ -18,7 +18,8 @@ from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import METHODS, best_template
 from ctrlrl.evaluation.grid import JUDGES, score_columns
 from ctrlrl.evaluation.metrics import METRICS, from_table, measure, over_optimisation_gap, request_columns, safe_shares
-from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_function, check_pattern, judged, judged_by, refused
+from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_pattern, judged, judged_by, refused
+from ctrlrl.functions import check_defined
 
 BINS = 20  # of the score distributions, over [0, 1]
 
@@ -42,7 +43,7 @@ class MeasureConfig(Section):
     @classmethod
     def _is_there(cls, place: str) -> str:
         if place:
-            check_function(place)
+            check_defined(place)
         return place
 
     @field_validator("refusals", "exempt")

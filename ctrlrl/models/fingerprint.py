@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 
 from ctrlrl.data.atomic import file_sha256
 from ctrlrl.errors import ModelError
-from ctrlrl.models.python_scorer import is_python, source_sha256
+from ctrlrl.models.python_scorer import is_python, python_contents
 from ctrlrl.models.reading import check_no_pointer, existing
 
 CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -21,7 +21,7 @@ def model_fingerprint(name: str) -> str:
 def model_contents(name: str) -> dict[str, str]:
     """The SHA-256 of each of these files, by file name; of a scorer that is a Python function that of its source."""
     if is_python(name):
-        return {Path(name.rpartition(":")[0]).name: source_sha256(name)}
+        return python_contents(name)
     folder = model_folder(name)
     files = sorted({file for pattern in CONTENT for file in folder.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):

@@ -4,23 +4,17 @@ The function gets a list of (messages, answer) and returns as many numbers from 
 source is its fingerprint, and the model's name in recipes and messages is `python:file.py:function`.
 """
 
-import hashlib
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ctrlrl.errors import DataError, ModelError
+from ctrlrl.functions import called, loaded, parts, source_sha256
 from ctrlrl.prompts import Messages
 
 PREFIX = "python:"
-# What a function of somebody else may raise.
-_RAISED = (
-    ArithmeticError, LookupError, TypeError, ValueError, AttributeError, NameError, RuntimeError, AssertionError, ImportError, SyntaxError,
-    OSError,
-)  # fmt: skip
-_TRIED = ((({"role": "user", "content": "A question?"},), "An answer."), (({"role": "user", "content": "A question?"},), ""))
+# Conversations on which scorers are tried before anything starts.
+TRIED = ((({"role": "user", "content": "A question?"},), "An answer."), (({"role": "user", "content": "A question?"},), ""))
 
 
 def is_python(name: str) -> bool:
@@ -30,20 +24,14 @@ def is_python(name: str) -> bool:
 
 def named(place: str) -> str:
     """The name of the scorer at "file.py:function"; ValueError if that is no such place."""
-    file, colon, function = place.rpartition(":")
-    if not colon or not file.endswith(".py") or not function.isidentifier():
-        raise ValueError(f'{place!r} is not "file.py:function"')
-    return f"{PREFIX}{Path(file).expanduser().absolute()}:{function}"
+    file, function = parts(place)
+    return f"{PREFIX}{file.absolute()}:{function}"
 
 
-def source_sha256(name: str) -> str:
-    """SHA-256 of the source of the function's file, and of the function's name."""
-    file, _, function = name.removeprefix(PREFIX).rpartition(":")
-    try:
-        source = Path(file).read_bytes()
-    except OSError as error:
-        raise ModelError(f"the scorer {name!r} cannot be read: {error.strerror}: give the path of a Python file") from None
-    return hashlib.sha256(source + f"\n:{function}".encode()).hexdigest()
+def python_contents(name: str) -> dict[str, str]:
+    """SHA-256 of the source of the function's file, with the function's name, by the file's name."""
+    place = name.removeprefix(PREFIX)
+    return {parts(place)[0].name: source_sha256(place)}
 
 
 def check_python(name: str) -> bool:
@@ -51,7 +39,7 @@ def check_python(name: str) -> bool:
     if not is_python(name):
         return False
     try:
-        PythonScorer(name).raw(_TRIED)
+        PythonScorer(name).raw(TRIED)
     except DataError as error:
         raise ModelError(str(error)) from None
     return True
@@ -62,14 +50,8 @@ class PythonScorer:
 
     def __init__(self, name: str, calibration=None):
         self._name, self._calibration = name, calibration
-        file, _, function = name.removeprefix(PREFIX).rpartition(":")
-        source_sha256(name)
-        module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("ctrlrl_scorer", file))
-        try:
-            spec.loader.exec_module(module)
-            self._function = getattr(module, function)
-        except _RAISED as error:
-            raise ModelError(f"the scorer {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        source_sha256(name.removeprefix(PREFIX))
+        self._function = loaded(name.removeprefix(PREFIX), "the scorer")
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
@@ -80,10 +62,8 @@ class PythonScorer:
         """What the function returns, fp32 [B]; DataError for anything else than as many numbers from 0 to 1, and for what it raises."""
         if not conversations:
             return np.zeros(0, np.float32)
-        try:
-            raw = np.asarray(self._function(list(conversations)), np.float32)
-        except _RAISED as error:
-            raise DataError(f"the scorer {self._name!r} failed: {type(error).__name__}: {error}") from error
+        given = lambda conversations: np.asarray(self._function(conversations), np.float32)  # noqa: E731
+        raw = called(given, f"the scorer {self._name!r}", list(conversations))
         if raw.shape != (len(conversations),) or not ((raw >= 0) & (raw <= 1)).all():
             some = raw.ravel()[:3].tolist()
             raise DataError(f"the scorer {self._name!r} must return {len(conversations)} numbers from 0 to 1; it gave {raw.size}: {some} …")

@@ -15,7 +15,7 @@ from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.forward import PolicyModule
 from ctrlrl.models.layout import Layout, settle
-from ctrlrl.models.loading import load_policy, load_reward_model, load_tokenizer, reads_token_types
+from ctrlrl.models.loading import check_reward_model, load_policy, load_reward_model, load_tokenizer, reads_token_types
 from ctrlrl.models.pooling import check_scores_alone, raw_scores
 from ctrlrl.models.python_scorer import PythonScorer, is_python, named
 from ctrlrl.models.reading import label_index
@@ -61,12 +61,26 @@ class ScorerConfig(Section):
     def load_calibration(self) -> Calibration:
         """The map from raw outputs to scores; raises DataError if a stored one is missing, was changed, or is another model's."""
         calibration = load_calibration(self.calibration_file) if self.calibration_file else Calibration(self.calibration)
-        if calibration.model and calibration.model != model_fingerprint(self.model):
+        if calibration.model and calibration.model != self.content_sha256():
             raise DataError(
                 f"{self.calibration_file} was fitted on the outputs of another reward model than {self.model!r}: score answers with this "
                 "one (ctrlrl score), and calibrate anew"
             )
         return calibration
+
+    def check(self) -> None:
+        """ModelError or DataError if this cannot be what scores answers. Reads no weights; a function is tried on two conversations."""
+        check_reward_model(self.model, self.label)
+        self.load_calibration()
+
+    def content_sha256(self) -> str:
+        """What scores the answers, by content: SHA-256 of a model's files, or of a function's source."""
+        return model_fingerprint(self.model)
+
+    def fingerprint(self) -> dict:
+        """All that the scores depend on, by content."""
+        read = self.model_dump(include={"dtype", "max_length", "label"})
+        return {"sha256": self.content_sha256(), **read, "calibration": self.load_calibration().content_hash}
 
 
 def make_scorer(config: ScorerConfig) -> "Scorer | PythonScorer":
