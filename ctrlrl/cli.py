@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.launch import BesideGib, Data, GpuGib, Gpus, Objective, Out, Recipe, RecipeFile, Resume, Set, Sizes, SkipBadRows, mistakes_told
+from jobs.parts.launch import BesideGib, Data, GpuGib, Gpus, Out, Recipe, RecipeFile, Resume, Set, Sizes, SkipBadRows, mistakes_told
 
 app = typer.Typer(
     help="Train language models whose safety and helpfulness an operator can dial.",
@@ -61,7 +61,7 @@ def evaluate(
 ) -> None:
     """Measure how far a model's answers follow the requested control."""
     if table:
-        from jobs.measure import main as measure
+        from jobs.parts.measure import main as measure
 
         raise typer.Exit(measure(table, recipe, [*(overrides or []), *([f"levels=[{levels}]"] if levels else [])], out))
     from jobs.evaluate import main as job
@@ -190,8 +190,8 @@ def distill(
 
 @app.command()
 def finetune(
-    objective: Objective = "", recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False,
-    skip_bad_rows: SkipBadRows = False,
+    objective: Annotated[str, typer.Option(help="plm, clm or exmate.")] = "",
+    recipe: Recipe = "", overrides: Set = None, out: Out = "", resume: Resume = False, skip_bad_rows: SkipBadRows = False,
 ) -> None:  # fmt: skip
     """Fine-tune a policy on the table of ctrlrl distill, so that its answers follow a control."""
     from jobs.finetune import main as job

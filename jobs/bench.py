@@ -42,10 +42,10 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import only_writer
-from jobs.asking import Asking
 from jobs.evaluate import ask, judge_fingerprint, reward_workers
-from jobs.launch import Out, Recipe, Set, SkipBadRows, run_job
-from jobs.reading import askable
+from jobs.parts.asking import Asking
+from jobs.parts.launch import Out, Recipe, Set, SkipBadRows, run_job
+from jobs.parts.reading import askable
 
 Model = Annotated[str, typer.Argument(help="Model whose dial is tried: a directory such as runs/mine/model, or a hub name.")]
 On = Annotated[list[str] | None, typer.Option("--on", help="A set: xstest (from the hub), or xstest=FILE. Repeatable.")]

@@ -11,7 +11,7 @@ from ctrlrl.data.calibration import fit_quantile, raw_outputs
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.errors import DataError, RunError
 from ctrlrl.runs import absolute_out, only_writer
-from jobs.launch import Data, mistakes_told
+from jobs.parts.launch import Data, mistakes_told
 
 Name = Annotated[str, typer.Option("--scores", help="Which set of scores: that of ctrlrl generate, or a name of ctrlrl score.")]
 Folder = Annotated[str, typer.Option(help="Directory for helpful.json and harmless.json.")]

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from ctrlrl.errors import DataError, RecipeError, RunError
-from jobs.launch import EXIT_INTERRUPTED, Set, mistakes_told
+from jobs.parts.launch import EXIT_INTERRUPTED, Set, mistakes_told
 
 _STOP_S = 15.0  # for a server to end its engine
 _PARENT_DEATH_SIGNAL = 1  # Linux: prctl(PR_SET_PDEATHSIG)
@@ -59,7 +59,7 @@ def main(
 def _converse(client, chosen, drawing: dict) -> int:
     """Talk until the input ends. Returns the exit code: 1 if a message was not answered, where nobody is there to see it."""
     from ctrlrl.serving.client import NotAnswered
-    from jobs.talk import Talk
+    from jobs.parts.talk import Talk
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:

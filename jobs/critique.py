@@ -33,10 +33,10 @@ from ctrlrl.models.sampler import Completions, Request, SamplingConfig
 from ctrlrl.prompts import render
 from ctrlrl.runs import absolute_out, only_writer
 from ctrlrl.seeds import derive_seed
-from jobs.flow import Flow
 from jobs.generate import drawn_from, effort, fitting, report, tokens_of, versions
-from jobs.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
-from jobs.progress import Pace, Steps
+from jobs.parts.flow import Flow
+from jobs.parts.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
+from jobs.parts.progress import Pace, Steps
 
 
 class CritiqueRecipe(Section):

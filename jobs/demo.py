@@ -30,15 +30,15 @@ from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.plots import reward_curve
 from ctrlrl.evaluation.report import write_report
 from ctrlrl.runs import only_writer, output_directory, read_metrics
-from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
 from jobs.dpo import DPORecipe, dpo
 from jobs.evaluate import EvaluateRecipe, evaluate, is_finished, reward_workers
 from jobs.finetune import FinetuneRecipe, check_reused, finetune
 from jobs.generate import GenerateRecipe, generate
-from jobs.launch import mistakes_told
-from jobs.measure import summary_lines, system_lines
+from jobs.parts.cast import demands_of
+from jobs.parts.launch import mistakes_told
+from jobs.parts.measure import summary_lines, system_lines
 from jobs.ppo import PPORecipe, train
 
 RECIPES = Path(__file__).parent / "recipes"

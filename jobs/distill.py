@@ -20,7 +20,7 @@ from ctrlrl.errors import DataError, RunError
 from ctrlrl.evaluation.files import read_json
 from ctrlrl.evaluation.plots import score_distribution
 from ctrlrl.runs import absolute_out, only_writer
-from jobs.launch import Data, Out, Recipe, Set, run_job
+from jobs.parts.launch import Data, Out, Recipe, Set, run_job
 
 Method = Annotated[str, typer.Option(help="vanilla, oversampling or moec.")]
 Calibrate = Annotated[str, typer.Option(help="quantile: spread the stored outputs of the reward models over [0, 1] first.")]

@@ -52,10 +52,10 @@ from ctrlrl.models.vocabulary import check_same_vocabulary, final_token_id
 from ctrlrl.objectives.preference import dpo as dpo_loss
 from ctrlrl.prompts import render
 from ctrlrl.runs import Run, absolute_out, output_directory
-from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
-from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
-from jobs.progress import Steps
-from jobs.reading import renderable
+from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
+from jobs.parts.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+from jobs.parts.progress import Steps
+from jobs.parts.reading import renderable
 
 _REFERENCE = "reference.parquet"  # of a run directory
 _CHUNK = 512  # pairs that the reference scores between two lines of progress

@@ -2,8 +2,8 @@
 
     python jobs/evaluate.py --recipe jobs/recipes/evaluate.toml --set model=runs/ppo/model --out runs/ppo/evaluation
 
-Writes table.parquet, metrics.json (mP, MP, Err, BT), details.json (all else that is measured) and cost.json. jobs/measure.py does what
-comes after the table without models.
+Writes table.parquet, metrics.json (mP, MP, Err, BT), details.json (all else that is measured) and cost.json. jobs/parts/measure.py does
+what comes after the table without models.
 """
 
 import time
@@ -37,10 +37,10 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.runs import absolute_out, only_writer, output_directory
-from jobs.asking import REFUSAL_WORKER, Asking, worker_name
-from jobs.launch import Out, Recipe, Set, SkipBadRows, run_job
-from jobs.measure import write_results
-from jobs.reading import askable
+from jobs.parts.asking import REFUSAL_WORKER, Asking, worker_name
+from jobs.parts.launch import Out, Recipe, Set, SkipBadRows, run_job
+from jobs.parts.measure import write_results
+from jobs.parts.reading import askable
 
 Levels = Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")]
 

@@ -20,7 +20,7 @@ from ctrlrl.data.generation import Layout
 from ctrlrl.data.selection import classes
 from ctrlrl.data.shards import ShardStore, Verification
 from ctrlrl.runs import absolute_out
-from jobs.launch import Data, mistakes_told
+from jobs.parts.launch import Data, mistakes_told
 
 Examples = Annotated[int, typer.Option(help="How many samples to show.")]
 _SHOWN = 300  # characters of a text

@@ -7,7 +7,7 @@ PLM and CLM maximise the likelihood of the answer under its control, ExMATE also
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +34,9 @@ from ctrlrl.models.vocabulary import final_token_id
 from ctrlrl.objectives.exmate import exmate
 from ctrlrl.objectives.likelihood import likelihood
 from ctrlrl.runs import absolute_out
-from jobs.interim import InterimCrew, InterimCrewConfig
-from jobs.launch import Objective, Out, Recipe, Resume, Set, SkipBadRows, run_job
-from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+from jobs.parts.interim import InterimCrew, InterimCrewConfig
+from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
+from jobs.parts.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
 
 
 class FinetuneRecipe(OfflineRecipe):
@@ -150,7 +150,7 @@ def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray) -> 
 
 def main(
     recipe: Recipe = "",
-    objective: Objective = "",
+    objective: Annotated[str, typer.Option(help="plm, clm or exmate.")] = "",
     overrides: Set = None,
     out: Out = "",
     resume: Resume = False,

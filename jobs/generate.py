@@ -35,10 +35,10 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig, prompt_room
 from ctrlrl.runs import absolute_out, only_writer
-from jobs.flow import Flow
-from jobs.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
-from jobs.progress import Pace, Steps
-from jobs.reading import askable
+from jobs.parts.flow import Flow
+from jobs.parts.launch import Out, Recipe, Set, SkipBadRows, StopRequest, run_job
+from jobs.parts.progress import Pace, Steps
+from jobs.parts.reading import askable
 from jobs.score import Judge, Scoring
 
 Scale = Annotated[str, typer.Option(help="Units to have in the end, such as 8x: passes over the prompts, each with other seeds.")]

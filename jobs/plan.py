@@ -16,9 +16,9 @@ from ctrlrl.errors import RecipeError
 from ctrlrl.models.footprint import cache_bytes_a_token, parameters_of, total
 from ctrlrl.models.python_scorer import is_python
 from ctrlrl.models.sizes import shape_of
-from jobs.cast import PPORecipe
-from jobs.launch import BesideGib, GpuGib, Gpus, RecipeFile, Set, Sizes, mistakes_told
-from jobs.rooms import (
+from jobs.parts.cast import PPORecipe
+from jobs.parts.launch import BesideGib, GpuGib, Gpus, RecipeFile, Set, Sizes, mistakes_told
+from jobs.parts.rooms import (
     GIB,
     Changed,
     Worker,

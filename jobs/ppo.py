@@ -30,10 +30,10 @@ from ctrlrl.ppo.loss import policy_loss, policy_value_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.runs import Run
-from jobs.cast import Cast, PPORecipe, check_inputs, judges_of, restore, start_cast, write_checkpoint
-from jobs.interim import Interim
-from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
-from jobs.progress import Answers, Clock, Steps
+from jobs.parts.cast import Cast, PPORecipe, check_inputs, judges_of, restore, start_cast, write_checkpoint
+from jobs.parts.interim import Interim
+from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
+from jobs.parts.progress import Answers, Clock, Steps
 
 # May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
 FREE = (

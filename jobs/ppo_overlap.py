@@ -32,12 +32,12 @@ from ctrlrl.ppo.experience import draw_queries
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Samples
 from ctrlrl.runs import Run, absolute_out
-from jobs.cast import Cast, PPORecipe, restore, write_checkpoint
-from jobs.interim import Interim
-from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
+from jobs.parts.cast import Cast, PPORecipe, restore, write_checkpoint
+from jobs.parts.interim import Interim
+from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
+from jobs.parts.progress import Answers, Clock, Steps
 from jobs.ppo import collect, gather, headline, judge_chunk, learn, recall_chunk
 from jobs.ppo import train as train_by
-from jobs.progress import Answers, Clock, Steps
 
 _AHEAD = "ahead.parquet"  # of a checkpoint: the batches that were on their way
 

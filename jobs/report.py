@@ -10,7 +10,7 @@ import typer
 from ctrlrl.evaluation.exhibits import collect
 from ctrlrl.evaluation.report import write_report
 from ctrlrl.runs import only_writer
-from jobs.launch import mistakes_told
+from jobs.parts.launch import mistakes_told
 
 Runs = Annotated[list[str], typer.Argument(help="Evaluations, training runs, distillations, benches, studies, folders of them; NAME=DIR.")]
 

@@ -28,9 +28,9 @@ from ctrlrl.models.lora import check_adapters
 from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.objectives.preference import bradley_terry
-from jobs.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
-from jobs.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
-from jobs.reading import renderable
+from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
+from jobs.parts.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+from jobs.parts.reading import renderable
 
 
 class RewardModelRecipe(OfflineRecipe):

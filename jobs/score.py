@@ -26,9 +26,9 @@ from ctrlrl.errors import RunError
 from ctrlrl.models.conversations import reader_of
 from ctrlrl.prompts import Messages
 from ctrlrl.runs import absolute_out
-from jobs.flow import Flow
-from jobs.launch import Data, Recipe, Set, StopRequest, run_job
-from jobs.progress import Pace, Steps
+from jobs.parts.flow import Flow
+from jobs.parts.launch import Data, Recipe, Set, StopRequest, run_job
+from jobs.parts.progress import Pace, Steps
 
 _READ = ["prompt_id", "unit", "index", "response"]
 

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.launch import Set, mistakes_told
+from jobs.parts.launch import Set, mistakes_told
 
 # Threads that wait must not spin: the engine and the HTTP share the cores. Read when torch, and vLLM, are imported.
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -39,7 +39,7 @@ def main(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         import uvloop
 
-        from jobs.serving import load_serving
+        from jobs.parts.serving import load_serving
 
         raise SystemExit(uvloop.run(_serve(load_serving(model, dials, overrides or [], name), host, port)))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.launch import mistakes_told
+from jobs.parts.launch import mistakes_told
 
 First = Annotated[str, typer.Argument(help="The first model: a directory, or a hub name. The soup has its files, dtypes and tokenizer.")]
 Second = Annotated[str, typer.Argument(help="The second model, of the same architecture and tokenizer.")]

@@ -3,7 +3,7 @@
     ctrlrl study synthesis --world runs/demo/world --out runs/studies/synthesis
 
 The steps are the ordinary jobs, called here one after the other on one Ray cluster. Variants with a step in common share its work, and a
-second call reuses what is finished and continues what is not (jobs/variants.py).
+second call reuses what is finished and continues what is not (jobs/parts/variants.py).
 """
 
 from collections import Counter
@@ -21,15 +21,15 @@ from ctrlrl.errors import RunError
 from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
 from ctrlrl.models.loading import check_policy
 from ctrlrl.runs import only_writer
-from jobs.cast import demands_of as cast_demands
 from jobs.distill import DistillRecipe, distill
 from jobs.evaluate import EvaluateRecipe, check_measured, evaluate
 from jobs.finetune import FinetuneRecipe, check_reused, finetune
 from jobs.generate import GenerateRecipe, generate
-from jobs.launch import Out, Set, SkipBadRows, run_job
-from jobs.measure import summary_lines
+from jobs.parts.cast import demands_of as cast_demands
+from jobs.parts.launch import Out, Set, SkipBadRows, run_job
+from jobs.parts.measure import summary_lines
+from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
 from jobs.ppo import PPORecipe, train
-from jobs.variants import RECIPES, Step, StudyRecipe, plan
 
 StudyName = Annotated[str, typer.Argument(help="A TOML file, or one of: synthesis, scale, models, reward, baseline, attributes.")]
 WorldFolder = Annotated[str, typer.Option("--world", help="Run on this demo world instead, with the demo's recipes.")]

@@ -111,7 +111,13 @@ def test_an_engine_is_named_by_its_owner_alone_and_inside_functions(engine):
 
 def test_the_command_line_imports_jobs_only_inside_commands():
     top = [module for module, top in imports(ROOT / "ctrlrl/cli.py") if top]
-    assert [m for m in top if m.split(".")[0] in PACKAGES] == ["jobs.launch"]
+    assert [m for m in top if m.split(".")[0] in PACKAGES] == ["jobs.parts.launch"]
+
+
+def test_jobs_are_what_can_be_started():
+    named = [m for m, top in imports(ROOT / "ctrlrl/cli.py") if not top and m.startswith("jobs.") and not m.startswith("jobs.parts.")]
+    assert sorted(named) == sorted(f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
+    assert {path.name for path in (ROOT / "jobs").iterdir() if path.is_dir()} - {"__pycache__"} == {"parts", "recipes"}
 
 
 def test_remote_calls_are_written_in_actors_alone():

@@ -20,8 +20,8 @@ from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
 from actors.crew import demands_of as crew_demands
 from ctrlrl.config import load
-from jobs.cast import PPORecipe, demands_of
 from jobs.generate import GenerateRecipe
+from jobs.parts.cast import PPORecipe, demands_of
 
 ROOT = Path(__file__).parents[2]
 FILES = ("aws.yaml", "gcp.yaml", "raycluster.yaml", "rayjob.yaml")

@@ -34,7 +34,7 @@ from ctrlrl.evaluation.exhibits import Exhibits
 from ctrlrl.evaluation.plots import score_distribution
 from ctrlrl.evaluation.report import write_report
 from ctrlrl.runs import Run, read_metrics
-from jobs.launch import mistakes_told
+from jobs.parts.launch import mistakes_told
 from tests.data.test_distill import some_rows, written
 
 BIG = "x" * (1 << 20)

@@ -17,7 +17,7 @@ from ctrlrl.data.sources import Prompt, prompt_id
 from ctrlrl.errors import DataError, RunError
 from jobs.calibrate import calibrate
 from jobs.examine import inspect_data
-from jobs.flow import Flow
+from jobs.parts.flow import Flow
 from jobs.score import Judge, Scoring
 
 SHARDS = 6

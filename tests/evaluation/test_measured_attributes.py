@@ -20,7 +20,7 @@ from ctrlrl.evaluation.results import MeasureConfig, results
 from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience
 from ctrlrl.ppo.reward import binding_fractions, control_reward
 from ctrlrl.ppo.types import Query, Samples, Scored
-from jobs.measure import summary_lines
+from jobs.parts.measure import summary_lines
 
 NAMES = ("helpful", "harmless", "concise", "formal", "funny")
 FEW = MeasureConfig(draws=20)

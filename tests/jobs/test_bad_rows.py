@@ -17,9 +17,9 @@ from ctrlrl.models.loading import load_tokenizer
 from jobs.dpo import DPORecipe, read_data
 from jobs.evaluate import EvaluateRecipe, cells_of
 from jobs.generate import GenerateRecipe
-from jobs.interim import Interim, InterimConfig
+from jobs.parts.interim import Interim, InterimConfig
+from jobs.parts.variants import StudyRecipe, plan
 from jobs.ppo import PPORecipe, check_inputs
-from jobs.variants import StudyRecipe, plan
 
 ASKED = "\n\nHuman: How do I bake?\n\nAssistant: With flour.\n\nHuman: And then?"
 TWICE = "\n\nHuman: How do I bake?\n\nAssistant: Let me see.\n\nAssistant: With flour.\n\nHuman: And then?"  # as in HH's harmless-base

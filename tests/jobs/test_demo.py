@@ -21,7 +21,7 @@ from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.models.origins import record_origins
 from jobs.demo import PARTS, TRAINED, UNTRAINED, Demo, removable, run_demo
 from jobs.finetune import origins_of
-from jobs.serving import ServeConfig
+from jobs.parts.serving import ServeConfig
 
 METHODS = {"before", "prompting", "reranking", "clm", "exmate", "ppo", "cst", "dpo"}
 

@@ -14,7 +14,7 @@ from test_generate import cli
 from transformers import AutoTokenizer
 
 import jobs.dpo
-import jobs.offline
+import jobs.parts.offline
 from ctrlrl.config import load
 from ctrlrl.errors import RunError
 from ctrlrl.models.scorer import ReferenceConfig, ReferenceModel
@@ -76,9 +76,9 @@ def test_a_stopped_run_resumes_to_the_bit_and_computes_no_reference(tuned, dpo_o
     (tmp_path / "run").mkdir()
     shutil.copy(tuned / "reference.parquet", tmp_path / "run")  # as if the run had been killed before its first step
     monkeypatch.setattr(jobs.dpo, "Reference", None)
-    config, real, seen = recipe(dpo_overrides, tmp_path / "run"), jobs.offline._headline, []
+    config, real, seen = recipe(dpo_overrides, tmp_path / "run"), jobs.parts.offline._headline, []
     monkeypatch.setattr(
-        jobs.offline, "_headline", lambda f: (seen.append(f), len(seen) == 2 and os.kill(os.getpid(), signal.SIGTERM), real(f))[2]
+        jobs.parts.offline, "_headline", lambda f: (seen.append(f), len(seen) == 2 and os.kill(os.getpid(), signal.SIGTERM), real(f))[2]
     )
     assert dpo(config) == 128 + signal.SIGTERM
     assert len(read_metrics(tmp_path / "run")) == 2 and not (tmp_path / "run" / "model").exists()

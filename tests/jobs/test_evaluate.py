@@ -276,12 +276,12 @@ def test_a_table_alone_gives_the_same_figures_without_ray(evaluated, recipe, tmp
     assert result.exit_code == 0 and "prompting, held_out" in result.output
     for name in ("metrics.json", "details.json"):
         assert (tmp_path / "again" / name).read_bytes() == open(f"{out}/{name}", "rb").read()
-    code = "import sys, jobs.measure; assert not {'ray', 'transformers', 'vllm'} & set(sys.modules)"
+    code = "import sys, jobs.parts.measure; assert not {'ray', 'transformers', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_interim_figures_are_those_of_the_evaluation(evaluated, recipe, crew, overrides):
-    from jobs.interim import Interim, InterimConfig, InterimCrewConfig
+    from jobs.parts.interim import Interim, InterimConfig, InterimCrewConfig
 
     _, metrics, _ = evaluated("control")
     config = recipe("control")
@@ -323,7 +323,7 @@ def test_mistakes_are_named_before_anything_starts(recipe, tmp_path, more, error
 
 def test_an_interim_engine_beyond_the_models_positions_is_refused(models, prompt_file):
     from actors.placement import ClusterConfig
-    from jobs.interim import InterimCrew, InterimCrewConfig
+    from jobs.parts.interim import InterimCrew, InterimCrewConfig
 
     judges = {a: {"model": models[a]} for a in ATTRIBUTES}
     config = InterimCrewConfig(every=1, prompts=prompt_file, judges=judges)

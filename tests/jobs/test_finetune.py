@@ -20,7 +20,7 @@ from ctrlrl.control import CORNERS
 from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.runs import read_metrics
 from jobs.finetune import FinetuneRecipe, finetune, read_examples
-from jobs.interim import InterimCrewConfig
+from jobs.parts.interim import InterimCrewConfig
 
 STEPS = 6  # three epochs of 60 rows or less in batches of about 32
 
@@ -96,14 +96,14 @@ def test_a_run_that_is_stopped_and_resumed_equals_an_undisturbed_one(finished, t
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))  # two steps were cut off
 
-    import jobs.offline
+    import jobs.parts.offline
 
-    def stop_in_the_fifth_step(figures, real=jobs.offline._headline):
+    def stop_in_the_fifth_step(figures, real=jobs.parts.offline._headline):
         if figures["data/epoch"] == 1 and len(read_metrics(tmp_path / "run")) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(figures)
 
-    monkeypatch.setattr(jobs.offline, "_headline", stop_in_the_fifth_step)
+    monkeypatch.setattr(jobs.parts.offline, "_headline", stop_in_the_fifth_step)
     assert finetune(again, resume=True) == 128 + signal.SIGTERM
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000005\n"
     for resumed, undisturbed in zip(read_metrics(tmp_path / "run")[3:], read_metrics(out)[3:5], strict=True):

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from ctrlrl.cli import app
 from ctrlrl.config import load
-from jobs.cast import PPORecipe, demands_of
+from jobs.parts.cast import PPORecipe, demands_of
+from jobs.parts.rooms import Worker, devices_of, gpus_of
 from jobs.plan import plan
-from jobs.rooms import Worker, devices_of, gpus_of
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SIZES = {"ppo": (8, 80), "ppo_node": (8, 80), "ppo_cluster": (20, 80), "ppo_one_gpu": (1, 24)}

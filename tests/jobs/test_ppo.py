@@ -26,8 +26,8 @@ from ctrlrl.ppo.experience import AlgorithmConfig, draw_queries, make_experience
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
 from ctrlrl.prompts import render
 from ctrlrl.runs import read_metrics
-from jobs.cast import demands_of
-from jobs.interim import InterimConfig
+from jobs.parts.cast import demands_of
+from jobs.parts.interim import InterimConfig
 from jobs.ppo import PPORecipe, headline, recall_chunk, train
 
 
@@ -91,7 +91,7 @@ def test_a_run_is_bound_to_its_data_and_weights(ppo_run, assert_bound_to_origins
 # A process of its own that runs the recipe whose overrides it is given, and says which processes its workers are.
 RUN = """
 import sys
-import jobs.ppo, jobs.launch
+import jobs.ppo, jobs.parts.launch
 start = jobs.ppo.start_cast
 def told(config):
     cast = start(config)
@@ -99,7 +99,7 @@ def told(config):
     print("workers", cast.reference.pids()[0], *workers, flush=True)
     return cast
 jobs.ppo.start_cast = told
-sys.exit(jobs.launch.run_job(jobs.ppo.PPORecipe, jobs.ppo.train, "", sys.argv[1:]))
+sys.exit(jobs.parts.launch.run_job(jobs.ppo.PPORecipe, jobs.ppo.train, "", sys.argv[1:]))
 """
 
 
@@ -333,7 +333,7 @@ def test_group_relative_experience_with_the_kl_in_the_loss_by_hand():
 
 
 def test_a_schedule_ends_with_the_run(ppo_overrides, monkeypatch):
-    import jobs.cast
+    import jobs.parts.cast
 
     made = []
 
@@ -345,14 +345,14 @@ def test_a_schedule_ends_with_the_run(ppo_overrides, monkeypatch):
             pass
 
     for name in ("Rollout", "Reference", "Policy", "Value"):
-        monkeypatch.setattr(jobs.cast, name, Started)
-    monkeypatch.setattr(jobs.cast, "Reward", lambda name, *rest: Started(*rest))
-    monkeypatch.setattr(jobs.cast, "connect", lambda *_: None)
-    monkeypatch.setattr(jobs.cast, "reserve", lambda *_: None)
+        monkeypatch.setattr(jobs.parts.cast, name, Started)
+    monkeypatch.setattr(jobs.parts.cast, "Reward", lambda name, *rest: Started(*rest))
+    monkeypatch.setattr(jobs.parts.cast, "connect", lambda *_: None)
+    monkeypatch.setattr(jobs.parts.cast, "reserve", lambda *_: None)
     more = ["steps=5", "algorithm.epochs=3", "policy.train.schedule=linear", "value.train.schedule=cosine", "value.train.total_steps=7"]
     config = load(PPORecipe, None, [*ppo_overrides, *more])
     before = dump(config)
-    jobs.cast.start_cast(config)
+    jobs.parts.cast.start_cast(config)
     trained = [group.train.total_steps for group in made if isinstance(group, GroupConfig)]
     assert trained == [5 * 3 * 2, 7] and dump(config) == before
     few = load(PPORecipe, None, [*ppo_overrides, "algorithm.queries_per_step=3", "algorithm.minibatches=16"])

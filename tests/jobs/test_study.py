@@ -16,8 +16,8 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.origins import record_origins
 from jobs.evaluate import EvaluateRecipe
 from jobs.finetune import FinetuneRecipe, origins_of
+from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
 from jobs.study import most_demanded, reused, run_study
-from jobs.variants import RECIPES, Step, StudyRecipe, plan
 
 STUDIES = sorted(path.stem for path in (RECIPES / "studies").glob("*.toml"))
 INPUTS = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"} | {a: a for a in ATTRIBUTES}

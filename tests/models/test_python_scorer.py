@@ -9,7 +9,7 @@ from ctrlrl.models.conversations import reader_of
 from ctrlrl.models.fingerprint import model_contents, model_fingerprint
 from ctrlrl.models.loading import check_reward_model
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
-from jobs.variants import RECIPES
+from jobs.parts.variants import RECIPES
 
 GOOD = """
 def score(conversations):

@@ -19,7 +19,7 @@ from ctrlrl.models.state import INDEX, Index, _checksum, write_checked
 from ctrlrl.models.trainer import Trainer, TrainerConfig, join_world
 from ctrlrl.objectives.likelihood import likelihood
 from ctrlrl.ppo.reward import AdaptiveKL
-from jobs.cast import _read_kl
+from jobs.parts.cast import _read_kl
 
 SHARD = "rank-00000.safetensors"
 SETTINGS = {"learning_rate": 1e-3, "dtype": "float32", "zero_stage": 1}

@@ -23,7 +23,7 @@ from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, render
 from ctrlrl.serving.client import Client, NotAnswered
 from ctrlrl.serving.policies import Limits
 from jobs import chat, serve
-from jobs.talk import Talk
+from jobs.parts.talk import Talk
 
 DRAWING = {"temperature": 0, "max_tokens": 8}
 QUESTION = "How do I bake bread?"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs import progress
-from jobs.progress import Answers, Steps
+from jobs.parts import progress
+from jobs.parts.progress import Answers, Steps
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from actors.group import GroupConfig
 from ctrlrl.errors import RecipeError
 from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
 from ctrlrl.models.python_scorer import is_python
-from jobs.cast import PPORecipe
+from jobs.parts.cast import PPORecipe
 
 GIB = 2**30
 _RANKS = (2, 4, 8, 16, 32, 64)

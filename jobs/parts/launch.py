@@ -24,7 +24,6 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Set bad rows and overlong prompts aside in rejects.jsonl (the recipe's `skip_bad_rows`).")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
-Objective = Annotated[str, typer.Option(help="plm, clm or exmate.")]
 # Of ctrlrl plan.
 RecipeFile = Annotated[str, typer.Argument(help="TOML recipe of ctrlrl ppo; see jobs/recipes/.")]
 GpuGib = Annotated[float, typer.Option(help="Memory of a GPU in GiB.", min=1)]
@@ -53,7 +52,7 @@ def run_job(
 
     out, options: recipe keys that have options of their own on the command line; an empty one was not given.
     """
-    from jobs.settings import settled  # here, because pydantic would double the command line's start
+    from jobs.parts.settings import settled  # here, because pydantic would double the command line's start
 
     with mistakes_told():
         given = {key: value for key, value in {"out": out, **(options or {})}.items() if value}

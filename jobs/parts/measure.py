@@ -19,7 +19,7 @@ from ctrlrl.evaluation.files import DETAILS, METRICS_FILE, RECIPE, read_json
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.evaluation.results import MeasureConfig, results
 from ctrlrl.runs import only_writer
-from jobs.launch import run_job
+from jobs.parts.launch import run_job
 
 
 class TableRecipe(Section):

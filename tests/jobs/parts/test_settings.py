@@ -8,21 +8,21 @@ import pytest
 
 from ctrlrl.config import differences, dump, leaves, load, part_of
 from ctrlrl.errors import DataError, RecipeError
-from jobs import settings
-from jobs.cast import demands_of
 from jobs.critique import CritiqueRecipe
 from jobs.distill import DistillRecipe
 from jobs.dpo import DPORecipe
 from jobs.evaluate import EvaluateRecipe
 from jobs.finetune import FinetuneRecipe
 from jobs.generate import GenerateRecipe
+from jobs.parts import settings
+from jobs.parts.cast import demands_of
+from jobs.parts.settings import settled
 from jobs.ppo import PPORecipe
 from jobs.ppo_overlap import OverlapRecipe
 from jobs.reward_model import RewardModelRecipe
 from jobs.score import ScoreRecipe
-from jobs.settings import settled
 
-RECIPES = Path(settings.__file__).parent / "recipes"
+RECIPES = Path(settings.__file__).parents[1] / "recipes"
 PPO = ["policy.model=p", "prompts=x.jsonl", "reward.helpful.model=a", "reward.harmless.model=b"]
 GIVEN = {
     PPORecipe: PPO,

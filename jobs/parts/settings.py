@@ -12,7 +12,7 @@ from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.files import RECIPE, read_json
 from ctrlrl.runs import absolute_out
 
-_RECIPES = Path(__file__).parent / "recipes"
+_RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], options: Mapping[str, Any], *, resume: bool) -> AnySection:

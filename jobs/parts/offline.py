@@ -21,8 +21,8 @@ from ctrlrl.data.epochs import BatchConfig, Epochs, Examples
 from ctrlrl.errors import GroupLost, RecipeError
 from ctrlrl.models.origins import known_by_content
 from ctrlrl.runs import Run
-from jobs.launch import StopRequest, background
-from jobs.progress import Clock, Steps
+from jobs.parts.launch import StopRequest, background
+from jobs.parts.progress import Clock, Steps
 
 _TRAINER = "trainer"  # of a checkpoint
 

@@ -22,9 +22,9 @@ from ctrlrl.evaluation.refusals import JUDGED
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig
 from ctrlrl.prompts import Messages, render
 from ctrlrl.seeds import derive_seed
-from jobs.flow import Flow
-from jobs.launch import StopRequest
-from jobs.progress import Pace, Steps
+from jobs.parts.flow import Flow
+from jobs.parts.launch import StopRequest
+from jobs.parts.progress import Pace, Steps
 
 Calibrations = Mapping[str, Mapping[str, Calibration]]  # set of reward models -> attribute
 REFUSAL_WORKER = "refusal_judge"

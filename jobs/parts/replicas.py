@@ -22,7 +22,7 @@ class Replica:
     """One server among several."""
 
     async def __init__(self, config: ReplicaConfig):
-        from jobs.serving import load_serving
+        from jobs.parts.serving import load_serving
 
         self._stamp = _stamp(config.dials)
         self._serving = load_serving(config.model, config.dials, config.overrides, config.name)

@@ -30,7 +30,7 @@ from jobs.finetune import FinetuneRecipe
 from jobs.generate import GenerateRecipe
 from jobs.ppo import PPORecipe
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 KINDS = {"generate": GenerateRecipe, "distill": DistillRecipe, "finetune": FinetuneRecipe, "ppo": PPORecipe, "evaluate": EvaluateRecipe}
 # What a step has when it is finished; the others look into their stores.
 FINISHED = {"finetune": "model", "ppo": "model", "evaluate": METRICS_FILE}

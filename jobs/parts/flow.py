@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from jobs.launch import StopRequest
+from jobs.parts.launch import StopRequest
 
 _TICK_S = 1.0  # how soon a request to stop is seen
 

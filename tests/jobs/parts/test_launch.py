@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from ctrlrl.cli import app
 from ctrlrl.errors import GroupLost
-from jobs.launch import StopRequest, background, mistakes_told
+from jobs.parts.launch import StopRequest, background, mistakes_told
 
 # A job that waits in one of its threads, or in what it does at its end.
 JOB = """
 import sys, time
-from jobs.launch import StopRequest, background, mistakes_told
+from jobs.parts.launch import StopRequest, background, mistakes_told
 with mistakes_told():
     try:
         with background(1) as beside:

@@ -28,9 +28,9 @@ from ctrlrl.evaluation.grid import JUDGES, controls_of, make_cells, make_table, 
 from ctrlrl.evaluation.metrics import METRICS, measure
 from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
-from jobs.asking import draw_seed, spoken
-from jobs.launch import background
-from jobs.reading import askable
+from jobs.parts.asking import draw_seed, spoken
+from jobs.parts.launch import background
+from jobs.parts.reading import askable
 
 
 class InterimConfig(Section):

@@ -31,8 +31,8 @@ from ctrlrl.models.vocabulary import check_same_vocabulary
 from ctrlrl.ppo.experience import AlgorithmConfig, minibatch_rows
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.runs import Run
-from jobs.interim import InterimConfig
-from jobs.reading import askable
+from jobs.parts.interim import InterimConfig
+from jobs.parts.reading import askable
 
 _STATE = "state.json"  # of a checkpoint: what is neither policy nor value model
 
