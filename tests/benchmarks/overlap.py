@@ -1,10 +1,10 @@
 """What drawing one step ahead is worth: `ctrlrl ppo-overlap` at lag 1 against lag 0, the same recipe, each kind of worker with one thread.
 
-    .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world [--steps 12] [--epochs 2] [--lags 0,1]
+    .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world [--steps 12] [--epochs 3] [--lags 0,1]
     .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world --learn 45 --seeds 0,1,2     # and what it costs in MP
 
-On two cores the trainer and the rollout worker have a core each; the epochs over a batch make training last about as long as drawing
-(`draw` and `train` are printed). Prints samples/s of each lag, the ratio, and who waited for whom; the first two steps are left out
+One rollout worker and one rank of the policy, so that on two cores each has one; the epochs over a batch make training last about as long
+as drawing (`draw` and `train` are printed). Prints samples/s of each lag, the ratio, and who waited for whom; the first two steps are left out
 (engines warm up, and a first batch cannot be drawn ahead). With --learn the demo's own PPO recipe runs so many
 steps at each lag and seed, and is evaluated on prompts that it did not see: MP with its interval, and whether that of lag 1 lies in it.
 """
@@ -24,22 +24,25 @@ from jobs.ppo_overlap import OverlapRecipe, train
 RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "demo_ppo.toml"
 
 
-def run(world: Path, lag: int, steps: int, epochs: int, out: str) -> dict[str, float]:
+def run(given, lag: int, out: str) -> dict[str, float]:
     """Medians over the steps of one run."""
+    world = given.world.absolute()
     rewards = [f"reward.{a}.model={world / 'reward' / a}" for a in ("helpful", "harmless")]
     settings = [
-        f"policy.model={world / 'policy'}", f"prompts={world / 'train.jsonl'}", *rewards, f"out={out}", f"lag={lag}", f"steps={steps}",
-        "algorithm.old_logprobs=trainer", "checkpoint_every=1000",
+        f"policy.model={given.policy or world / 'policy'}", f"prompts={given.prompts or world / 'train.jsonl'}", *rewards,
+        f"out={out}", f"lag={lag}", f"steps={given.steps}",
+        "algorithm.old_logprobs=trainer", "checkpoint_every=1000", "rollout.workers=1", "policy.ranks=1",
         "algorithm.advantage=rloo", "algorithm.samples_per_query=2", "algorithm.queries_per_step=128",
-        f"algorithm.epochs={epochs}",
+        f"algorithm.epochs={given.epochs}", *given.set,
     ]  # fmt: skip
-    if train(load(OverlapRecipe, RECIPE, settings)):
+    config = load(OverlapRecipe, RECIPE, settings)
+    if train(config):
         raise SystemExit("the run was stopped")
     rows = read_metrics(Path(out))[2:]
     middle = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0]}
     drawing = 1 - middle["idle/rollout"]
     return {
-        "samples/s": 256 / middle["seconds/step"],
+        "samples/s": config.algorithm.queries_per_step * config.algorithm.samples_per_query / middle["seconds/step"],
         "step s": middle["seconds/step"],
         "draw s": drawing * middle["seconds/step"],
         "train s": middle["seconds/train"],
@@ -83,7 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=Path, required=True, help="folder of a built demo world")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--policy", default="", help="another policy than the world's, such as SmolLM2-135M, and its --prompts")
+    parser.add_argument("--prompts", default="")
+    parser.add_argument("--set", action="append", default=[], help="a setting of the recipe, as in ctrlrl ppo-overlap --set")
     parser.add_argument("--lags", default="0,1")
     parser.add_argument("--learn", type=int, default=0)
     parser.add_argument("--seeds", default="0")
@@ -95,7 +101,7 @@ def main() -> None:
     found = {}
     for lag in map(int, given.lags.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            found[lag] = run(given.world.absolute(), lag, given.steps, given.epochs, str(Path(folder, "run")))
+            found[lag] = run(given, lag, str(Path(folder, "run")))
         print(f"lag {lag}  " + "   ".join(f"{name} {value:.3g}" for name, value in found[lag].items()), flush=True)
     first, *others = found
     for lag in others:
