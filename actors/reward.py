@@ -1,4 +1,4 @@
-"""Reward models: a pool of frozen classifiers for one attribute, such as safety."""
+"""Scorers: a pool of frozen classifiers, functions or services for one attribute, such as safety."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -30,8 +30,8 @@ RewardModels = dict[str, RewardConfig]
 class RewardWorker:
     """Shell around one scorer."""
 
-    def build(self, config):
-        self.scorer = make_scorer(config)
+    def build(self, config, secret):
+        self.scorer = make_scorer(config, secret)
 
     def score(self, conversations):
         return self.scorer.score(conversations)
@@ -44,13 +44,13 @@ class Reward:
     """Typed handle of one attribute's reward model."""
 
     def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
-        self._workers = config.workers
+        self._workers, secret = config.workers, config.secret()  # of the job's environment, which workers elsewhere do not have
         options = config.resources.environment({} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",), MODELS)
 
         def create(index: int) -> ActorHandle:
             return RewardWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()
 
-        self.pool = Pool(name, create, lambda worker: worker.build.remote(config), fixed(config.workers), cluster)
+        self.pool = Pool(name, create, lambda worker: worker.build.remote(config, secret), fixed(config.workers), cluster)
         self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 
 from ctrlrl.config import load
 from ctrlrl.errors import RecipeError
+from ctrlrl.models.fingerprint import weights_of
 from ctrlrl.models.footprint import cache_bytes_a_token, parameters_of, total
-from ctrlrl.models.python_scorer import is_python
 from ctrlrl.models.sizes import shape_of
 from jobs.parts.cast import PPORecipe
 from jobs.parts.launch import BesideGib, GpuGib, Gpus, RecipeFile, Set, Sizes, mistakes_told
@@ -50,7 +50,7 @@ def plan(recipe: str, overrides: list[str], gpu_gib: float, gpus: int, beside_gi
 
 def _shapes(config: PPORecipe, sizes: list[str]) -> dict[str, PretrainedConfig]:
     """The configuration of each model by recipe key; says where each is from. RecipeError for a size of a model that the recipe lacks."""
-    models, given = {key: name for key, name in config.models.items() if not is_python(name)}, {}
+    models, given = {key: weights for key, name in config.models.items() if (weights := weights_of(name))}, {}
     for text in sizes:
         key, _, size = text.partition("=") if text.split("=")[0].endswith(".model") else ("", "", text)
         if key and key not in models:

@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "matplotlib": {"ctrlrl/evaluation/plots.py", "ctrlrl/evaluation/charts.py"},
     "jinja2": {"ctrlrl/evaluation/report.py", "ctrlrl/chat.py"},
     "datasets": {"ctrlrl/data/files.py"},  # read where it is installed
+    "httpx": {"ctrlrl/models/service.py"},
     "huggingface_hub": {"ctrlrl/models/fingerprint.py"},
     "pathspec": {"ctrlrl/upload.py"},
     "prometheus_client": {"ctrlrl/models/served.py"},

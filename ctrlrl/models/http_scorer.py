@@ -1,0 +1,116 @@
+"""Scorers behind HTTP: `http = "https://…"` in the place of a reward model.
+
+Each request is a POST with a batch of conversations; the answer has as many scores from 0 to 1, in their order:
+
+    {"conversations": [{"messages": [{"role": "user", "content": "…"}], "answer": "…"}, …]}
+    {"scores": [0.93, null, …], "reasons": {"1": "too long"}, "version": "2026-11"}
+
+null: that one cannot be scored; it is asked for again on its own, and if it stays so, the error names it with its reason. reasons and
+version may be left out. A version must be the one that the recipe declares, so that no two of them are mixed in one set of scores.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from pydantic import Field
+
+from ctrlrl.errors import DataError, ModelError
+from ctrlrl.models.service import Service, ServiceConfig
+from ctrlrl.prompts import Messages
+
+TRIED = tuple(([{"role": "user", "content": "A question?"}], answer) for answer in ("An answer.", "Another answer."))
+ASKED = 3  # times in all for an answer that a service does not score
+_SCHEMA = "(jobs/README.md has the schema)"
+
+
+class HttpConfig(ServiceConfig):
+    """A service of scores. version: of what scores there, as the service's owner calls it; part of the scores' identity. batch:
+    conversations of one request."""
+
+    version: str = ""
+    batch: int = Field(32, gt=0)
+
+    def content_sha256(self) -> str:
+        """What the scores depend on: the address and the declared version."""
+        return hashlib.sha256(json.dumps({"http": self.url, "version": self.version}, sort_keys=True).encode()).hexdigest()
+
+
+def is_http(name: str) -> bool:
+    """Whether a scorer is a service."""
+    return name.startswith(("http://", "https://"))
+
+
+class HttpScorer:
+    """A service as a scorer. calibration: of its scores."""
+
+    def __init__(self, config: HttpConfig, calibration, service: Service):
+        self._config, self._calibration, self._service = config, calibration, service
+
+    def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        return self._calibration(self.raw(conversations)).astype(np.float32)
+
+    def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
+        """What the service says, fp32 [B]; DataError, which names the answer, for one that it does not score."""
+        scores, left, reasons = np.full(len(conversations), np.nan, np.float32), list(range(len(conversations))), {}
+        for asking in range(ASKED):
+            size = self._config.batch if not asking else 1
+            batches = [left[i : i + size] for i in range(0, len(left), size)]
+            with ThreadPoolExecutor(self._config.at_once) as threads:
+                said = threads.map(lambda rows: self._ask([conversations[i] for i in rows]), batches)
+                for rows, (given, why) in zip(batches, said, strict=True):
+                    scores[rows] = given
+                    reasons |= {row: why.get(str(i), "without a reason") for i, row in enumerate(rows)}
+            left = [row for row in left if np.isnan(scores[row])]
+            if not left:
+                return scores
+        raise unscored(self._config.url, conversations, {row: reasons[row] for row in left})
+
+    def check(self) -> None:
+        """ModelError unless the service can be reached, accepts the key, and scores two small conversations."""
+        try:
+            scores, reasons = self._ask(TRIED, patient=False)
+        except DataError as error:
+            raise ModelError(str(error)) from None
+        if np.isnan(scores).any():
+            raise ModelError(f"{self._config.url} does not score a small conversation: {'; '.join(reasons.values()) or 'without a reason'}")
+
+    def _ask(self, conversations: Sequence[tuple[Messages, str]], patient: bool = True) -> tuple[np.ndarray, dict[str, str]]:
+        """Scores of a batch, NaN where there is none, and the reasons for that by the row's number as a text."""
+        asked = [{"messages": [{**message} for message in messages], "answer": answer} for messages, answer in conversations]
+        said = self._service.post({"conversations": asked}, patient=patient)
+        if not isinstance(said, dict) or not isinstance(said.get("scores"), list):
+            raise DataError(f"{self._config.url} must answer with an object that has a list of scores {_SCHEMA}: {str(said)[:200]}")
+        if "version" in said and said["version"] != self._config.version:
+            raise DataError(
+                f"{self._config.url} scores by version {said['version']!r}, and http.version = {self._config.version!r}: declare the "
+                "version whose scores are wanted; those of another belong into another set"
+            )
+        scores = said["scores"]
+        if len(scores) != len(conversations):
+            raise DataError(f"{self._config.url} gave {len(scores)} scores for {len(conversations)} conversations {_SCHEMA}")
+        for row, score in enumerate(scores):
+            if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1):
+                given = f"{self._config.url} gave {score!r} for {shown(conversations[row])}"
+                raise DataError(f"{given}: a score is a number from 0 to 1, or null")
+        reasons = said.get("reasons", {})
+        known = {str(row): str(why)[:200] for row, why in reasons.items()} if isinstance(reasons, dict) else {}
+        return np.array([np.nan if score is None else score for score in scores], np.float32), known
+
+
+def unscored(name: str, conversations: Sequence[tuple[Messages, str]], reasons: dict[int, str]) -> DataError:
+    """The error of answers that got no score. reasons: by row."""
+    first = min(reasons)
+    return DataError(
+        f"{name} could not score {len(reasons)} of {len(conversations)} answers, asked {ASKED} times for each; the first is "
+        f"{shown(conversations[first])}: {reasons[first]}"
+    )
+
+
+def shown(conversation: tuple[Messages, str]) -> str:
+    """The beginning of an answer and of what it answers, for messages."""
+    messages, answer = conversation
+    return f"the answer {answer[:60]!r} to {messages[-1]['content'][:60]!r}"

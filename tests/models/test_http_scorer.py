@@ -1,0 +1,224 @@
+"""A service as a scorer, against one that listens: what it is asked, how patiently, and what is refused by name."""
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ctrlrl.config import dump, load
+from ctrlrl.errors import DataError, ModelError, RecipeError
+from ctrlrl.models.conversations import reader_of
+from ctrlrl.models.fingerprint import model_contents, weights_of
+from ctrlrl.models.http_scorer import HttpScorer
+from ctrlrl.models.scorer import ScorerConfig, make_scorer
+from ctrlrl.models.service import Service
+
+CONVERSATIONS = [([{"role": "user", "content": f"Question {i}?"}], "x" * i) for i in range(10)]
+
+
+class Listening:
+    """A service whose `answer(body, headers)` gives (status, headers, body); it keeps what it was asked, in order."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                service.asked.append(body)
+                status, headers, said = service.answer(body, self.headers)
+                said = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": len(said), **headers}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):  # whoever asked did not wait
+                    self.wfile.write(said)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/score"
+
+
+def by_length(body, headers):
+    return 200, {}, {"scores": [len(c["answer"]) / 100 for c in body["conversations"]]}
+
+
+@pytest.fixture
+def listen():
+    services = []
+
+    def start(answer=by_length):
+        services.append(Listening(answer))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.server.shutdown()
+        service.server.server_close()
+
+
+def scorer_of(service, waits=None, **settings):
+    """A scorer that writes down its waits in place of waiting."""
+    config = ScorerConfig(http={"url": service.url, **settings})
+    sleep = (lambda _: None) if waits is None else waits.append
+    return HttpScorer(config.http, config.load_calibration(), Service(config.http, config.secret(), sleep))
+
+
+def test_its_scores_come_in_their_order_from_batches(listen):
+    service = listen()
+    config = ScorerConfig(http={"url": service.url, "batch": 3, "at_once": 2})
+    config.check()
+    scorer = make_scorer(config)
+    assert scorer.score(CONVERSATIONS).tolist() == scorer.raw(CONVERSATIONS).tolist() == pytest.approx([i / 100 for i in range(10)])
+    assert scorer.score([]).shape == (0,) and scorer.score(CONVERSATIONS).dtype == np.float32
+    asked = service.asked[1:5]
+    assert sorted(len(body["conversations"]) for body in asked) == [1, 3, 3, 3]
+    assert {"messages": CONVERSATIONS[4][0], "answer": "xxxx"} in [c for body in asked for c in body["conversations"]]
+
+
+def test_the_setting_is_an_address_or_a_section():
+    config = ScorerConfig(http="https://scores.example/v1/score")
+    assert config == ScorerConfig(http={"url": "https://scores.example/v1/score"}) == ScorerConfig(**config.model_dump())
+    assert config.model == "https://scores.example/v1/score" and config.calibration == "identity" and weights_of(config.model) == ""
+    reader_of(config.model)(CONVERSATIONS[0][0], "here")
+    assert load(ScorerConfig, None, ["http=https://scores.example/v1/score"]) == config
+    assert load(ScorerConfig, None, ["http.url=https://scores.example/v1/score", "http.batch=8"]).http.batch == 8
+    assert "http" not in ScorerConfig(model="m").model_dump()
+    for wrong, told in (
+        ({"http": "ftp://x"}, "is not an address"), ({"http": "https://me:secret@x/"}, "names a user"),
+        ({"http": "https://x/", "model": "m"}, "give model or http, one of both"), ({"model": "https://x/"}, "give it as http"),
+        ({"http": "https://x/", "python": "a.py:f"}, "give one of python and http"),
+        ({"http": "https://x/", "label": "toxic"}, "leave it out"), ({"http": {"batch": 2}}, "url"),
+    ):  # fmt: skip
+        with pytest.raises(ValidationError, match=told):
+            ScorerConfig(**wrong)
+
+
+def test_its_identity_is_its_address_and_its_declared_version():
+    of = lambda url="https://a.example/", **more: ScorerConfig(http={"url": url, **more}).fingerprint()  # noqa: E731
+    assert of() == of(timeout_s=5, batch=2, attempts=1, key="A_KEY")
+    assert len({json.dumps(found, sort_keys=True) for found in (of(), of("https://b.example/"), of(version="2"))}) == 3
+    assert model_contents("https://a.example/") != model_contents("https://b.example/")
+
+
+def test_the_key_is_in_the_header_and_nowhere_else(listen, monkeypatch):
+    def guarded(body, headers):
+        said = headers["Authorization"]
+        return by_length(body, headers) if said == "Bearer s3cret-key" else (401, {}, {"error": f"who is {said}?"})
+
+    service = listen(guarded)
+    config = ScorerConfig(http={"url": service.url, "key": "CTRLRL_TEST_KEY"})
+    with pytest.raises(ModelError, match="environment variable CTRLRL_TEST_KEY, which is not set"):
+        config.check()
+    monkeypatch.setenv("CTRLRL_TEST_KEY", "s3cret-key")
+    config.check()
+    assert "s3cret" not in dump(config) + json.dumps(config.fingerprint()) + repr(config) + json.dumps(service.asked)
+    monkeypatch.setenv("CTRLRL_TEST_KEY", "wr0ng-key")
+    with pytest.raises(ModelError, match="does not accept the key in CTRLRL_TEST_KEY; it answers 401.*who is Bearer …") as told:
+        config.check()
+    assert "wr0ng" not in str(told.value)
+    with pytest.raises(ModelError, match="does not accept requests without a key"):
+        ScorerConfig(http=service.url).check()
+    with pytest.raises(RecipeError, match="key is the name of an environment variable") as told:
+        load(ScorerConfig, None, settings={"http": {"url": service.url, "key": "sk-abc123"}})
+    assert "abc123" not in str(told.value)
+
+
+def test_what_may_pass_is_tried_again_after_growing_waits_or_as_long_as_asked(listen):
+    failures = [(503, {}, b""), (500, {}, b"oops"), (429, {"Retry-After": 7}, b""), (502, {}, b"")]
+    service, waits = listen(lambda *given: failures.pop(0) if failures else by_length(*given)), []
+    assert scorer_of(service, waits).raw(CONVERSATIONS[:3]).tolist() == pytest.approx([0, 0.01, 0.02])
+    assert waits == [1, 2, 7, 8] and len(service.asked) == 5 and all(body == service.asked[0] for body in service.asked)
+
+
+def test_what_does_not_pass_ends_after_the_attempts(listen):
+    service, waits = listen(lambda *_: (503, {}, b"down for\n repairs")), []
+    with pytest.raises(DataError, match=r"answers 503 Service Unavailable: down for repairs \(tried 5 times\).*run the same command again"):
+        scorer_of(service, waits, attempts=5, longest_wait_s=3).raw(CONVERSATIONS)
+    assert waits == [1, 2, 3, 3]
+    long = listen(lambda *_: (429, {"Retry-After": 3600}, b""))
+    with pytest.raises(DataError, match="asks to wait 3600 s, and longest_wait_s = 60"):
+        scorer_of(long, waits).raw(CONVERSATIONS[:1])
+    assert len(long.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ((200, {}, {"scores": [0.5]}), "gave 1 scores for 2 conversations"),
+        ((200, {}, {"scores": [0.5, 1.5]}), "gave 1.5 for the answer 'Another answer.' to 'A question.'"),
+        ((200, {}, {"scores": [0.5, True]}), "gave True for"),
+        ((200, {}, b'{"scores": [0.5, NaN]}'), "does not answer in JSON: NaN is no number"),
+        ((200, {}, b"<html>Please sign in</html>"), "does not answer in JSON"),
+        ((200, {}, [0.5, 0.5]), "must answer with an object that has a list of scores"),
+        ((200, {}, {"scores": [0.5, None], "reasons": {"1": "too odd"}}), "does not score a small conversation: too odd"),
+        ((200, {}, {"scores": [0.5, 0.5], "version": "2"}), "scores by version '2', and http.version = ''"),
+        ((404, {}, b"no such page"), "answers 404 Not Found: no such page"),
+        ((301, {"Location": "http://127.0.0.1:1/"}, b""), "answers 301"),
+    ],
+)
+def test_a_service_that_does_not_score_is_refused_before_anything_starts(listen, said, told):
+    service = listen(lambda *_: said)
+    with pytest.raises(ModelError, match=told):
+        ScorerConfig(http=service.url).check()
+    assert len(service.asked) == 1
+
+
+def test_a_service_that_is_not_there_is_refused_at_once():
+    with pytest.raises(ModelError, match="cannot be reached: ConnectError"):
+        ScorerConfig(http="http://127.0.0.1:1/").check()
+
+
+def test_a_lost_connection_and_a_late_answer_are_tried_again(listen):
+    late, turns = threading.Event(), iter(range(9))
+
+    def answer(body, headers):
+        if (turn := next(turns)) == 0:
+            late.wait(60)
+        return (200, {"Content-Length": 1000}, b"{") if turn == 1 else by_length(body, headers)
+
+    service, waits = listen(answer), []
+    try:
+        assert scorer_of(service, waits, timeout_s=2).raw(CONVERSATIONS[5:6]).tolist() == pytest.approx([0.05])
+    finally:
+        late.set()
+    assert waits == [1, 2] and len(service.asked) == 3
+
+
+def test_an_answer_without_a_score_is_asked_for_alone_then_named(listen):
+    hopeless, times = {"xxxxx"}, {}
+
+    def partly(body, headers):
+        scores = []
+        for given in (c["answer"] for c in body["conversations"]):
+            times[given] = times.get(given, 0) + 1
+            scores.append(None if given in hopeless or (given == "xx" and times[given] < 3) else 0.5)
+        return 200, {}, {"scores": scores, "reasons": {str(i): "too long" for i, s in enumerate(scores) if s is None}}
+
+    service = listen(partly)
+    with pytest.raises(DataError, match="not score 1 of 10 answers, asked 3 times for each; the first is the answer 'xxxxx' to 'Q.*long"):
+        scorer_of(service, batch=4).raw(CONVERSATIONS)
+    assert times == {c[1]: 3 if c[1] in ("xx", "xxxxx") else 1 for c in CONVERSATIONS}
+    hopeless.clear()
+    times.clear()
+    assert scorer_of(service).raw(CONVERSATIONS).tolist() == [0.5] * 10
+
+
+def test_a_version_that_changes_is_refused(listen):
+    said = iter(["7", "7", "8"])
+    service = listen(lambda body, _: (200, {}, {"scores": [0.5] * len(body["conversations"]), "version": next(said)}))
+    config = ScorerConfig(http={"url": service.url, "version": "7"})
+    config.check()
+    scorer = make_scorer(config)
+    assert scorer.raw(CONVERSATIONS[:2]).tolist() == [0.5, 0.5]
+    with pytest.raises(DataError, match="scores by version '8', and http.version = '7'"):
+        scorer.raw(CONVERSATIONS[:2])
