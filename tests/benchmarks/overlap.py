@@ -4,8 +4,8 @@
     .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world --learn 45 --seeds 0,1,2     # and what it costs in MP
 
 One rollout worker and one rank of the policy, so that on two cores each has one; the epochs over a batch make training last about as long
-as drawing (`draw` and `train` are printed). Prints samples/s of each lag, the ratio, and who waited for whom; the first two steps are left out
-(engines warm up, and a first batch cannot be drawn ahead). With --learn the demo's own PPO recipe runs so many
+as drawing (`draw` and `train` are printed). Prints samples/s of each lag, the ratio, and who waited for whom; the first two steps are left
+out (engines warm up, and a first batch cannot be drawn ahead). With --learn the demo's own PPO recipe runs so many
 steps at each lag and seed, and is evaluated on prompts that it did not see: MP with its interval, and whether that of lag 1 lies in it.
 """
 
