@@ -46,6 +46,7 @@ class Reward:
     def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
         self._workers, secret = config.workers, config.secret()  # of the job's environment, which workers elsewhere do not have
         options = config.resources.environment({} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",), MODELS)
+        self.calibration = config.load_calibration()  # from raw outputs to scores
 
         def create(index: int) -> ActorHandle:
             return RewardWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()

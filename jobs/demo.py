@@ -33,7 +33,7 @@ from ctrlrl.runs import only_writer, output_directory, read_metrics
 from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
 from jobs.dpo import DPORecipe, dpo
-from jobs.evaluate import EvaluateRecipe, evaluate, is_finished, reward_workers
+from jobs.evaluate import EvaluateRecipe, evaluate, is_finished
 from jobs.finetune import FinetuneRecipe, check_reused, finetune
 from jobs.generate import GenerateRecipe, generate
 from jobs.parts.cast import demands_of
@@ -125,7 +125,7 @@ class Demo:
         todo = [config for config in configs if Path(config.model).is_dir() and not is_finished(config)]
         if not todo:
             return 0
-        with start_crew(todo[0].cluster, reward_workers(todo[0])) as judges:
+        with start_crew(todo[0].cluster, todo[0].workers) as judges:
             judges.wait_ready()
             for model, group in groupby(todo, lambda config: config.model):
                 with judges.answered_by(todo[0].cluster, todo[0].rollout, model) as crew:

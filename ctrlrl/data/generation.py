@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ctrlrl.attributes import FILE, PAPER, Attributes, stored, unlike
 from ctrlrl.data.atomic import write_atomically, write_text
 from ctrlrl.data.calibration import Calibration
-from ctrlrl.data.rejects import REJECTS
+from ctrlrl.data.rejects import REJECTS, Reject, write_rejects
 from ctrlrl.data.schemas import SAMPLES, SCORES, conform, prompts_table
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt
@@ -113,6 +113,11 @@ class Layout:
         except (OSError, pa.ArrowException):
             pass  # damaged: written again
         write_atomically(self.prompts, lambda out: pq.write_table(prompts_table(prompts), out, compression="zstd"))
+
+    def write_sources(self, prompts: Sequence[Prompt], rejects: Sequence[Reject]) -> None:
+        """Write prompts.parquet, as write_prompts, and what was set aside."""
+        self.write_prompts(prompts)
+        write_rejects(self.directory, rejects)
 
     def messages(self) -> dict[str, list[dict[str, str]]]:
         """Messages by prompt id."""

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from actors.crew import start_crew
@@ -19,18 +20,18 @@ from actors.reward import Reward, RewardModels
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
 from ctrlrl.attributes import HIGH, LOW, PAPER, Attributes, check_named
-from ctrlrl.chat import ChatVariables, with_variables
+from ctrlrl.chat import ChatVariables
 from ctrlrl.config import Section
 from ctrlrl.data.rejects import Reject
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.errors import RecipeError
-from ctrlrl.evaluation.grid import JUDGES, controls_of, make_cells, make_table, score_columns
+from ctrlrl.evaluation.grid import JUDGES, controls_of, make_cells, score_columns
 from ctrlrl.evaluation.metrics import METRICS, measure
-from ctrlrl.models.loading import load_tokenizer
-from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
-from jobs.parts.asking import draw_seed, spoken
-from jobs.parts.launch import background
-from jobs.parts.reading import askable
+from ctrlrl.models.sampler import SamplingConfig
+from jobs.parts.asking import Asking, worker_name
+from jobs.parts.flow import Script, flow
+
+_JUDGE = JUDGES[0]  # the set under whose name the scores of a look go
 
 
 class InterimConfig(Section):
@@ -86,17 +87,17 @@ class Interim:
         judges: Iterable[str] = (),
         attributes: Attributes = PAPER,
     ):
-        self._config, self._seed, self._cells, self._attributes = config, seed, [], attributes
+        self._config, self._seed, self._attributes = config, seed, attributes
         self.rejects: list[Reject] = []
         if config.every:
-            self._tokenizer = with_variables(load_tokenizer(model), chat)
-            read = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count)
+            self._asking = Asking(
+                model, chat, rollout, config.sampling, seed, judges={_JUDGE: attributes.names}, readers=judges, attributes=attributes,
+                skip=skip_bad_rows, section=section,
+            )  # fmt: skip
             controls = controls_of(config.levels, attributes)
-            room = prompt_room(model, rollout.engine, config.sampling, section)
-            asked = lambda prompt: [cell.asked for cell in make_cells([prompt], controls)]  # noqa: E731
-            prompts, rendered, aside = askable(self._tokenizer, read, room, skip_bad_rows, asked, judges, attributes)
-            self._cells, self._rendered = make_cells(prompts, controls), [tuple(ids) for forms in rendered for ids in forms]
-            self.rejects = [*read.report.rejects, *aside]
+            read = read_prompts(config.prompts, skip_bad_rows=skip_bad_rows, limit=config.count)
+            self._asking.add(read, lambda prompt: make_cells([prompt], controls))
+            self.rejects = self._asking.rejects
 
     def due(self, step: int) -> bool:
         """Whether there is a look after `step` steps."""
@@ -106,23 +107,18 @@ class Interim:
         """`evaluation/<attribute>/<metric>` of the weights that the rollout pool has, judged by `rewards` (by attribute); {} if not due."""
         if not self.due(step):
             return {}
-        began = time.perf_counter()
-        requests = [Request(ids, draw_seed(self._seed, cell)) for ids, cell in zip(self._rendered, self._cells, strict=True)]
-        texts, tokens, finished = [""] * len(requests), np.zeros(len(requests), np.int32), np.zeros(len(requests), bool)
-        for rows, completions in rollout.generate(requests, self._config.sampling):
-            for row, text, ids in zip(rows, spoken(self._tokenizer, completions), completions.response_ids, strict=True):
-                texts[row], tokens[row] = text, len(ids)
-            finished[rows] = completions.finished
-        conversations = [(cell.prompt.messages, text) for cell, text in zip(self._cells, texts, strict=True)]
-        names = self._attributes.names
-        with background(len(names)) as beside:
-            scores = dict(zip(names, beside.map(lambda a: rewards[a].score(conversations), names), strict=True))
-        judge = JUDGES[0]
-        table = make_table(self._cells, texts, tokens, finished, {judge: scores})
-        found = measure(table, seed=self._seed, scores=score_columns(judge, self._attributes), draws=0)
+        began, names, tables = time.perf_counter(), self._attributes.names, {}
+        judges = {worker_name(_JUDGE, a): rewards[a] for a in names}
+
+        def script(shard: int) -> Script:
+            tables[shard], _ = yield from self._asking.shard(rollout, judges, shard)
+
+        flow(range(self._asking.shards), script, self._asking.shards)
+        table = pa.concat_tables([tables[shard] for shard in range(self._asking.shards)])
+        found = measure(table, seed=self._seed, scores=score_columns(_JUDGE, self._attributes), draws=0)
         figures = {f"evaluation/{a}/{name}": found[a][name]["value"] for a in names for name in METRICS}
         return {name: value for name, value in figures.items() if value is not None} | {
-            "evaluation/tokens": float(tokens.mean()),
+            "evaluation/tokens": pc.mean(table["tokens"]).as_py(),
             "evaluation/seconds": time.perf_counter() - began,
         }
 

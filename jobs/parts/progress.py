@@ -130,26 +130,3 @@ class Clock:
         """Seconds by phase and of the whole step."""
         phases = {f"seconds/{phase}": s for phase, s in self._seconds.items()}
         return {**phases, "seconds/step": time.perf_counter() - self._began}
-
-
-class Pace:
-    """Rows and tokens a second since `start`."""
-
-    def __init__(self):
-        self._began, self._rows, self._tokens = time.monotonic(), 0, 0
-
-    def start(self) -> None:
-        """Count from now."""
-        self._began = time.monotonic()
-
-    def figures(self, rows: int, tokens: int = 0) -> str:
-        """Count one more shard; the rates as a progress line shows them."""
-        self._rows += rows
-        self._tokens += tokens
-        rates = self.rates()
-        return f"{rates['rows_per_s']:,.1f} rows/s" + (f"  {rates['tokens_per_s']:,.0f} tokens/s" if self._tokens else "")
-
-    def rates(self) -> dict[str, float]:
-        """Rows and tokens a second so far."""
-        spent = max(time.monotonic() - self._began, 1e-9)
-        return {"rows_per_s": self._rows / spent, "tokens_per_s": self._tokens / spent}

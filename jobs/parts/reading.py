@@ -2,11 +2,20 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+from pydantic import Field
+
+from actors.placement import ClusterConfig
+from actors.rollout import RolloutConfig
 from ctrlrl.attributes import PAPER, Attributes
+from ctrlrl.chat import ChatVariables, with_variables
+from ctrlrl.config import Section
 from ctrlrl.data.rejects import BadRows, Reject
 from ctrlrl.data.sources import PreferencePair, Prompt, PromptSet
 from ctrlrl.errors import DataError
 from ctrlrl.models.conversations import reader_of
+from ctrlrl.models.loading import load_tokenizer
+from ctrlrl.models.sampler import SamplingConfig, prompt_room
 from ctrlrl.prompts import Messages, render
 
 Asked = Callable[[Prompt], Sequence[tuple[Messages, str]]]  # every form in which a prompt will be asked: messages and their suffix
@@ -62,3 +71,36 @@ def renderable(
     if not kept:
         raise DataError(f"no preference pair is left, the last set aside was {rejects[-1].source}: {rejects[-1].reason}")
     return kept
+
+
+class DrawnRecipe(Section):
+    """What every recipe has by which a policy answers prompts, beside samples_per_prompt, and shard: samples of one engine call and one
+    file, whole prompts. prompts: file, directory or hub data set."""
+
+    seed: int = 0
+    policy: str
+    chat: ChatVariables = {}
+    prompts: str
+    max_prompts: int | None = Field(None, gt=0)
+    skip_bad_rows: bool = False
+    cluster: ClusterConfig = ClusterConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+def fitting(
+    config: DrawnRecipe, read: PromptSet, skip: bool, judges: Iterable[str] = (), attributes: Attributes = PAPER
+) -> tuple[list[Prompt], list[np.ndarray], list[Reject]]:
+    """The prompts that leave room for an answer of config.policy and that the reward models `judges` can read, their token ids without a
+    control, and the others; DataError unless `skip`."""
+    tokenizer = with_variables(load_tokenizer(config.policy), config.chat)
+    room = prompt_room(config.policy, config.rollout.engine, config.sampling)
+    prompts, rendered, aside = askable(tokenizer, read, room, skip, lambda prompt: [(prompt.messages, "")], judges, attributes)
+    return prompts, [np.array(ids, np.int32) for (ids,) in rendered], aside
+
+
+def report(read: PromptSet, kept: int, long: int) -> str:
+    """What was read, in a line."""
+    r = read.report
+    files = f"{len(r.files)} file{'s' * (len(r.files) != 1)}"
+    return f"prompts: {kept} of {r.rows} rows in {files}; {r.duplicates} repeated, {r.rejected} unreadable and {long} overlong set aside"

@@ -17,10 +17,10 @@ from ctrlrl.data.sources import Prompt, prompt_id
 from ctrlrl.errors import DataError, RunError
 from jobs.calibrate import calibrate
 from jobs.examine import inspect_data
-from jobs.parts.flow import Flow
-from jobs.score import Judge, Scoring
+from jobs.parts.flow import all_of, flow
+from jobs.parts.road import Road, Scores
 
-SHARDS = 6
+SHARDS, SIGMOID = 6, Calibration("sigmoid")
 PROMPTS = [Prompt(prompt_id(m), m, f"f:{i}") for i in range(SHARDS) for m in [({"role": "user", "content": f"q{i}"},)]]
 IDS = [prompt.prompt_id for prompt in PROMPTS]
 
@@ -49,7 +49,7 @@ def scored(tmp_path):
     for attribute in ATTRIBUTES:
         with layout.scores(OPTIMISATION, attribute).open_or_create({"x": 1}, shards=SHARDS) as store:
             for shard in range(SHARDS):
-                store.commit(shard, scores_table(answers(shard, "old"), judged("old"), Calibration("sigmoid")), {"mean": 0.5})
+                store.commit(shard, scores_table(answers(shard, "old"), judged("old"), SIGMOID), {"mean": 0.5})
             store.finish({})
     layout.manifest.write_text("{}")
     return layout
@@ -111,17 +111,18 @@ def now(value):
     return call
 
 
-def scoring_of(layout, done, asked):
-    """Judges whose workers answer at once."""
+def scoring_of(layout, asked):
+    """The road over a directory's answers and scores, its scores, and reward models that answer at once."""
 
     def raw(conversations):
         asked.append(len(conversations))
         return now(judged(conversations[0][1].split()[0]))
 
-    judges = {a: Judge(layout.scores(OPTIMISATION, a), Calibration("sigmoid"), {}, types.SimpleNamespace(raw=raw)) for a in ATTRIBUTES}
-    for judge in judges.values():
-        judge.store.open_or_create({"x": 1}, shards=SHARDS)
-    return judges, Scoring(judges, layout.samples(), {p.prompt_id: p.messages for p in PROMPTS}, lambda shard, rows: done.append(shard))
+    models = {a: types.SimpleNamespace(check=lambda: None, fingerprint=lambda: {}, workers=1) for a in ATTRIBUTES}
+    scores = Scores(layout, OPTIMISATION, models, {})
+    crew = types.SimpleNamespace(rewards={f"reward.{a}": types.SimpleNamespace(raw=raw, calibration=SIGMOID) for a in ATTRIBUTES})
+    samples = layout.samples()
+    return Road("score", dict.fromkeys([samples, *scores.stores.values()], {"x": 1}), SHARDS), samples, scores, crew
 
 
 @pytest.mark.timeout(60)
@@ -129,51 +130,90 @@ def scoring_of(layout, done, asked):
 def test_lost_samples_are_made_and_scored_anew_and_the_flow_ends(scored, lost):
     for shard in lost:
         scored.samples().path(shard).unlink()
-    samples, done, asked, flow = scored.samples().open_or_create({"x": 1}, shards=SHARDS), [], [], Flow()
-    judges, scoring = scoring_of(scored, done, asked)
-    assert scoring.lacking() == set(lost)
+    done, asked, messages = [], [], {p.prompt_id: p.messages for p in PROMPTS}
+    road, samples, scores, crew = scoring_of(scored, asked)
 
-    def drawn(shard, table):
+    def script(shard):
+        table = (yield from all_of({0: now(answers(shard, "new"))}))[0]
         samples.commit(shard, table, {})
-        scoring.begin(flow, shard, table)
+        assert (yield from scores.of_shard(road, crew, shard, messages, table)) == 4
+        done.append(shard)
 
-    assert flow.run(lost, lambda shard: flow.after(now(answers(shard, "new")), partial(drawn, shard)), 2, False)
-    assert sorted(done) == lost and not scoring.lacking() and len(asked) == 2 * len(lost)
-    samples.finish({})
-    scoring.finish()
-    for judge in judges.values():
-        assert judge.store.missing() == [] and judge.store.finished
-        high = judge.store.read(lost[0])["raw"].to_pylist()
-        assert high == judged("new").tolist()  # the scores are those of the answers that are there
-        judge.store.close()
+    with road:
+        road.open()
+        stores = [samples, *scores.stores.values()]
+        assert all([road.lacks(store, shard) for shard in range(SHARDS)] == [s in lost for s in range(SHARDS)] for store in stores)
+        assert flow(lost, script, 2)
+        assert sorted(done) == lost and len(asked) == 2 * len(lost)
+        for store in stores:
+            store.finish({})
+            assert store.missing() == [] and store.finished
+    for store in scores.stores.values():
+        assert store.read(lost[0])["raw"].to_pylist() == judged("new").tolist()  # the scores are those of the answers that are there
+
+
+@pytest.mark.timeout(60)
+def test_scores_that_one_reward_model_lacks_are_asked_of_it_alone_and_kept_as_they_come(scored):
+    scored.scores(OPTIMISATION, "harmless").path(3).unlink()
+    asked, broken = [], Future()
+    broken.set_exception(DataError("the reward model is gone"))
+    road, _, scores, crew = scoring_of(scored, asked)
+    with road:
+        road.open()
+        script = partial(scores.of_shard, road, crew, messages={p.prompt_id: p.messages for p in PROMPTS})
+        assert flow(range(SHARDS), script, 2) and asked == [4] and scores.stores["harmless"].missing() == []
+    scored.samples().path(3).unlink()
+    remake(scored, 3)
+    crew.rewards["reward.harmless"].raw = lambda conversations: broken
+    with road:
+        road.open()
+        with pytest.raises(DataError, match="the reward model is gone"):
+            flow([3], script, 2)
+    assert [scored.scores(OPTIMISATION, a).missing() for a in ATTRIBUTES] == [[], [3]]  # what the other one said is not lost
 
 
 @pytest.mark.timeout(60)
 def test_shards_with_nothing_left_to_do_do_not_hold_up_the_others():
-    flow, began, after = Flow(), [], []
+    began, after = [], []
 
-    def begin(shard):
+    def script(shard):
         began.append(shard)
         if shard % 3 == 2:
-            flow.after(now(shard), after.append)
+            after.append((yield from all_of({0: now(shard)}))[0])
 
-    assert flow.run(range(9), begin, 1, False)
+    assert flow(range(9), script, 1)
     assert began == list(range(9)) and after == [2, 5, 8]
 
 
+@pytest.mark.timeout(60)
 def test_at_most_so_many_shards_are_open_however_many_calls_each_has():
-    flow, open_now, most = Flow(), set(), []
+    open_now, most = set(), []
 
-    def first(shard, _):
-        for last in (False, True):
-            flow.after(now(None), lambda _, last=last: open_now.discard(shard) if last else None)
-
-    def begin(shard):
+    def script(shard):
         open_now.add(shard)
         most.append(len(open_now))
-        flow.after(now(None), partial(first, shard))
+        yield from all_of({0: now(None)})
+        assert (yield from all_of({"a": now(1), "b": now(2)})) == {"a": 1, "b": 2}
+        open_now.discard(shard)
 
-    assert flow.run(range(12), begin, 3, False) and max(most) == 3 and not open_now
+    assert flow(range(12), script, 3) and max(most) == 3 and not open_now
+
+
+@pytest.mark.timeout(60)
+def test_an_error_is_raised_while_other_calls_are_under_way_and_a_stop_lets_what_began_end():
+    failed, never = Future(), Future()
+    failed.set_exception(DataError("refused"))
+    with pytest.raises(DataError, match="refused"):
+        flow([0], lambda shard: all_of({"a": never, "b": failed}), 1)
+    stop, ended = [], []
+
+    def script(shard):
+        yield from all_of({0: now(None)})
+        stop.append(shard)
+        yield from all_of({0: now(None)})
+        ended.append(shard)
+
+    assert not flow(range(9), script, 2, stop) and ended == [0, 1]
 
 
 def test_lost_prompts_are_written_again(scored):

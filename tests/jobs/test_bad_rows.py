@@ -15,7 +15,7 @@ from ctrlrl.data.schemas import DISTILLED
 from ctrlrl.data.tuning import without_bad_rows
 from ctrlrl.models.loading import load_tokenizer
 from jobs.dpo import DPORecipe, read_data
-from jobs.evaluate import EvaluateRecipe, cells_of
+from jobs.evaluate import EvaluateRecipe, asking_of
 from jobs.generate import GenerateRecipe
 from jobs.parts.interim import Interim, InterimConfig
 from jobs.parts.variants import StudyRecipe, plan
@@ -107,8 +107,8 @@ def test_ppo_and_evaluation_leave_out_what_cannot_be_asked(ppo_overrides, models
     judges = {a: {"model": models[a]} for a in ("helpful", "harmless")}
     settings = {"model": strict, "prompts": anthropic, "skip_bad_rows": True, "judges": {"optimisation": judges}}
     evaluation = EvaluateRecipe(**settings, rollout=config.rollout, sampling=config.sampling)
-    cells, rejects = cells_of(evaluation)
-    assert [cell.prompt.source for cell in cells[::4]] == [p.source for p in prompts] and lines_of(rejects) == lines
+    asking = asking_of(evaluation)
+    assert [cell.prompt.source for cell in asking.cells[::4]] == [p.source for p in prompts] and lines_of(asking.rejects) == lines
 
     looks = InterimConfig(every=1, prompts=anthropic, count=9, sampling=config.sampling)
     interim = Interim(looks, strict, config.rollout, 0, skip_bad_rows=True)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_generate import cli, kill_driver
 
-import jobs.critique
+import jobs.parts.road
 from ctrlrl.config import load
 from ctrlrl.data.critique import CritiqueLayout
 from ctrlrl.data.sources import read_prompts
@@ -71,7 +71,7 @@ def test_a_killed_driver_loses_and_doubles_nothing(critiqued, critique_overrides
 
 def test_a_finished_directory_needs_no_workers_and_another_recipe_is_refused(critiqued, critique_overrides, monkeypatch):
     layout, config = critiqued
-    monkeypatch.setattr(jobs.critique, "start_crew", None)
+    monkeypatch.setattr(jobs.parts.road, "start_crew", None)
     assert critique(config) == 0
     for change, named in (
         ("seed=6", "seed: 5 -> 6"),

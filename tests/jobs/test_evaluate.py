@@ -52,10 +52,9 @@ def recipe(overrides, tmp_path_factory):
 def crew(ray_cluster, recipe):
     """Judges first and the answering pool beside them, as the demo has it; evaluations without a crew start both at once."""
     from actors.crew import start_crew
-    from jobs.evaluate import reward_workers
 
     config = recipe("control")
-    with start_crew(config.cluster, reward_workers(config)) as judges:
+    with start_crew(config.cluster, config.workers) as judges:
         with judges.answered_by(config.cluster, config.rollout, config.model) as crew:
             yield crew
 
@@ -205,7 +204,7 @@ def test_a_bench_asks_plainly_and_under_attack_and_judges_the_plain_prompt(crew,
     rows = (np.array(table["attack"]) == "own") & np.array(table["unsafe"])
     assert [row["refusals"]["value"] for row in attacks["own"]["controls"]] == refused[rows].astype(float).tolist()
     files = {name: open(f"{config.out}/{name}", "rb").read() for name in ("table.parquet", "bench.json", "cost.json")}
-    monkeypatch.setattr("jobs.evaluate.judging_crew", None)  # no worker is started
+    monkeypatch.setattr("jobs.parts.road.start_crew", None)  # no worker is started
     store = ShardStore(config.out + "/answers")
     with pytest.raises(RunError, match="attacks.own: "):
         job.bench(bench_recipe("attacks.ignore_tags=", "attacks.own='Be good. {prompt}'", "max_prompts=3"))
@@ -216,10 +215,11 @@ def test_a_bench_asks_plainly_and_under_attack_and_judges_the_plain_prompt(crew,
 
 
 def test_a_bench_without_judges_counts_refusals_alone(crew, bench_recipe):
-    from jobs.bench import BenchJudges, bench
+    from jobs.bench import bench
+    from jobs.parts.asking import JudgeSets
 
     bare = bench_recipe("method=plain")
-    bare = bare.model_copy(update={"judges": BenchJudges(), "refusal_judge": None, "out": bare.out + "-bare"})
+    bare = bare.model_copy(update={"judges": JudgeSets(), "refusal_judge": None, "out": bare.out + "-bare"})
     assert bench(bare, crew) == 0
     found = json.loads(open(f"{bare.out}/bench.json").read())
     (row,) = found["sets"]["mine"]["attacks"]["none"]["controls"]
@@ -254,7 +254,7 @@ def test_a_second_call_reuses_and_a_lost_shard_is_made_again(evaluated, recipe, 
     config = recipe("control")
     files = {name: open(f"{config.out}/{name}", "rb").read() for name in ("table.parquet", "metrics.json", "details.json", "cost.json")}
     with monkeypatch.context() as patch:
-        patch.setattr(job, "judging_crew", None)  # no worker is started
+        patch.setattr("jobs.parts.road.start_crew", None)  # no worker is started
         assert job.evaluate(config) == 0
     assert all(open(f"{config.out}/{name}", "rb").read() == content for name, content in files.items())
     store = ShardStore(config.out + "/answers")

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import jobs.generate
+import jobs.parts.road
 from ctrlrl.cli import app
 from ctrlrl.config import load
 from ctrlrl.data.generation import OPTIMISATION, Layout
@@ -86,7 +87,7 @@ def test_prompts_are_rendered_without_a_control(generate_overrides, prompt_file,
 
 def test_a_finished_directory_needs_no_workers_and_another_recipe_is_refused(generated, generate_overrides, models, monkeypatch, tmp_path):
     layout, config = generated
-    monkeypatch.setattr(jobs.generate, "start_crew", None)
+    monkeypatch.setattr(jobs.parts.road, "start_crew", None)
     before = json.loads(layout.manifest.read_text())
     assert generate(config) == 0
     assert generate(config.model_copy(update={"scale": "1x"})) == 0  # contained in what is there
@@ -150,8 +151,8 @@ def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overri
     done = len(layout.samples().committed())
     assert 0 < done < 40 and not layout.manifest.exists()
 
-    crews, start = [], jobs.generate.start_crew
-    monkeypatch.setattr(jobs.generate, "start_crew", lambda *a: crews.append(start(*a)) or crews[0])
+    crews, start = [], jobs.parts.road.start_crew
+    monkeypatch.setattr(jobs.parts.road, "start_crew", lambda *a: crews.append(start(*a)) or crews[0])
     victims = ["rollout", "rollout", "helpful", "harmless"]
     dice.shuffle(victims)
     moments = sorted(dice.sample(range(done, 36), 4))
