@@ -14,11 +14,11 @@ from ctrlrl.data.generation import OPTIMISATION, Draw, Layout, samples_table, sc
 from ctrlrl.data.scored import ScoredSamples
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt, prompt_id
-from ctrlrl.errors import DataError, RunError
+from ctrlrl.errors import DataError, RunError, VersionMismatch
 from jobs.calibrate import calibrate
 from jobs.examine import inspect_data
 from jobs.parts.flow import all_of, flow
-from jobs.parts.road import Road, Scores
+from jobs.parts.road import Road, Scores, drawn
 
 SHARDS, SIGMOID = 6, Calibration("sigmoid")
 PROMPTS = [Prompt(prompt_id(m), m, f"f:{i}") for i in range(SHARDS) for m in [({"role": "user", "content": f"q{i}"},)]]
@@ -210,10 +210,24 @@ def test_an_error_is_raised_while_other_calls_are_under_way_and_a_stop_lets_what
     def script(shard):
         yield from all_of({0: now(None)})
         stop.append(shard)
-        yield from all_of({0: now(None)})
+        for _ in range(1 + shard):  # one is still under way when the other has ended
+            yield from all_of({0: now(None)})
         ended.append(shard)
 
     assert not flow(range(9), script, 2, stop) and ended == [0, 1]
+
+
+def test_answers_of_other_weights_than_the_pool_has_are_refused():
+    answer = types.SimpleNamespace(version=1)
+    found, rollout = [], types.SimpleNamespace(version=1, generate_apart=lambda requests, sampling: now(answer))
+
+    def script(shard):
+        found.append((yield from drawn(rollout, [], None)))
+
+    assert flow([0], script, 1) and found == [answer]
+    rollout.version = 2
+    with pytest.raises(VersionMismatch, match="version 1 arrived where version 2 is required"):
+        flow([0], script, 1)
 
 
 def test_lost_prompts_are_written_again(scored):
