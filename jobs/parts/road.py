@@ -7,7 +7,7 @@ A job says what its stores are made from and how one shard is made (a script of 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -193,6 +193,7 @@ def effort(facts: Sequence[dict]) -> dict:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that have a part in what is made."""
     found = {}
