@@ -111,16 +111,15 @@ def report(
 
 @app.command()
 def study(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or one that comes along: synthesis, scale, models, reward, baseline.")],
-    overrides: Set = None,
-    out: Out = "",
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or: synthesis, scale, models, reward, baseline, attributes, paper.")],
+    overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False,
     world: Annotated[str, typer.Option(help="Run on this demo world instead, with the demo's recipes.")] = "",
-    skip_bad_rows: SkipBadRows = False,
-) -> None:
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost at this machine's measured speed, and end.")] = False,
+) -> None:  # fmt: skip
     """Run one chain of jobs in several variants, and compare them in one table."""
     from jobs.study import main as job
 
-    job(recipe, overrides, out, world, skip_bad_rows)
+    job(recipe, overrides, out, world, skip_bad_rows, dry_run)
 
 
 @app.command()

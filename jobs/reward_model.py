@@ -25,9 +25,10 @@ from ctrlrl.models.conversations import encode_conversation, longest_input
 from ctrlrl.models.exporting import check_export
 from ctrlrl.models.loading import check_backbone, load_tokenizer, reads_token_types
 from ctrlrl.models.lora import check_adapters
-from ctrlrl.models.origins import record_origins, rows_fingerprint, same_origins
+from ctrlrl.models.origins import Origins, record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.pooling import conversation_batch
 from ctrlrl.objectives.preference import bradley_terry
+from ctrlrl.runs import absolute_out
 from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.parts.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
 from jobs.parts.reading import renderable
@@ -53,11 +54,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     check_adapters(config.reward_model.model, config.reward_model.train.lora, "reward")
     tokenizer = load_tokenizer(config.reward_model.model)
     check_export(config.reward_model.model, config.out, tokenizer.save_pretrained)
-    rejects: list[Reject] = []
-    pairs = read_pairs(config.data, rejects=rejects if config.skip_bad_rows else None)
-    if config.skip_bad_rows:
-        limit = longest_input(config.reward_model.model, tokenizer, config.max_length)
-        pairs = renderable(pairs, lambda p: encode_conversation(tokenizer, p.messages, p.chosen, limit, source=p.source), rejects)
+    pairs, rejects = usable_pairs(config)
     if rejects:
         print(aside_line(rejects), flush=True)
     kept, held = split_pairs(pairs, config.validation.share, config.validation.rows, config.seed, repr(config.data))
@@ -65,8 +62,7 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     train = Subset(examples, kept)
     epochs = epochs_of(config, train)
     with open_run(config, resume, ("data", "reward_model.model")) as run:
-        data = rows_fingerprint([pair.messages, pair.chosen, pair.rejected] for pair in pairs)
-        origins = same_origins(run.directory, {"reward_model.model": config.reward_model.model}, {"data": data})
+        origins = origins_of(config, run.directory, pairs)
         trainer_config = scheduled(config.reward_model, config, epochs.total)
         demands = {"reward_model": config.reward_model.bundles}
         connect(config.cluster, demands)
@@ -85,6 +81,28 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
             return train_offline(config, run, trainer, task, epochs)
         finally:
             end_all(trainer.close, place.release)
+
+
+def origins_of(config: RewardModelRecipe, directory: Path, pairs: list[PreferencePair], **remedy: str) -> Origins:
+    """What a run in `directory` began with; RunError as of same_origins."""
+    data = rows_fingerprint([pair.messages, pair.chosen, pair.rejected] for pair in pairs)
+    return same_origins(directory, {"reward_model.model": config.reward_model.model}, {"data": data}, **remedy)
+
+
+def check_reused_reward_model(config: RewardModelRecipe) -> None:
+    """RunError if the model that lies in the recipe's `out` was trained on other pairs or from another backbone than lie there now."""
+    pairs, _ = usable_pairs(config)
+    origins_of(config, absolute_out(config.out), pairs, remedy=f"remove {config.out!r}, and the model is trained anew")
+
+
+def usable_pairs(config: RewardModelRecipe) -> tuple[list[PreferencePair], list[Reject]]:
+    """The pairs that are trained on or held out, and the rows that are set aside."""
+    tokenizer, rejects = load_tokenizer(config.reward_model.model), []
+    pairs = read_pairs(config.data, rejects=rejects if config.skip_bad_rows else None)
+    if config.skip_bad_rows:
+        limit = longest_input(config.reward_model.model, tokenizer, config.max_length)
+        pairs = renderable(pairs, lambda p: encode_conversation(tokenizer, p.messages, p.chosen, limit, source=p.source), rejects)
+    return pairs, rejects
 
 
 def encode_pairs(config: RewardModelRecipe, tokenizer, pairs: list[PreferencePair]) -> PairExamples:

@@ -16,30 +16,43 @@ from actors.crew import demands_of as crew_demands
 from actors.placement import Demands, connect
 from ctrlrl.config import dump
 from ctrlrl.data.atomic import write_json, write_text
-from ctrlrl.data.sources import read_prompts
+from ctrlrl.data.rejects import Reject
+from ctrlrl.data.sources import read_pairs, read_prompts
 from ctrlrl.errors import RunError
 from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
-from ctrlrl.models.loading import check_policy
-from ctrlrl.runs import only_writer
+from ctrlrl.models.loading import check_backbone, check_policy
+from ctrlrl.runs import absolute_out, only_writer
+from jobs.calibrate import CalibrateRecipe, calibrate
+from jobs.critique import CritiqueRecipe, critique
 from jobs.distill import DistillRecipe, distill
+from jobs.dpo import DPORecipe, dpo
+from jobs.dpo import demands_of as dpo_demands
 from jobs.evaluate import EvaluateRecipe, check_measured, evaluate
 from jobs.finetune import FinetuneRecipe, check_reused, finetune
 from jobs.generate import GenerateRecipe, generate
 from jobs.parts.cast import demands_of as cast_demands
+from jobs.parts.costs import cost_lines, measured_rates
 from jobs.parts.launch import Out, Set, SkipBadRows, run_job
 from jobs.parts.measure import summary_lines
 from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
 from jobs.ppo import PPORecipe, train
+from jobs.reward_model import RewardModelRecipe, check_reused_reward_model, train_reward_model
 
-StudyName = Annotated[str, typer.Argument(help="A TOML file, or one of: synthesis, scale, models, reward, baseline, attributes.")]
+StudyName = Annotated[str, typer.Argument(help="A TOML file, or: synthesis, scale, models, reward, baseline, attributes, paper.")]
 WorldFolder = Annotated[str, typer.Option("--world", help="Run on this demo world instead, with the demo's recipes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it will cost at this machine's measured speed, and end.")]
 
 
-def run_study(study: StudyRecipe) -> int:
+def run_study(study: StudyRecipe, dry_run: bool = False) -> int:
     """Do what is not finished yet, one variant after the other, and print the table; returns the exit code."""
     planned = plan(study)
     steps = list({step.folder: step for chain in planned.values() for step in chain}.values())
     check(steps)
+    if dry_run:
+        configs = {str(step.folder.relative_to(absolute_out(study.out))): (step.config, step.finished) for step in steps}
+        connect(study.cluster, {"study": [most_demanded(steps)]})
+        print("\n".join(cost_lines(configs, measured_rates([config for config, _ in configs.values()], study.cluster))), flush=True)
+        return 0
     with only_writer(study.out) as out:
         if any((out / name).exists() for name in (TRAINING, METRICS_FILE)):  # its recipe.json would be overwritten
             raise RunError(f"{study.out!r} holds a training run or an evaluation: give another out")
@@ -72,6 +85,8 @@ def reused(step: Step) -> bool:
     match step.config:
         case FinetuneRecipe():
             check_reused(step.config)
+        case RewardModelRecipe():
+            check_reused_reward_model(step.config)
         case EvaluateRecipe():
             check_measured(step.config)
     return True
@@ -83,42 +98,58 @@ def run(step: Step) -> int:
     match step.config:
         case GenerateRecipe():
             return generate(step.config)
+        case CalibrateRecipe():
+            return calibrate(step.config)
         case DistillRecipe():
             return distill(step.config)
         case FinetuneRecipe():
             return finetune(step.config, resume=begun)
         case PPORecipe():
             return train(step.config, resume=begun)
+        case RewardModelRecipe():
+            return train_reward_model(step.config, resume=begun)
+        case CritiqueRecipe():
+            return critique(step.config)
+        case DPORecipe():
+            return dpo(step.config, resume=begun)
         case EvaluateRecipe():
             return evaluate(step.config)
 
 
 def check(steps: list[Step]) -> None:
-    """Refuse missing prompts and models before anything starts; what an earlier step will make is not there to be checked yet."""
-    policies, judges, prompts = set(), [], set()
+    """Refuse missing prompts, pairs and models before anything starts; what an earlier step will make is not there to be checked yet."""
+    policies, judges, prompts, pairs = set(), [], set(), set()
     for step in steps:
         match step.config:
-            case GenerateRecipe(policy=policy) | EvaluateRecipe(model=policy):
+            case GenerateRecipe(policy=policy) | EvaluateRecipe(model=policy) | CritiqueRecipe(policy=policy):
                 policies.add(policy)
-            case FinetuneRecipe(policy=policy) | PPORecipe(policy=policy):
+            case FinetuneRecipe(policy=policy) | PPORecipe(policy=policy) | DPORecipe(policy=policy):
                 policies.add(policy.model)
+            case RewardModelRecipe(reward_model=trained, data=data, skip_bad_rows=skip):
+                check_backbone(trained.model)
+                pairs.add((data, skip))
         match step.config:
-            case GenerateRecipe(reward=reward, prompts=asked, max_prompts=limit, skip_bad_rows=skip):
+            case GenerateRecipe(reward=reward):
                 judges.append(reward)
-                prompts.add((asked, limit, skip))
             case PPORecipe(reward=reward, prompts=asked, skip_bad_rows=skip):
                 judges.append(reward)
                 prompts.add((asked, None, skip))
-            case EvaluateRecipe(judges=given, prompts=asked, max_prompts=limit, skip_bad_rows=skip):
+            case EvaluateRecipe(judges=given):
                 judges += given.given.values()
-                prompts.add((asked, limit, skip))
+        match step.config:
+            case GenerateRecipe() | EvaluateRecipe() | CritiqueRecipe():
+                prompts.add((step.config.prompts, step.config.max_prompts, step.config.skip_bad_rows))
     made = tuple(str(step.folder) for step in steps)
     for policy in sorted(name for name in policies if not name.startswith(made)):
         check_policy(policy)
     for reward in {dump(reward): reward for models in judges for reward in models.values()}.values():
-        reward.check()
+        if not reward.model.startswith(made) and not reward.calibration_file.startswith(made):
+            reward.check()
     for name, limit, skip in sorted(prompts, key=str):
         read_prompts(name, limit=limit, skip_bad_rows=skip)
+    for name, skip in sorted(pairs):
+        rejects: list[Reject] = []
+        read_pairs(name, rejects=rejects if skip else None)
 
 
 def most_demanded(steps: list[Step]) -> dict[str, float]:
@@ -141,6 +172,12 @@ def demands(step: Step) -> Demands:
             return {"policy": policy.bundles} | step.config.evaluation.demands
         case PPORecipe(rollout=rollout) as config:
             return cast_demands(config) | {"spare": rollout.spare}
+        case RewardModelRecipe(reward_model=trained):
+            return {"reward_model": trained.bundles}
+        case CritiqueRecipe(rollout=rollout):
+            return crew_demands({}, rollout) | {"spare": rollout.spare}
+        case DPORecipe() as config:
+            return dpo_demands(config)
         case EvaluateRecipe(judges=judges, rollout=rollout):
             rewards = {f"{judge}.{a}": reward for judge, models in judges.given.items() for a, reward in models.items()}
             return crew_demands(rewards, rollout) | {"spare": rollout.spare}
@@ -148,12 +185,18 @@ def demands(step: Step) -> Demands:
 
 
 def main(
-    recipe: StudyName, overrides: Set = None, out: Out = "", world: WorldFolder = "", skip_bad_rows: SkipBadRows = False
+    recipe: StudyName,
+    overrides: Set = None,
+    out: Out = "",
+    world: WorldFolder = "",
+    skip_bad_rows: SkipBadRows = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run every variant of a study, and print its table."""
     shipped = RECIPES / "studies" / f"{recipe}.toml"
+    file = str(shipped) if shipped.is_file() else recipe
     options = {"world": world, "skip_bad_rows": skip_bad_rows}
-    raise typer.Exit(run_job(StudyRecipe, run_study, str(shipped) if shipped.is_file() else recipe, overrides, out, options))
+    raise typer.Exit(run_job(StudyRecipe, run_study, file, overrides, out, options, dry_run=dry_run))
 
 
 if __name__ == "__main__":

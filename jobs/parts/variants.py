@@ -6,16 +6,18 @@ A step's output folder is named after a hash of its settings, so variants with a
 import hashlib
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from actors.placement import ClusterConfig
 from ctrlrl.attributes import PAPER, AttributesSection
-from ctrlrl.config import Section, laid_over, load
+from ctrlrl.config import Section, laid_over, load, part_of
+from ctrlrl.data.critique import CritiqueLayout
 from ctrlrl.data.files import expanded
 from ctrlrl.data.generation import Layout
 from ctrlrl.demo.models import DemoWorld
@@ -23,40 +25,51 @@ from ctrlrl.demo.models import load as load_world
 from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.files import METRICS_FILE
 from ctrlrl.runs import absolute_out
+from jobs.calibrate import CalibrateRecipe
+from jobs.calibrate import is_finished as is_calibrated
+from jobs.critique import CritiqueRecipe
 from jobs.distill import DistillRecipe
 from jobs.distill import is_finished as is_distilled
+from jobs.dpo import DPORecipe
 from jobs.evaluate import EvaluateRecipe
 from jobs.finetune import FinetuneRecipe
 from jobs.generate import GenerateRecipe
 from jobs.ppo import PPORecipe
+from jobs.reward_model import RewardModelRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-KINDS = {"generate": GenerateRecipe, "distill": DistillRecipe, "finetune": FinetuneRecipe, "ppo": PPORecipe, "evaluate": EvaluateRecipe}
-# What a step has when it is finished; the others look into their stores.
-FINISHED = {"finetune": "model", "ppo": "model", "evaluate": METRICS_FILE}
+KINDS = {
+    "reward_model": RewardModelRecipe, "generate": GenerateRecipe, "calibrate": CalibrateRecipe, "distill": DistillRecipe,
+    "finetune": FinetuneRecipe, "ppo": PPORecipe, "critique": CritiqueRecipe, "dpo": DPORecipe, "evaluate": EvaluateRecipe,
+}  # fmt: skip
+SEEDED = ("finetune", "ppo", "dpo")  # whose seed is the variant's
 # No part of what a step makes: where, on how much, whether bad rows end it, how often it is saved and looked at.
 UNHASHED = {key: True for key in ("out", "cluster", "name", "skip_bad_rows", "evaluation", "checkpoint_every", "keep_checkpoints")} | {
     "rollout": {"workers"}
 }
-JobName = Literal["generate", "distill", "finetune", "ppo", "evaluate"]
-Settings = dict[JobName, dict[str, Any]]
+LAPTOP = "laptop"  # in the place of a recipe's file: the settings that fit two cores, for whichever job
+Settings = dict[str, dict[str, Any]]
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 class Variant(Section):
-    """A row of the table. set: what it changes, by job. inputs: in place of the study's. chain: the study's, unless given."""
+    """A row of the table, or one for each seed. set: what it changes, by step. inputs: in place of the study's. chain, seeds: the
+    study's, unless given."""
 
     name: str = Field(min_length=1)
     set: Settings = {}
     inputs: dict[str, str] = {}
-    chain: tuple[JobName, ...] = ()
+    chain: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 class StudyRecipe(Section):
-    """A chain of jobs, what its steps have in common, and the variants.
+    """A chain of steps, what they have in common, and the variants.
 
-    A text in `common` or in a variant's `set` may name `{input}`, or `{job}`, the output folder of an earlier step; `{recipes}` is
-    where the recipes are that come along. recipes: the file that a job's settings are laid over, by default the one that comes along.
+    A step is named like its job; `named` gives names of their own to further steps of a job, whose settings are laid over the job's.
+    A text in `common` or in a variant's `set` may name `{input}`, or `{step}`, the output folder of an earlier step; `{recipes}` is
+    where the recipes are that come along. recipes: the file that a job's settings are laid over, by default the one that comes along,
+    or "laptop". seeds: each variant that trains a policy (finetune, ppo, dpo) is trained once with each; what comes before is shared.
     seed, cluster, attributes: of every job, unless its own settings say otherwise. skip_bad_rows: if true, of
     every job that reads data. world: folder of a demo world, whose models and prompts take the
     place of the inputs, and the demo's recipes that of the others; `with_world` is laid over `common` then.
@@ -69,13 +82,33 @@ class StudyRecipe(Section):
     skip_bad_rows: bool = False
     world: str = ""
     inputs: dict[str, str] = {}
-    chain: tuple[JobName, ...]
-    recipes: dict[JobName, str] = {}
+    named: dict[str, str] = {}
+    chain: tuple[str, ...]
+    seeds: tuple[int, ...] = ()
+    recipes: dict[str, str] = {}
     common: Settings = {}
     with_world: Settings = {}
     cluster: ClusterConfig = ClusterConfig()
     attributes: AttributesSection = PAPER
     variants: tuple[Variant, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _steps_are_known(self):
+        for name, job in self.named.items():
+            if name in KINDS or not name.isidentifier() or job not in KINDS:
+                raise ValueError(f"named.{name} = {job!r}: give a step a name that no job has, and one of {', '.join(KINDS)}")
+        known = (*KINDS, *self.named)
+        given = {"recipes": self.recipes, "common": self.common, "with_world": self.with_world, "chain": self.chain}
+        for i, variant in enumerate(self.variants):
+            given |= {f"variants.{i}.set": variant.set, f"variants.{i}.chain": variant.chain}
+        for place, names in given.items():
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{place} names {name!r}, which is no step: {', '.join(known)}")
+        for place, seeds in {"seeds": self.seeds, **{f"the seeds of {v.name!r}": v.seeds for v in self.variants}}.items():
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{place} name one twice: {list(seeds)}")
+        return self
 
     @model_validator(mode="after")
     def _is_consistent(self):
@@ -85,23 +118,32 @@ class StudyRecipe(Section):
         for variant in self.variants:
             chain = self.chain_of(variant)
             if len(set(chain)) < len(chain) or chain[-1:] != ("evaluate",):
-                raise ValueError(f"the chain of {variant.name!r} is {list(chain)}: name each job once, evaluate last")
+                raise ValueError(f"the chain of {variant.name!r} is {list(chain)}: name each step once, evaluate last")
             if foreign := sorted(set(variant.set) - set(chain)):
                 raise ValueError(f"variant {variant.name!r} sets {foreign[0]}, which is not in its chain {list(chain)}")
-            if taken := sorted(set(KINDS) & {*self.inputs, *variant.inputs}):
-                raise ValueError(f"an input is named like a job, {taken[0]!r}: give it another name")
+            if taken := sorted({*KINDS, *self.named} & {*self.inputs, *variant.inputs}):
+                raise ValueError(f"an input is named like a step, {taken[0]!r}: give it another name")
         return self
 
+    def job_of(self, step: str) -> str:
+        """The job of a step."""
+        return self.named.get(step, step)
+
+    def seeds_of(self, variant: Variant) -> tuple[int | None, ...]:
+        """The seeds that a variant is trained with; the study's own, unnamed, where there are none or nothing is trained."""
+        trains = any(self.job_of(step) in SEEDED for step in self.chain_of(variant))
+        return (trains and (variant.seeds or self.seeds)) or (None,)
+
     def chain_of(self, variant: Variant) -> tuple[str, ...]:
-        """The jobs of a variant, in order."""
+        """The steps of a variant, in order."""
         return variant.chain or self.chain
 
 
 @dataclass(frozen=True)
 class Step:
-    """One job of a variant with all its settings; steps with the same folder are the same step."""
+    """One step of a variant with all its settings; steps with the same folder are the same step."""
 
-    job: str
+    name: str
     folder: Path
     config: Section
 
@@ -113,12 +155,23 @@ class Step:
                 return Layout(self.folder).finished
             case DistillRecipe():
                 return is_distilled(self.config)
-        return (self.folder / FINISHED[self.job]).exists()
+            case CalibrateRecipe():
+                return is_calibrated(self.config)
+            case CritiqueRecipe():
+                layout = CritiqueLayout(self.folder)
+                return layout.sources.manifest.exists() and layout.critiques().finished
+            case EvaluateRecipe():
+                return (self.folder / METRICS_FILE).exists()
+        return (self.folder / "model").exists()
 
 
 def plan(study: StudyRecipe) -> dict[str, list[Step]]:
-    """The steps of every variant, by its name; RecipeError names the variant and the job whose settings are wrong."""
-    return {variant.name: list(_steps(study, variant)) for variant in study.variants}
+    """The steps of every row, by its name; RecipeError names the variant and the step whose settings are wrong."""
+    return {
+        variant.name if seed is None else f"{variant.name}, seed {seed}": list(_steps(study, variant, seed))
+        for variant in study.variants
+        for seed in study.seeds_of(variant)
+    }
 
 
 def filled(settings: Any, places: Mapping[str, str]) -> Any:
@@ -136,25 +189,31 @@ def filled(settings: Any, places: Mapping[str, str]) -> Any:
     return _PLACEHOLDER.sub(lambda found: places[found[1]], settings)
 
 
-def _steps(study: StudyRecipe, variant: Variant) -> Iterator[Step]:
+def _steps(study: StudyRecipe, variant: Variant, seed: int | None) -> Iterator[Step]:
     root = absolute_out(study.out)
     world = load_world(expanded(study.world).absolute()) if study.world else None
     places = {"recipes": str(RECIPES)} | study.inputs | (_world_inputs(world) if world else {}) | variant.inputs
     shared = {"seed": study.seed, "cluster": study.cluster.model_dump(exclude_unset=True)}
     shared |= {"attributes": study.attributes} if study.attributes != PAPER else {}
     shared |= {"skip_bad_rows": True} if study.skip_bad_rows else {}  # where it is not asked for, a job's own recipe decides
-    for job in study.chain_of(variant):
-        kind = KINDS[job]
+    for name in study.chain_of(variant):
+        job = study.job_of(name)
+        kind, recipe = KINDS[job], _recipe(study, job)
         settings = {key: value for key, value in shared.items() if key in kind.model_fields}
+        settings |= {"seed": seed} if seed is not None and job in SEEDED else {}
+        if recipe == LAPTOP:
+            recipe, settings = None, laid_over(part_of(kind, tomllib.loads((RECIPES / "laptop.toml").read_text())), settings)
         for more in (study.common, study.with_world if study.world else {}, variant.set):
-            settings = laid_over(settings, more.get(job, {}))
+            for given in dict.fromkeys((job, name)):
+                settings = laid_over(settings, more.get(given, {}))
         try:
-            config = load(kind, _recipe(study, job), settings=filled(settings, places))
+            config = load(kind, recipe, settings=filled(settings, places))
         except RecipeError as error:
-            raise RecipeError(f"variant {variant.name!r}, {job}: {error}") from None
+            raise RecipeError(f"variant {variant.name!r}, {name}: {error}") from None
         folder = root / "steps" / f"{job}-{_digest(config, root, world.fingerprint if world else '')}"
-        places = places | {job: str(folder)}
-        yield Step(job, folder, config.model_copy(update={"out": str(folder)} | ({"name": variant.name} if job == "evaluate" else {})))
+        places = places | {name: str(folder)}
+        row = variant.name if seed is None else f"{variant.name}, seed {seed}"
+        yield Step(name, folder, config.model_copy(update={"out": str(folder)} | ({"name": row} if job == "evaluate" else {})))
 
 
 def _digest(config: Section, root: Path, world: str) -> str:
@@ -163,9 +222,10 @@ def _digest(config: Section, root: Path, world: str) -> str:
     return hashlib.sha256((world + text.replace(f"{root}/", "")).encode()).hexdigest()[:12]
 
 
-def _recipe(study: StudyRecipe, job: str) -> str | Path:
+def _recipe(study: StudyRecipe, job: str) -> str | Path | None:
     demo = RECIPES / f"demo_{job}.toml"
-    return study.recipes.get(job) or (demo if study.world and demo.exists() else RECIPES / f"{job}.toml")
+    shipped = demo if study.world and demo.exists() else RECIPES / f"{job}.toml"
+    return study.recipes.get(job) or (shipped if shipped.exists() else None)
 
 
 def _world_inputs(world: DemoWorld) -> dict[str, str]:

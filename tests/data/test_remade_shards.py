@@ -15,7 +15,7 @@ from ctrlrl.data.scored import ScoredSamples
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt, prompt_id
 from ctrlrl.errors import DataError, RunError
-from jobs.calibrate import calibrate
+from jobs.calibrate import CalibrateRecipe, calibrate
 from jobs.examine import inspect_data
 from jobs.parts.flow import all_of, flow
 from jobs.parts.road import Road, Scores
@@ -77,7 +77,7 @@ def test_scores_of_remade_samples_are_missing_everywhere(scored, tmp_path, capsy
         distill(sources(scored), tmp_path / "out", method="vanilla", seed=0)
     assert not (tmp_path / "out" / "train.parquet").exists()
     with pytest.raises(RunError, match="000002.parquet was made from other shards"):
-        calibrate(str(scored.directory), OPTIMISATION, str(tmp_path / "calibration"))
+        calibrate(CalibrateRecipe(data=str(scored.directory), out=str(tmp_path / "calibration")))
     assert not (tmp_path / "calibration").exists()
     assert inspect_data(str(scored.directory), 0) == 1
     assert "scores of other samples than those that are there: shards 2: run the command" in capsys.readouterr().out

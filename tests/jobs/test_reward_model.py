@@ -22,44 +22,6 @@ STEPS = 8
 
 
 @pytest.fixture(scope="session")
-def pair_file(tmp_path_factory) -> str:
-    """Pairs that prefer the polite answer, which is the longer one in half of them; some as HH transcripts."""
-    lines = []
-    for number in range(60):
-        good, bad = "Please mix flour.", "Go away." if number % 2 else "Go away, go away, you."
-        question = f"How do I bake {number} loaves of bread?"
-        start = f"\n\nHuman: {question}\n\nAssistant: "
-        hh = {"chosen": start + good, "rejected": start + bad}
-        lines.append(hh if number % 3 else {"prompt": question, "chosen": good, "rejected": bad})
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory) -> str:
-    """A tiny random BERT without a classifier's head, and a tokenizer that makes token types."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = "how do i bake loaves of bread ? please mix flour . go away , you".split() + [str(n) for n in range(60)]
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    bare.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    bare.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bare, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"], model_max_length=40,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    BertModel(BertConfig(**sizes, max_position_embeddings=40, initializer_range=0.2)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
 def reward_overrides(pair_file) -> list[str]:
     """Overrides that train a tiny reward model within seconds."""
     settings = {

