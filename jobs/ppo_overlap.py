@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -88,15 +89,17 @@ def overlapped_steps(
     """The steps that the last checkpoint leaves to do, `lag` batches ahead; GroupLost if one of the trained models loses a rank."""
     done, kl = restore(config, cast, run)
     progress.begin_at(done)
+    waiting = Event()  # the trainers are
+    waiting.set()
     with background(32) as beside:
-        draw = partial(draw_batch, config, cast, prompts, tokenizer, beside, progress)
+        draw = partial(draw_batch, config, cast, prompts, tokenizer, beside, progress, waiting)
         ahead = deque(resumed(config, cast, run, prompts, tokenizer, beside))
         for step in range(done + len(ahead), min(done + config.lag, config.steps)):
             ahead.append(draw(step, done))
         for step in range(done, config.steps):
             coming = step + config.lag
             pending = beside.submit(draw, coming, step) if coming < config.steps else None
-            stats, kl = overlapped_step(config, cast, step, kl, ahead, pending, beside, progress)
+            stats, kl = overlapped_step(config, cast, step, kl, ahead, pending, beside, progress, waiting)
             stats |= interim.metrics(step + 1, cast.rollout, cast.rewards)
             run.log(step, stats)
             show(stats)
@@ -117,12 +120,17 @@ def overlapped_step(
     pending: Future | None,
     beside: ThreadPoolExecutor,
     progress: Steps,
+    waiting: Event,
 ) -> tuple[dict[str, float], AdaptiveKL]:
-    """Train on the first batch of `ahead` while `pending` is drawn, then publish; returns the metrics and the next KL controller."""
+    """Train on the first batch of `ahead` while `pending` is drawn, then publish; returns the metrics and the next KL controller.
+
+    waiting: set while the trainers have nothing to do.
+    """
     clock, drawing = Clock(), pending is not None
 
     def arrived() -> None:
         nonlocal pending
+        waiting.set()
         if pending:
             clock.start("wait")
             ahead.append(pending.result())
@@ -130,6 +138,7 @@ def overlapped_step(
 
     if not ahead:
         arrived()
+    waiting.clear()
     batch = ahead.popleft()
     if step - batch.drawn.updates > config.lag:
         raise VersionMismatch(f"a batch drawn after {batch.drawn.updates} updates came to step {step}, where lag = {config.lag} is allowed")
@@ -153,19 +162,33 @@ def draw_batch(
     tokenizer,
     beside: ThreadPoolExecutor,
     progress: Steps,
+    waiting: Event,
     step: int,
     updates: int,
 ) -> Batch:
-    """Draw the batch of `step` with the weights that the rollout workers have, of `updates` updates; it is judged as it comes."""
+    """Draw the batch of `step` with the weights that the rollout workers have, of `updates` updates; it is judged as it comes.
+
+    Models on processors would take those of the trainers: they judge once these are `waiting`, or the rollouts have drawn everything.
+    """
     began = time.perf_counter()
     queries = draw_queries(prompts, tokenizer, step, config.algorithm, config.seed, config.attributes)
     chunks, judged, answers = [], [], Answers(progress, len(queries), f"batch {step + 1}: ")
+
+    def judge(rows: np.ndarray, samples: Samples) -> None:
+        judged.append(judge_chunk(cast, samples, tokenizer, beside))
+        judged[-1]["scores_BA"].add_done_callback(lambda _: answers.scored(len(rows)))
+
+    apart = any(model.resources.gpus for model in (config.reference, *config.reward.values()))
     for rows, completions in cast.rollout.generate([Request(q.prompt_ids, q.seed) for q in queries], config.sampling):
         chunks.append((rows, collect(queries, rows, completions)))
-        judged.append(judge_chunk(cast, chunks[-1][1], tokenizer, beside))
         answers.drawn(len(rows), sum(map(len, completions.response_ids)))
-        judged[-1]["scores_BA"].add_done_callback(lambda _, rows=rows: answers.scored(len(rows)))
-    return Batch(Drawn(step, updates, tuple(chunks)), tuple(judged), time.perf_counter() - began)
+        if apart or waiting.is_set():
+            for chunk in chunks[len(judged) :]:
+                judge(*chunk)
+    seconds = time.perf_counter() - began
+    for chunk in chunks[len(judged) :]:
+        judge(*chunk)
+    return Batch(Drawn(step, updates, tuple(chunks)), tuple(judged), seconds)
 
 
 def resumed(

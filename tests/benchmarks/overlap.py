@@ -1,12 +1,12 @@
 """What drawing one step ahead is worth: `ctrlrl ppo-overlap` at lag 1 against lag 0, the same recipe, each kind of worker with one thread.
 
-    .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world [--steps 12] [--epochs 3] [--lags 0,1]
+    .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world [--steps 12] [--epochs 1] [--lags 0,1]
     .venv/bin/python tests/benchmarks/overlap.py --world runs/demo/world --learn 45 --seeds 0,1,2     # and what it costs in MP
 
 One rollout worker and one rank of the policy, so that on two cores each has one; the epochs over a batch make training last about as long
 as drawing (`draw` and `train` are printed). Prints samples/s of each lag, the ratio, and who waited for whom; the first two steps are left
-out (engines warm up, and a first batch cannot be drawn ahead). With --learn the demo's own PPO recipe runs so many
-steps at each lag and seed, and is evaluated on prompts that it did not see: MP with its interval, and whether that of lag 1 lies in it.
+out (engines warm up, and a first batch cannot be drawn ahead). With --learn the demo's own PPO recipe runs so many steps at each lag and
+seed, and is evaluated on prompts that it did not see: MP with its interval, and whether that of lag 1 lies in it.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=Path, required=True, help="folder of a built demo world")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--policy", default="", help="another policy than the world's, such as SmolLM2-135M, and its --prompts")
     parser.add_argument("--prompts", default="")
     parser.add_argument("--set", action="append", default=[], help="a setting of the recipe, as in ctrlrl ppo-overlap --set")

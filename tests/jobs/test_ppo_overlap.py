@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import Future
+from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,7 +138,33 @@ def test_a_batch_older_than_the_lag_is_an_error(recipe):
 
     old = Batch(Drawn(5, 3, ()), (), 0.0)
     with pytest.raises(VersionMismatch, match="drawn after 3 updates came to step 5, where lag = 1 is allowed"):
-        jobs.ppo_overlap.overlapped_step(recipe("lag=1"), None, 5, None, deque([old]), None, None, None)
+        jobs.ppo_overlap.overlapped_step(recipe("lag=1"), None, 5, None, deque([old]), None, None, None, Event())
+
+
+@pytest.mark.parametrize(("gpus", "at_once"), [(0, [0, 0, 3, 4]), (1, [1, 2, 3, 4])])
+def test_models_that_share_the_trainers_processors_judge_when_it_waits(recipe, monkeypatch, gpus, at_once):
+    config = recipe("lag=1", f"reference.resources.gpus={gpus}", "algorithm.queries_per_step=4")
+    monkeypatch.setattr(jobs.ppo_overlap, "collect", lambda queries, rows, completions: int(rows[0]))
+    judged, begun, waiting = [], [], Event()
+
+    def judge(cast, samples, *_):
+        judged.append(samples)
+        return {"scores_BA": Future()}
+
+    def generate(*_):
+        for row in range(4):
+            if row == 2:
+                waiting.set()  # the update is done while the third chunk is drawn
+            yield np.array([row]), SimpleNamespace(response_ids=[np.arange(2)])
+            begun.append(len(judged))
+
+    monkeypatch.setattr(jobs.ppo_overlap, "judge_chunk", judge)
+    cast = SimpleNamespace(rollout=SimpleNamespace(generate=generate))
+    queries = SimpleNamespace(prompt_ids=(), seed=0)
+    monkeypatch.setattr(jobs.ppo_overlap, "draw_queries", lambda *_: [queries] * 4)
+    progress = SimpleNamespace(within=lambda *_: None)
+    batch = jobs.ppo_overlap.draw_batch(config, cast, None, None, None, progress, waiting, 1, 0)
+    assert begun == at_once and judged == [0, 1, 2, 3] and len(batch.judged) == len(batch.drawn.chunks) == 4
 
 
 def test_the_lag_is_one_of_three(recipe):
