@@ -229,6 +229,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Model to talk to: a directory such as runs/mine/model, or a hub name.")] = "",
     helpful: Annotated[float | None, typer.Option(help="Level of helpfulness, from 0 to 1.")] = None,
     harmless: Annotated[float | None, typer.Option(help="Level of safety, from 0 to 1.")] = None,
+    level: Annotated[list[str] | None, typer.Option(help="Level of any attribute, such as concise=0.2. Repeatable.")] = None,
     system: Annotated[str, typer.Option(help="System prompt of a CST model; `harmless` and `uncensored` are the published ones.")] = "",
     dial: Annotated[str, typer.Option(help="Name of a dial of the server's file, in place of levels.")] = "",
     dials: Annotated[str, typer.Option(help="TOML file of `ctrlrl serve`, for its reward models and engine settings.")] = "",
@@ -242,7 +243,7 @@ def chat(
     """Talk to a model in the terminal, and turn its dial."""
     from jobs.chat import main as job
 
-    job(model, helpful, harmless, system, dial, dials, overrides, url, key_file, temperature, max_tokens, seed)
+    job(model, helpful, harmless, level, system, dial, dials, overrides, url, key_file, temperature, max_tokens, seed)
 
 
 @app.command()

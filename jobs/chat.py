@@ -30,6 +30,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Model to talk to: a directory such as runs/mine/model, or a hub name.")] = "",
     helpful: Annotated[float | None, typer.Option(help="Level of helpfulness, from 0 to 1.")] = None,
     harmless: Annotated[float | None, typer.Option(help="Level of safety, from 0 to 1.")] = None,
+    level: Annotated[list[str] | None, typer.Option(help="Level of any attribute, such as concise=0.2. Repeatable.")] = None,
     system: Annotated[str, typer.Option(help="System prompt of a CST model; `harmless` and `uncensored` are the published ones.")] = "",
     dial: Annotated[str, typer.Option(help="Name of a dial of the server's file, in place of levels.")] = "",
     dials: Annotated[str, typer.Option(help="TOML file of `ctrlrl serve`, for its reward models and engine settings.")] = "",
@@ -47,13 +48,26 @@ def main(
             raise RecipeError("--dials and --set are for a model that is started here: a running server has its own")
         if model and key_file:
             raise RecipeError("--key-file is for --url")
-        if sum((bool(system), bool(dial), (helpful, harmless) != (None, None))) > 1:
+        levels = {name: given for name, given in (("helpful", helpful), ("harmless", harmless)) if given is not None} | _levels(level or [])
+        if sum((bool(system), bool(dial), bool(levels))) > 1:
             raise RecipeError("give levels, --system or --dial, one of them")
         drawing = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-        chosen = (helpful, harmless), system, dial
+        chosen = levels, system, dial
         server = _running(url, key_file) if url else _own_server(model, dials, overrides or [], bool(system))
         with server as client:
             raise SystemExit(_converse(client, chosen, {name: value for name, value in drawing.items() if value is not None}))
+
+
+def _levels(given: Sequence[str]) -> dict[str, float]:
+    """Levels by attribute, from texts such as concise=0.2."""
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise RecipeError(f"--level {text}: give an attribute and a number, such as concise=0.2") from None
+    return found
 
 
 def _converse(client, chosen, drawing: dict) -> int:
@@ -67,12 +81,13 @@ def _converse(client, chosen, drawing: dict) -> int:
     except NotAnswered as error:
         raise RunError(f"no chat: {error}") from None
     talk = Talk(client, told, drawing, terminal)
-    (helpful, harmless), system, dial = chosen
+    levels, system, dial = chosen
     if system or dial:
         talk.turn(system=system, name=dial)
-    elif (helpful, harmless) != (None, None):
-        high = told["levels"]["high"]
-        talk.turn([high if level is None else level for level in (helpful, harmless)])
+    elif levels:
+        if (unknown := sorted(set(levels) - set(told["attributes"]))) and told["kind"] != "system":
+            raise RecipeError(f"{unknown[0]} is no attribute of this model: it has {', '.join(told['attributes'])}")
+        talk.turn([levels.get(name, told["levels"]["high"]) for name in told["attributes"]])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it stops an answer, not the command
     if terminal:
         print(f"{told['model']}: {talk.spelled(talk.setting)} (/help for commands; Ctrl-C stops an answer, twice it ends)", flush=True)

@@ -234,11 +234,24 @@ def test_what_a_server_leaves_behind_is_ended():
     assert process.stdout.read() == "" and "sleep" not in _command(left)  # standard output ends with the last that holds it
 
 
+def test_levels_are_those_of_the_models_own_attributes(monkeypatch):
+    said = {"operator": True, "kind": "control", "attributes": ["concise", "harmless", "formal"], "levels": {"low": 0.2, "high": 1.0}}
+    client, talks = SimpleNamespace(dials=lambda: {**said, "dials": [], "systems": [], "model": "m"}), []
+    monkeypatch.setattr(chat, "_lines", lambda: [])
+    monkeypatch.setattr("jobs.parts.talk.Talk", lambda *given: talks.append(Talk(*given)) or talks[-1])
+    assert chat._converse(client, (chat._levels(["formal=0.2", "harmless=0.4"]), "", ""), {}) == 0
+    assert talks[0].setting == {"concise": 1.0, "harmless": 0.4, "formal": 0.2}
+    with pytest.raises(RecipeError, match="helpful is no attribute of this model: it has concise, harmless, formal"):
+        chat._converse(client, ({"helpful": 1.0}, "", ""), {})
+
+
 @pytest.mark.parametrize(("options", "words"), [
     ([], "give a model or --url, one of both"), (["m", "--url", "http://127.0.0.1:1"], "one of both"),
     (["--url", "http://127.0.0.1:1", "--dials", "x"], "a running server has its own"),
     (["m", "--key-file", "k"], "--key-file is for --url"),
-    (["m", "--helpful", "1", "--dial", "x"], "one of them"), (["--url", "ftp://x"], "is not a server's address"),
+    (["m", "--helpful", "1", "--dial", "x"], "one of them"), (["m", "--level", "concise=1", "--system", "x"], "one of them"),
+    (["m", "--level", "concise"], "--level concise: give an attribute and a number"), (["m", "--level", "=x"], "--level =x: give"),
+    (["--url", "ftp://x"], "is not a server's address"),
     (["--url", "http://127.0.0.1:1", "--key-file", "/none"], "cannot be read"), (["--url", "http://127.0.0.1:1"], "cannot be reached"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_before_anything_starts(options, words, monkeypatch):
