@@ -61,7 +61,9 @@ KNOWN = {
     "jailbreakbench": SafetySet(path="JailbreakBench/JBB-Behaviors@behaviors:harmful", prompt=("Goal", "prompt"), all="unsafe"),
     "jailbreakbench_benign": SafetySet(path="JailbreakBench/JBB-Behaviors@behaviors:benign", prompt=("Goal", "prompt"), all="safe"),
     "advbench": SafetySet(path="walledai/AdvBench", prompt=("goal", "prompt"), all="unsafe"),
-    "sorrybench": SafetySet(path="sorry-bench/sorry-bench-202503", prompt=("turns", "prompt"), all="unsafe"),
+    "sorrybench": SafetySet(  # the questions as they are; its other styles are the same ones, translated, encoded, misspelled
+        path="sorry-bench/sorry-bench-202503", prompt=("turns", "prompt"), all="unsafe", where={"prompt_style": "base"}
+    ),
     "beavertails": SafetySet(path="PKU-Alignment/BeaverTails-Evaluation:test", prompt=("prompt",), all="unsafe"),
     "cosapien": SafetySet(
         path="microsoft/CoSApien:game_development", prompt=("prompt",), kind=("type",), unsafe=("*disallowed*",),
