@@ -32,7 +32,7 @@ from jobs.generate import GenerateRecipe
 from jobs.ppo import PPORecipe
 from jobs.reward_model import RewardModelRecipe, encode_pairs, usable_pairs
 
-_ROWS = 16  # that a speed is measured on, twice; the first time engines warm up
+_ROWS = 8  # that a speed is measured on, twice; the first time engines warm up
 _FORWARD = 1 / 3  # of a training pass
 
 
@@ -155,7 +155,7 @@ def _drawn(config: GenerateRecipe | EvaluateRecipe, policy: str, cluster: Cluste
 
 def _compared(config: RewardModelRecipe, cluster: ClusterConfig) -> float:
     """Texts/s that a reward model is trained on."""
-    pairs = usable_pairs(config)[0][:_ROWS]
+    pairs = usable_pairs(config)[0][: _ROWS // 2]
     batch = encode_pairs(config, load_tokenizer(config.reward_model.model), pairs).batch(np.arange(len(pairs)), 0)
     group = config.reward_model.scheduled(2, 0)
     start = partial(RewardTrainer, group, cluster=cluster, seed=0)
