@@ -96,8 +96,11 @@ def score_distribution(
     frame(axes, "", x, y)
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6), axisbelow=True)
     figure.suptitle(f"{title} (n = {total:,.0f})", color=INK, fontsize=11)
-    percent = FuncFormatter(lambda share, _: f"{share:.4%}".rstrip("0%").rstrip(".") + " %")
-    bar = figure.colorbar(mesh, ax=[axes, right], orientation="horizontal", shrink=0.6, aspect=40, format=percent)
+    percent = FuncFormatter(lambda share, _: f"{float(f'{100 * share:.2g}'):g} %")
+    shares = histogram[histogram > 0] / total
+    ticks = np.unique(np.geomspace(shares.min(), shares.max(), 4))  # their own, since decades are too few or too many
+    bar = figure.colorbar(mesh, ax=[axes, right], orientation="horizontal", shrink=0.6, aspect=40, format=percent, ticks=ticks)
+    bar.minorticks_off()
     bar.set_label("share of samples per cell", color=INK, fontsize=8)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)

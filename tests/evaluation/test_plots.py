@@ -69,5 +69,9 @@ def test_score_distribution_marks_the_corners_with_their_shares(tmp_path, drawn)
     mesh = axes.collections[0].get_array().reshape(10, 10)
     assert mesh[9, 0] == 0.3 and mesh[0, 9] == 0.1 and np.ma.is_masked(mesh[0, 0])
     assert "n = 100" in drawn[0].get_suptitle()
+    bar = drawn[0].axes[-1]  # of less than a decade: its labels are few, and apart
+    assert [text.get_text() for text in bar.get_xticklabels()] == ["10 %", "18 %", "33 %", "60 %"] and not len(bar.get_xticks(minor=True))
+    plots.score_distribution(np.eye(1), tmp_path / "one.png", extremes={})
+    assert [text.get_text() for text in drawn[1].axes[-1].get_xticklabels()] == ["100 %"]
     with pytest.raises(DataError, match="at least one sample"):
         plots.score_distribution(np.zeros((4, 4)), tmp_path / "e.png", extremes={})
