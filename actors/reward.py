@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import fixed
+from ctrlrl.models.sampler import IMPORTS, environment
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.prompts import Messages
 
@@ -45,7 +46,10 @@ class Reward:
 
     def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
         self._workers, secret = config.workers, config.secret()  # of the job's environment, which workers elsewhere do not have
-        options = config.resources.environment({} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",), MODELS)
+        settings, imports = {} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",)
+        if config.engine:  # of a judge
+            settings, imports = environment(config.engine), (*imports, *IMPORTS)
+        options = config.resources.environment(settings, imports, MODELS)
         self.calibration = config.load_calibration()  # from raw outputs to scores
 
         def create(index: int) -> ActorHandle:

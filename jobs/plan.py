@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 
 from ctrlrl.config import load
 from ctrlrl.errors import RecipeError
-from ctrlrl.models.fingerprint import weights_of
 from ctrlrl.models.footprint import cache_bytes_a_token, parameters_of, total
+from ctrlrl.models.scorer_names import weights_of
 from ctrlrl.models.sizes import shape_of
 from jobs.parts.cast import PPORecipe
 from jobs.parts.launch import BesideGib, GpuGib, Gpus, RecipeFile, Set, Sizes, mistakes_told

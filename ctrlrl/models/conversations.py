@@ -8,9 +8,8 @@ from ctrlrl.chat import Messages, chat_ids
 from ctrlrl.control import neutralise
 from ctrlrl.errors import DataError
 from ctrlrl.inert import broken, special_texts
-from ctrlrl.models.http_scorer import is_http
 from ctrlrl.models.loading import load_tokenizer, within_positions
-from ctrlrl.models.python_scorer import is_python
+from ctrlrl.models.scorer_names import is_classifier
 
 
 def longest_input(model: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -47,7 +46,7 @@ def reader_of(model: str) -> Callable[[Messages, str], None]:
 
     It tries the first prompt of each sequence of roles; the others are as that one.
     """
-    if is_python(model) or is_http(model):
+    if not is_classifier(model):
         return lambda messages, source: None
     tokenizer, refusals = load_tokenizer(model), {}
 

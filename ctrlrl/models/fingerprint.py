@@ -7,9 +7,9 @@ from huggingface_hub import snapshot_download
 
 from ctrlrl.data.atomic import file_sha256
 from ctrlrl.errors import ModelError
-from ctrlrl.models.http_scorer import is_http
-from ctrlrl.models.python_scorer import is_python, python_contents
+from ctrlrl.models.python_scorer import python_contents
 from ctrlrl.models.reading import check_no_pointer, existing
+from ctrlrl.models.scorer_names import is_python, is_service, weights_of
 
 CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
@@ -22,22 +22,17 @@ def model_fingerprint(name: str) -> str:
 def model_contents(name: str) -> dict[str, str]:
     """The SHA-256 of each of these files, by file name; of a scorer that is a Python function that of its source, of a service that of
     its address."""
-    if is_http(name):
+    if is_service(name):
         return {"url": hashlib.sha256(name.encode()).hexdigest()}
     if is_python(name):
         return python_contents(name)
-    folder = model_folder(name)
+    folder = model_folder(weights_of(name))
     files = sorted({file for pattern in CONTENT for file in folder.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(f"{name!r} has no safetensors weights: save it with save_pretrained")
     for file in files:
         check_no_pointer(file)  # two models that are not there would be the same
     return {file.name: file_sha256(file) for file in files}
-
-
-def weights_of(name: str) -> str:
-    """The directory or hub name whose weights a scorer of this name loads; empty for functions and services."""
-    return "" if is_python(name) or is_http(name) else name
 
 
 def model_folder(name: str) -> Path:

@@ -11,7 +11,7 @@ version may be left out. A version must be the one that the recipe declares, so 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +23,8 @@ from ctrlrl.prompts import Messages
 
 TRIED = tuple(([{"role": "user", "content": "A question?"}], answer) for answer in ("An answer.", "Another answer."))
 ASKED = 3  # times in all for an answer that a service does not score
+# Scores of a batch, NaN where there is none, and the reasons for that by the row's number as a text.
+Ask = Callable[[Sequence[tuple[Messages, str]]], tuple[np.ndarray, dict[str, str]]]
 _SCHEMA = "(jobs/README.md has the schema)"
 
 
@@ -33,14 +35,14 @@ class HttpConfig(ServiceConfig):
     version: str = ""
     batch: int = Field(32, gt=0)
 
+    @property
+    def name(self) -> str:
+        """What messages, and the recipe's `model`, call this scorer."""
+        return self.url
+
     def content_sha256(self) -> str:
         """What the scores depend on: the address and the declared version."""
         return hashlib.sha256(json.dumps({"http": self.url, "version": self.version}, sort_keys=True).encode()).hexdigest()
-
-
-def is_http(name: str) -> bool:
-    """Whether a scorer is a service."""
-    return name.startswith(("http://", "https://"))
 
 
 class HttpScorer:
@@ -55,19 +57,7 @@ class HttpScorer:
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """What the service says, fp32 [B]; DataError, which names the answer, for one that it does not score."""
-        scores, left, reasons = np.full(len(conversations), np.nan, np.float32), list(range(len(conversations))), {}
-        for asking in range(ASKED):
-            size = self._config.batch if not asking else 1
-            batches = [left[i : i + size] for i in range(0, len(left), size)]
-            with ThreadPoolExecutor(self._config.at_once) as threads:
-                said = threads.map(lambda rows: self._ask([conversations[i] for i in rows]), batches)
-                for rows, (given, why) in zip(batches, said, strict=True):
-                    scores[rows] = given
-                    reasons |= {row: why.get(str(i), "without a reason") for i, row in enumerate(rows)}
-            left = [row for row in left if np.isnan(scores[row])]
-            if not left:
-                return scores
-        raise unscored(self._config.url, conversations, {row: reasons[row] for row in left})
+        return ask_all(conversations, self._ask, self._config.batch, self._config.at_once, self._config.url)
 
     def check(self) -> None:
         """ModelError unless the service can be reached, accepts the key, and scores two small conversations."""
@@ -101,12 +91,32 @@ class HttpScorer:
         return np.array([np.nan if score is None else score for score in scores], np.float32), known
 
 
-def unscored(name: str, conversations: Sequence[tuple[Messages, str]], reasons: dict[int, str]) -> DataError:
-    """The error of answers that got no score. reasons: by row."""
-    first = min(reasons)
+def ask_all(conversations: Sequence[tuple[Messages, str]], ask: Ask, batch: int, at_once: int, name: str) -> np.ndarray:
+    """The scores of all, fp32 [B]: in batches, `at_once` of them at a time; then those without one again, each alone, ASKED times in all.
+
+    DataError, which names the first and counts them, if some stay without. name: of the scorer.
+    """
+    scores, left, reasons = np.full(len(conversations), np.nan, np.float32), list(range(len(conversations))), {}
+    for asking in range(ASKED):
+        size = 1 if asking else batch
+        batches = [left[i : i + size] for i in range(0, len(left), size)]
+        with ThreadPoolExecutor(at_once) as threads:
+            said = threads.map(lambda rows: ask([conversations[i] for i in rows]), batches)
+            for rows, (given, why) in zip(batches, said, strict=True):
+                scores[rows] = given
+                reasons |= {row: why.get(str(i), "without a reason") for i, row in enumerate(rows)}
+        left = [row for row in left if np.isnan(scores[row])]
+        if not left:
+            return scores
+    raise unscored(name, conversations, {row: reasons[row] for row in left}, ASKED)
+
+
+def unscored(name: str, conversations: Sequence[tuple[Messages, str]], reasons: dict[int, str], asked: int) -> DataError:
+    """The error of answers that got no score. reasons: by row. asked: times that each was asked for."""
+    first, times = min(reasons), f", asked {asked} times for each" if asked > 1 else ""
     return DataError(
-        f"{name} could not score {len(reasons)} of {len(conversations)} answers, asked {ASKED} times for each; the first is "
-        f"{shown(conversations[first])}: {reasons[first]}"
+        f"{name} could not score {len(reasons)} of {len(conversations)} answers{times}; the first is {shown(conversations[first])}: "
+        f"{reasons[first]}"
     )
 
 

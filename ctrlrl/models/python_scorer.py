@@ -10,27 +10,22 @@ import numpy as np
 
 from ctrlrl.errors import DataError, ModelError
 from ctrlrl.functions import called, loaded, parts, source_sha256
+from ctrlrl.models.scorer_names import PYTHON, is_python
 from ctrlrl.prompts import Messages
 
-PREFIX = "python:"
 # Conversations on which scorers are tried before anything starts.
 TRIED = ((({"role": "user", "content": "A question?"},), "An answer."), (({"role": "user", "content": "A question?"},), ""))
-
-
-def is_python(name: str) -> bool:
-    """Whether a scorer is a function."""
-    return name.startswith(PREFIX)
 
 
 def named(place: str) -> str:
     """The name of the scorer at "file.py:function"; ValueError if that is no such place."""
     file, function = parts(place)
-    return f"{PREFIX}{file.absolute()}:{function}"
+    return f"{PYTHON}{file.absolute()}:{function}"
 
 
 def python_contents(name: str) -> dict[str, str]:
     """SHA-256 of the source of the function's file, with the function's name, by the file's name."""
-    place = name.removeprefix(PREFIX)
+    place = name.removeprefix(PYTHON)
     return {parts(place)[0].name: source_sha256(place)}
 
 
@@ -50,8 +45,8 @@ class PythonScorer:
 
     def __init__(self, name: str, calibration=None):
         self._name, self._calibration = name, calibration
-        source_sha256(name.removeprefix(PREFIX))
-        self._function = loaded(name.removeprefix(PREFIX), "the scorer")
+        source_sha256(name.removeprefix(PYTHON))
+        self._function = loaded(name.removeprefix(PYTHON), "the scorer")
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""

@@ -12,14 +12,18 @@ from ctrlrl.data.batches import TokenBatch, plan_micro_batches
 from ctrlrl.data.calibration import Calibration, load_calibration
 from ctrlrl.errors import DataError
 from ctrlrl.models.conversations import encode_conversation, longest_input
+from ctrlrl.models.engine_judge import EngineJudge
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.forward import PolicyModule
-from ctrlrl.models.http_scorer import HttpConfig, HttpScorer, is_http
+from ctrlrl.models.http_scorer import HttpConfig, HttpScorer
+from ctrlrl.models.judge import EndpointJudge, JudgeConfig
 from ctrlrl.models.layout import Layout, settle
 from ctrlrl.models.loading import check_reward_model, load_policy, load_reward_model, load_tokenizer, reads_token_types
 from ctrlrl.models.pooling import check_scores_alone, raw_scores
-from ctrlrl.models.python_scorer import PythonScorer, is_python, named
+from ctrlrl.models.python_scorer import PythonScorer, named
 from ctrlrl.models.reading import label_index
+from ctrlrl.models.sampler import EngineConfig
+from ctrlrl.models.scorer_names import JUDGE, is_classifier, is_python, is_service
 from ctrlrl.models.service import Service
 from ctrlrl.models.trainer import score_rows
 from ctrlrl.models.vocabulary import embedding_rows
@@ -32,14 +36,15 @@ class ScorerConfig(Section):
     """What scores answers: a reward model. calibration: how its raw output becomes a score in [0, 1]; `quantile` reads it from
     calibration_file.
 
-    In the place of model: python = "file.py:function", a function (see models.python_scorer), or http = "https://…" or a section of that
-    name, a service (see models.http_scorer); what these give are scores already.
+    In the place of model: python = "file.py:function", a function (see models.python_scorer); http = "https://…", or a section of that
+    name, a service (see models.http_scorer); or a section judge, an LLM (see models.judge). What these give are scores already.
     label: of a classifier of several labels (`toxic`, `REJECTION`), the one whose probability is the score.
     """
 
     model: str
     label: str = Field("", exclude_if=lambda label: not label)  # not in the recipes of models with one output
     http: HttpConfig | None = Field(None, exclude_if=lambda http: http is None)
+    judge: JudgeConfig | None = Field(None, exclude_if=lambda judge: judge is None)
     dtype: Literal["float32", "bfloat16"] = "float32"
     calibration: Literal["sigmoid", "identity", "quantile"] = "sigmoid"
     calibration_file: str = ""
@@ -49,27 +54,42 @@ class ScorerConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _other_kinds(cls, given):
-        """What scores in the place of a model gives model its name, and its numbers are scores already."""
-        kinds = [kind for kind in ("python", "http") if given.get(kind) is not None] if isinstance(given, dict) else []
+        """What scores in the place of a model; its numbers are scores already."""
+        kinds = [kind for kind in ("python", "http", "judge") if given.get(kind) is not None] if isinstance(given, dict) else []
         if not kinds:
             return given
-        rest = {key: value for key, value in given.items() if key != "python"}
-        if kinds == ["python"]:
-            name = named(str(given["python"]))
-        else:
-            rest["http"] = {"url": given["http"]} if isinstance(given["http"], str) else given["http"]
-            name = url_of(rest["http"])
-        if len(kinds) > 1 or rest.get("model", name) != name or (kinds == ["python"] and "model" in rest):
-            raise ValueError(f"give model or {kinds[0]}, one of both" if len(kinds) == 1 else f"give one of {' and '.join(kinds)}")
-        return {"calibration": "identity", **rest, "model": name}
+        if len(kinds) > 1:
+            raise ValueError(f"give one of {' and '.join(kinds)}")
+        rest, kind = dict(given), kinds[0]
+        if kind == "python":
+            if "model" in rest:
+                raise ValueError("give model or python, one of both")
+            rest["model"] = named(str(rest.pop("python")))
+        elif kind == "http" and isinstance(given["http"], str):
+            rest["http"] = {"url": given["http"]}
+        return {"calibration": "identity", "model": "", **rest}
 
     @model_validator(mode="after")
-    def _fits_its_kind(self):
-        if is_http(self.model) and not self.http:
-            raise ValueError(f"{self.model!r} is an address: give it as http, not as model")
-        if self.label and (self.http or is_python(self.model)):
+    def _is_of_one_kind(self):
+        if self.service:
+            if self.model not in ("", self.service.name):  # as a stored recipe has it
+                raise ValueError(f"give model or {'http' if self.http else 'judge'}, one of both")
+            object.__setattr__(self, "model", self.service.name)
+        elif is_service(self.model) or self.model.startswith(JUDGE):
+            raise ValueError(f"{self.model!r} is no reward model: give an address as http, an LLM as judge.model")
+        if self.label and not is_classifier(self.model):
             raise ValueError("label is of a classifier of several labels: leave it out")
         return self
+
+    @property
+    def service(self) -> HttpConfig | JudgeConfig | None:
+        """The section of what scores, where that is neither a reward model nor a function."""
+        return self.http or self.judge
+
+    @property
+    def engine(self) -> EngineConfig | None:
+        """That of a judge which runs here; None for all else."""
+        return self.judge.engine if self.judge and not self.judge.url else None
 
     @model_validator(mode="after")
     def _quantile_is_stored(self):
@@ -88,8 +108,11 @@ class ScorerConfig(Section):
         return calibration
 
     def check(self) -> None:
-        """ModelError or DataError if this cannot be what scores answers. Reads no weights; a function is tried on two conversations."""
-        if self.http:
+        """ModelError or DataError if this cannot be what scores answers. Reads no weights; a function or a service is tried on two
+        conversations."""
+        if self.engine:
+            EngineJudge(self.judge, self.load_calibration()).check()
+        elif self.service:
             make_scorer(self).check()
         else:
             check_reward_model(self.model, self.label)
@@ -97,30 +120,27 @@ class ScorerConfig(Section):
 
     def secret(self) -> str:
         """The key of a service, from the environment; it never becomes part of the configuration. ModelError if it is not there."""
-        return self.http.secret() if self.http else ""
+        return self.service.secret() if self.service else ""
 
     def content_sha256(self) -> str:
-        """SHA-256 of what scores the answers: of a model's files, a function's source, or a service's address and version."""
-        return self.http.content_sha256() if self.http else model_fingerprint(self.model)
+        """SHA-256 of what scores the answers: a model's files, a function's source, a service's address and version, a judge's rubric."""
+        return self.service.content_sha256() if self.service else model_fingerprint(self.model)
 
     def fingerprint(self) -> dict:
         """All that the scores depend on, by content."""
-        read = {} if self.http else self.model_dump(include={"dtype", "max_length", "label"})
+        read = {} if self.service else self.model_dump(include={"dtype", "max_length", "label"})
         return {"sha256": self.content_sha256(), **read, "calibration": self.load_calibration().content_hash}
 
 
-def url_of(service: object) -> str:
-    """The address in the section of a service; empty if that is none, which its own section will say."""
-    url = service.get("url") if isinstance(service, dict) else getattr(service, "url", None)
-    return url if isinstance(url, str) else ""
-
-
-def make_scorer(config: ScorerConfig, secret: str | None = None) -> "Scorer | PythonScorer | HttpScorer":
-    """What a configuration describes: a reward model, a function or a service. secret: its key; None: as this process' environment says."""
-    if config.http:
-        service = Service(config.http, config.secret() if secret is None else secret)
-        return HttpScorer(config.http, config.load_calibration(), service)
-    return PythonScorer(config.model, config.load_calibration()) if is_python(config.model) else Scorer(config)
+def make_scorer(config: ScorerConfig, secret: str | None = None) -> "Scorer | PythonScorer | HttpScorer | EndpointJudge | EngineJudge":
+    """What a configuration describes, ready to score. secret: a service's key; None: as this process' environment says."""
+    calibration = config.load_calibration()
+    if config.engine:
+        return EngineJudge(config.judge, calibration).start()
+    if config.service:
+        service = Service(config.service, config.secret() if secret is None else secret)
+        return HttpScorer(config.http, calibration, service) if config.http else EndpointJudge(config.judge, calibration, service)
+    return PythonScorer(config.model, calibration) if is_python(config.model) else Scorer(config)
 
 
 class Scorer:

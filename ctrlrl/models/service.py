@@ -38,17 +38,21 @@ class ServiceConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _key_is_a_name(cls, given):
-        """Before the field itself is looked at, so that no message shows what may be a key."""
+    def _keys_are_elsewhere(cls, given):
+        """Before the fields themselves are looked at, so that no message shows what may be a key."""
         key = given.get("key", "") if isinstance(given, dict) else ""
         name = isinstance(key, str) and key.isascii() and key.replace("_", "A").isalnum() and key == key.upper() and not key[:1].isdigit()
         if key != "" and not name:
             raise ValueError("key is the name of an environment variable that holds the key, such as SCORER_KEY, never the key itself")
+        if isinstance(given, dict) and "@" in str(given.get("url", "")).partition("//")[2].partition("/")[0]:
+            raise ValueError("url names a user: put the key into an environment variable, and its name into key")
         return given
 
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
+        if not url and not cls.model_fields["url"].is_required():
+            return url
         try:
             found = urlsplit(url)
             good = found.scheme in ("http", "https") and found.hostname and found.port != 0 and not found.fragment
@@ -56,8 +60,6 @@ class ServiceConfig(Section):
             good = False
         if not good:
             raise ValueError("is not an address: give one such as https://scores.example/v1/score")
-        if found.username is not None or found.password is not None:
-            raise ValueError("names a user: put the key into an environment variable and name that as key")
         return url
 
     def secret(self) -> str:

@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 
 from actors.group import GroupConfig
 from ctrlrl.errors import RecipeError
-from ctrlrl.models.fingerprint import weights_of
 from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
+from ctrlrl.models.scorer_names import weights_of
 from jobs.parts.cast import PPORecipe
 
 GIB = 2**30
@@ -49,7 +49,9 @@ def workers_of(config: PPORecipe, shapes: Mapping[str, PretrainedConfig], beside
     found.append(Worker("rollout", config.rollout.workers.min, len(config.rollout.spare), resources.gpus, rollout(policy, engine)))
     for attribute, reward in config.reward.items():
         phases: Phases = {"score": {}}  # of a function or a service
-        if weights_of(reward.model):
+        if reward.engine:
+            phases = rollout(shapes[f"reward.{attribute}.model"], reward.engine)
+        elif weights_of(reward.model):
             phases = frozen(shapes[f"reward.{attribute}.model"], "reward", reward.dtype, reward.batch_tokens)
         found.append(Worker(f"reward.{attribute}", reward.workers, 0, reward.resources.gpus, phases))
     if not config.reference.adapter:

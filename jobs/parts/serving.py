@@ -65,7 +65,9 @@ def load_serving(model: str, dials: str, overrides: Sequence[str], name: str) ->
     check_kind(config, kind)
     if kind == "tokens" and (other := unlike(config.attributes, trained)):
         raise RecipeError(f"{model!r} was trained for other attributes than those of the dials ({other}): leave [attributes] out")
-    for judge in reward_configs(config).values():
+    for attribute, judge in reward_configs(config).items():
+        if judge.engine:
+            raise RecipeError(f"rewards.{attribute}: a judge needs an engine of its own, which a server has for its model: give judge.url")
         judge.check()
     return Serving(model, dials, tuple(overrides), _name(model, name), config, kind)
 

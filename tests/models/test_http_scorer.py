@@ -1,9 +1,7 @@
 """A service as a scorer, against one that listens: what it is asked, how patiently, and what is refused by name."""
 
-import contextlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -12,58 +10,17 @@ from pydantic import ValidationError
 from ctrlrl.config import dump, load
 from ctrlrl.errors import DataError, ModelError, RecipeError
 from ctrlrl.models.conversations import reader_of
-from ctrlrl.models.fingerprint import model_contents, weights_of
+from ctrlrl.models.fingerprint import model_contents
 from ctrlrl.models.http_scorer import HttpScorer
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
+from ctrlrl.models.scorer_names import weights_of
 from ctrlrl.models.service import Service
 
 CONVERSATIONS = [([{"role": "user", "content": f"Question {i}?"}], "x" * i) for i in range(10)]
 
 
-class Listening:
-    """A service whose `answer(body, headers)` gives (status, headers, body); it keeps what it was asked, in order."""
-
-    def __init__(self, answer):
-        self.answer, self.asked = answer, []
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                service.asked.append(body)
-                status, headers, said = service.answer(body, self.headers)
-                said = said if isinstance(said, bytes) else json.dumps(said).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": len(said), **headers}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # whoever asked did not wait
-                    self.wfile.write(said)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/score"
-
-
 def by_length(body, headers):
     return 200, {}, {"scores": [len(c["answer"]) / 100 for c in body["conversations"]]}
-
-
-@pytest.fixture
-def listen():
-    services = []
-
-    def start(answer=by_length):
-        services.append(Listening(answer))
-        return services[-1]
-
-    yield start
-    for service in services:
-        service.server.shutdown()
-        service.server.server_close()
 
 
 def scorer_of(service, waits=None, **settings):
@@ -74,7 +31,7 @@ def scorer_of(service, waits=None, **settings):
 
 
 def test_its_scores_come_in_their_order_from_batches(listen):
-    service = listen()
+    service = listen(by_length)
     config = ScorerConfig(http={"url": service.url, "batch": 3, "at_once": 2})
     config.check()
     scorer = make_scorer(config)
@@ -94,8 +51,8 @@ def test_the_setting_is_an_address_or_a_section():
     assert load(ScorerConfig, None, ["http.url=https://scores.example/v1/score", "http.batch=8"]).http.batch == 8
     assert "http" not in ScorerConfig(model="m").model_dump()
     for wrong, told in (
-        ({"http": "ftp://x"}, "is not an address"), ({"http": "https://me:secret@x/"}, "names a user"),
-        ({"http": "https://x/", "model": "m"}, "give model or http, one of both"), ({"model": "https://x/"}, "give it as http"),
+        ({"http": "ftp://x"}, "is not an address"), ({"http": "https://me@x/"}, "names a user"),
+        ({"http": "https://x/", "model": "m"}, "give model or http, one of both"), ({"model": "https://x/"}, "give an address as http"),
         ({"http": "https://x/", "python": "a.py:f"}, "give one of python and http"),
         ({"http": "https://x/", "label": "toxic"}, "leave it out"), ({"http": {"batch": 2}}, "url"),
     ):  # fmt: skip
@@ -130,6 +87,9 @@ def test_the_key_is_in_the_header_and_nowhere_else(listen, monkeypatch):
         ScorerConfig(http=service.url).check()
     with pytest.raises(RecipeError, match="key is the name of an environment variable") as told:
         load(ScorerConfig, None, settings={"http": {"url": service.url, "key": "sk-abc123"}})
+    assert "abc123" not in str(told.value)
+    with pytest.raises(RecipeError, match="names a user") as told:
+        load(ScorerConfig, None, settings={"http": {"url": "https://me:abc123@x/"}})
     assert "abc123" not in str(told.value)
 
 
