@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from actors.ending import end_all
 from actors.placement import ClusterConfig, Demands, Placement, connect, reserve
@@ -47,10 +48,19 @@ def demands_of(rewards: dict[str, RewardConfig], rollout: RolloutConfig | None =
     return demands | {name: [reward.resources.bundle] * reward.workers for name, reward in rewards.items()}
 
 
-def start_crew(cluster: ClusterConfig, rewards: dict[str, RewardConfig], rollout: RolloutConfig | None = None, policy: str = "") -> Crew:
-    """Reserve all places at once and start every worker; `rewards` by the name that messages show. Calls may be made at once."""
+def start_crew(
+    cluster: ClusterConfig,
+    rewards: dict[str, RewardConfig],
+    rollout: RolloutConfig | None = None,
+    policy: str = "",
+    folder: Path | None = None,
+) -> Crew:
+    """Reserve all places at once and start every worker; `rewards` by the name that messages show. Calls may be made at once.
+
+    folder: of the run, in which slow scorers' answers are remembered.
+    """
     demands = demands_of(rewards, rollout)
     connect(cluster, {**demands, "spare": rollout.spare if rollout else []})
     place = reserve(demands, cluster)
     answering = Rollout(rollout, policy, place, cluster) if rollout else None
-    return Crew(answering, {name: Reward(name, reward, place, cluster) for name, reward in rewards.items()}, place)
+    return Crew(answering, {name: Reward(name, reward, place, cluster, folder) for name, reward in rewards.items()}, place)

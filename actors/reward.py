@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -11,6 +12,7 @@ from ray.actor import ActorHandle
 from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import fixed
+from ctrlrl.data.remembered import REMEMBERED, Remembered
 from ctrlrl.models.sampler import IMPORTS, environment
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.prompts import Messages
@@ -42,9 +44,9 @@ class RewardWorker:
 
 
 class Reward:
-    """Typed handle of one attribute's reward model."""
+    """Typed handle of one attribute's scorer. folder: of the run, in which a slow scorer's answers are remembered."""
 
-    def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig):
+    def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig, folder: Path | None = None):
         self._workers, secret = config.workers, config.secret()  # of the job's environment, which workers elsewhere do not have
         settings, imports = {} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",)
         if config.engine:  # of a judge
@@ -58,16 +60,28 @@ class Reward:
         self.pool = Pool(name, create, lambda worker: worker.build.remote(config, secret), fixed(config.workers), cluster)
         self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
+        self._memory, self._calibration = None, None
+        if config.service:
+            file = folder and folder / REMEMBERED / f"{config.content_sha256()}.txt"
+            self._memory, self._calibration = Remembered(self._ask, config.service.portion, file), config.load_calibration()
+
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        if self._memory:
+            return self._calibration(self._memory.raw(conversations).result()).astype(np.float32)
         size = max(1, -(-len(conversations) // self._workers))
         parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
         futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part), named(part)) for part in parts]
         return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> Future:
-        """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs."""
-        part = list(conversations)
+        """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs.
+
+        Of a service or a judge they come from several calls, and what was said before is not asked for again.
+        """
+        return self._memory.raw(conversations) if self._memory else self._ask(list(conversations))
+
+    def _ask(self, part: list[tuple[Messages, str]]) -> Future:
         return self.pool.submit(lambda worker: worker.raw.remote(part), named(part))
 
 

@@ -40,6 +40,11 @@ class HttpConfig(ServiceConfig):
         """What messages, and the recipe's `model`, call this scorer."""
         return self.url
 
+    @property
+    def portion(self) -> int:
+        """Conversations of one call to a worker: as many as it asks for at a time."""
+        return self.batch * self.at_once
+
     def content_sha256(self) -> str:
         """What the scores depend on: the address and the declared version."""
         return hashlib.sha256(json.dumps({"http": self.url, "version": self.version}, sort_keys=True).encode()).hexdigest()

@@ -81,6 +81,11 @@ class JudgeConfig(ServiceConfig):
         """What messages, and the recipe's `model`, call this scorer."""
         return f"{JUDGE}{self.url or self.model}"
 
+    @property
+    def portion(self) -> int:
+        """Conversations of one call to a worker: as many as are under way at a time there."""
+        return self.at_once if self.url else self.engine.max_concurrent
+
     def content_sha256(self) -> str:
         """What the scores depend on: the rubric, the verdicts, and the model's files, or its address, name and declared version."""
         parts = self.model_dump(mode="json", include={"rubric", "answers", "read", "least"})

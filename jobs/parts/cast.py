@@ -30,7 +30,7 @@ from ctrlrl.models.state import damaged, read_checked, write_checked
 from ctrlrl.models.vocabulary import check_same_vocabulary
 from ctrlrl.ppo.experience import AlgorithmConfig, minibatch_rows
 from ctrlrl.ppo.reward import AdaptiveKL
-from ctrlrl.runs import Run
+from ctrlrl.runs import Run, absolute_out
 from jobs.parts.interim import InterimConfig
 from jobs.parts.reading import askable
 
@@ -188,11 +188,11 @@ def start_cast(config: PPORecipe) -> Cast:
         return start(Value(value, place, cluster, model=value.model or model, seed=config.seed))
 
     try:
-        head, temperature = config.value.head, config.sampling.temperature
+        head, temperature, folder = config.value.head, config.sampling.temperature, absolute_out(config.out)
         trained = start(Policy(policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
         cast = Cast(
             rollout=start(Rollout(config.rollout, model, place, cluster)),
-            rewards={a: start(Reward(f"reward.{a}", config.reward[a], place, cluster)) for a in config.attributes.names},
+            rewards={a: start(Reward(f"reward.{a}", config.reward[a], place, cluster, folder)) for a in config.attributes.names},
             reference=start_reference(trained),
             policy=trained,
             value=start_value(trained),

@@ -1,0 +1,56 @@
+"""Scorers of every kind in pools of their own: a slow one holds up no other, is not asked twice, and has its key from the job alone."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from actors.crew import start_crew
+from actors.reward import RewardConfig
+from tests.models.listening import Listening
+
+CONVERSATIONS = [([{"role": "user", "content": f"Question {i}?"}], "x" * i) for i in range(5)]
+
+
+@pytest.fixture
+def slow():
+    """A service with a key that answers when `let` is set; a request that has come sets `came`."""
+    came, let = threading.Event(), threading.Event()
+
+    def answer(body, headers):
+        if headers["Authorization"] != "Bearer s3cret":
+            return 401, {}, b""
+        came.set()
+        let.wait(120)
+        return 200, {}, {"scores": [len(c["answer"]) / 8 for c in body["conversations"]]}
+
+    service = Listening(answer)
+    service.came, service.let = came, let
+    yield service
+    let.set()
+    service.close()
+
+
+def test_a_slow_service_holds_up_no_other_and_is_not_asked_twice(ray_cluster, cluster_config, slow, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTRLRL_TEST_KEY", "s3cret")  # after the cluster's start, so its workers do not have it
+    (tmp_path / "fast.py").write_text("def score(conversations):\n    return [0.5] * len(conversations)\n")
+    rewards = {
+        "fast": RewardConfig(python=f"{tmp_path}/fast.py:score", resources={"cpus": 0.1}),
+        "slow": RewardConfig(http={"url": slow.url, "key": "CTRLRL_TEST_KEY"}, workers=2, resources={"cpus": 0.1}),
+    }
+    with start_crew(cluster_config, rewards, folder=tmp_path / "run") as crew:
+        crew.wait_ready()
+        waiting = crew.rewards["slow"].raw(CONVERSATIONS)
+        assert slow.came.wait(120)
+        assert crew.rewards["fast"].score(CONVERSATIONS).tolist() == [0.5] * 5  # while the other is being asked
+        assert crew.rewards["fast"].raw(CONVERSATIONS[:1]).result().tolist() == [0.5] and not waiting.done()
+        slow.let.set()
+        scores = waiting.result().tolist()
+        assert scores == [i / 8 for i in range(5)] and len(slow.asked) == 1
+        again = crew.rewards["slow"].score([*CONVERSATIONS[::-1], CONVERSATIONS[0]])
+        assert again.tolist() == [*scores[::-1], 0.0] and again.dtype == np.float32 and len(slow.asked) == 1
+    (kept,) = (tmp_path / "run" / "remembered").iterdir()
+    assert kept.name == f"{rewards['slow'].content_sha256()}.txt" and "s3cret" not in kept.read_text()
+    slow.answer = lambda *_: (500, {}, b"asked again")
+    with start_crew(cluster_config, {"slow": rewards["slow"]}, folder=tmp_path / "run") as crew:  # the run goes on
+        assert crew.rewards["slow"].raw(CONVERSATIONS).result().tolist() == scores and len(slow.asked) == 1
