@@ -144,3 +144,37 @@ def test_a_step_of_three_attributes(combine, monkeypatch):
     else:
         first = 0.5 * 0.2 + 0.3 * 0.3 + 0.2 * 0.9
         assert stats["reward/mean"] == pytest.approx((first + 0.5 * 0.5 + 0.3 * 0.2 + 0.2 * 1.0) / 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_reward_of_any_number_equals_a_slow_reference(count):
+    attributes, rng = made(count), np.random.default_rng(count)
+    asked = [corner.levels for corner in corners(attributes)]
+    scores = rng.random((len(asked), count))
+    terms = [[1 - abs(level - score) for level, score in zip(*row, strict=True)] for row in zip(asked, scores.tolist(), strict=True)]
+    given = torch.tensor(asked, dtype=torch.float64), torch.from_numpy(scores)
+    least, binding = control_reward(*given)
+    assert least.tolist() == pytest.approx([min(row) for row in terms])
+    assert binding.tolist() == [row.index(min(row)) for row in terms]
+    assert control_reward(*given, combine="mean")[0].tolist() == pytest.approx([sum(row) / count for row in terms])
+    assert control_reward(*given, combine="product")[0].tolist() == pytest.approx([np.prod(row) for row in terms])
+    shares = binding_fractions(binding, attributes)
+    assert list(shares) == list(attributes.names) and sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_experience_of_a_step_of_any_number(count):
+    attributes, rng = made(count), np.random.default_rng(count)
+    config = AlgorithmConfig(queries_per_step=4, lam=1.0)
+    asked = corners(attributes)
+    queries = tuple(Query(({"role": "user", "content": "x"},), corner, (1, 2), 0, i) for i, corner in enumerate(asked))
+    one = tuple(np.array([-1.0]) for _ in queries)
+    samples = Samples(queries, tuple(np.array([3]) for _ in queries), one, np.ones(len(queries), bool), 0)
+    scores = rng.random((len(queries), count))
+    stats = make_experience(Scored(samples, scores, one, one, tuple(np.array([0.0]) for _ in queries)), config, 0.0, 0.0, attributes).stats
+    rewards = [min(1 - abs(a - b) for a, b in zip(c.levels, row, strict=True)) for c, row in zip(asked, scores.tolist(), strict=True)]
+    assert stats["reward/mean"] == pytest.approx(np.mean(rewards))
+    for corner, reward in zip(asked, rewards, strict=True):
+        assert stats[f"reward/{corner.name}"] == pytest.approx(reward)
+    for column, name in enumerate(attributes.names):
+        assert stats[f"score/{name}"] == pytest.approx(scores[:, column].mean())
