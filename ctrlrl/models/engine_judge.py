@@ -59,7 +59,7 @@ class EngineJudge:
         chances = np.exp([row[-len(answer) :].sum() for row, answer in zip(found, self._answers * len(fit), strict=True)])
         scores = np.full(len(conversations), np.nan, np.float32)
         reasons = {row: f"with the rubric it has more than {self._room} tokens" for row, ids in enumerate(asked) if ids is None}
-        for row, given in zip(fit, chances.reshape(len(fit), -1).tolist(), strict=True):
+        for row, given in zip(fit, chances.reshape(-1, len(self._answers)).tolist(), strict=True):
             scores[row], why = self._config.verdict(given)
             reasons |= {row: why} if why else {}
         if reasons:
