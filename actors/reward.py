@@ -52,7 +52,10 @@ class Reward:
         if config.engine:  # of a judge
             settings, imports = environment(config.engine), (*imports, *IMPORTS)
         options = config.resources.environment(settings, imports, MODELS)
-        self.calibration = config.load_calibration()  # from raw outputs to scores
+        self.calibration, self._memory = config.load_calibration(), None  # from raw outputs to scores
+        if config.service:
+            file = folder and folder / REMEMBERED / f"{config.content_sha256()}.txt"
+            self._memory = Remembered(self._ask, config.service.portion, file)
 
         def create(index: int) -> ActorHandle:
             return RewardWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()
@@ -60,15 +63,10 @@ class Reward:
         self.pool = Pool(name, create, lambda worker: worker.build.remote(config, secret), fixed(config.workers), cluster)
         self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
-        self._memory, self._calibration = None, None
-        if config.service:
-            file = folder and folder / REMEMBERED / f"{config.content_sha256()}.txt"
-            self._memory, self._calibration = Remembered(self._ask, config.service.portion, file), config.load_calibration()
-
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
         """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
         if self._memory:
-            return self._calibration(self._memory.raw(conversations).result()).astype(np.float32)
+            return self.calibration(self._memory.raw(conversations).result()).astype(np.float32)
         size = max(1, -(-len(conversations) // self._workers))
         parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
         futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part), named(part)) for part in parts]

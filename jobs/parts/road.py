@@ -86,7 +86,8 @@ class Road:
             if not any(self._lacking.values()):
                 return 0
         began, own = time.monotonic(), crew is None
-        with start_crew(cluster, dict(rewards), rollout, policy) if own else nullcontext(crew) as crew:
+        folder = next(iter(self._stores)).directory.parent
+        with start_crew(cluster, dict(rewards), rollout, policy, folder) if own else nullcontext(crew) as crew:
             crew.wait_ready()
             self._start_s = time.monotonic() - began if own else 0.0
             self.open()
