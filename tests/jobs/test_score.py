@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from ctrlrl.cli import app
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.data.schemas import DISTILLED
+from tests.models.listening import Listening
 
 
 @pytest.fixture
@@ -109,3 +110,33 @@ def test_inspection_finds_what_is_wrong(copy):
     code, output = cli("inspect", copy.directory)
     assert code == 1 and "6 samples stand more than once" in output
     assert "scores of other samples than those that are there: shards 9" in output
+
+
+def test_a_service_scores_the_answers_and_one_that_breaks_off_is_not_asked_twice(copy, ray_cluster):
+    answered, requests = set(), []
+
+    def answer(body, _):
+        requests.append(len(body["conversations"]))
+        if len(requests) == 12:  # after the two conversations on which it is tried, and some shards
+            return 400, {}, b"closed for today"
+        asked = [json.dumps(one) for one in body["conversations"]]
+        if len(requests) not in (1, 13):
+            assert not answered & set(asked) and len(set(asked)) == len(asked)
+            answered.update(asked)
+        return 200, {}, {"scores": [len(one["answer"]) % 8 / 8 for one in body["conversations"]]}
+
+    service = Listening(answer)
+    try:
+        given = ["--set", f"reward.helpful.http={service.url}", "--set", "name=service"]
+        code, output = cli("score", copy.directory, *given)
+        assert code == 2 and f"{service.url} answers 400 Bad Request: closed for today" in output
+        code, output = cli("score", copy.directory, *given)
+        assert code == 0 and "score 40/40" in output
+        code, output = cli("score", copy.directory, "--set", f"reward.helpful.http.url={service.url}", "--set", "name=service",
+                           "--set", "reward.helpful.http.version=2")  # fmt: skip
+        assert code == 2 and "reward.sha256" in output
+    finally:
+        service.close()
+    answers = [text for i in range(40) for text in copy.samples().read(i)["response"].to_pylist()]
+    assert column(copy, "service", "helpful").tolist() == [len(text) % 8 / 8 for text in answers]
+    assert column(copy, "service", "helpful", "raw").tolist() == column(copy, "service", "helpful").tolist()

@@ -168,6 +168,7 @@ def test_an_answer_without_a_score_is_asked_for_alone_then_named(listen):
     with pytest.raises(DataError, match="not score 1 of 10 answers, asked 3 times for each; the first is the answer 'xxxxx' to 'Q.*long"):
         scorer_of(service, batch=4).raw(CONVERSATIONS)
     assert times == {c[1]: 3 if c[1] in ("xx", "xxxxx") else 1 for c in CONVERSATIONS}
+    assert sorted(len(body["conversations"]) for body in service.asked) == [1, 1, 1, 1, 2, 4, 4]
     hopeless.clear()
     times.clear()
     assert scorer_of(service).raw(CONVERSATIONS).tolist() == [0.5] * 10
