@@ -113,16 +113,17 @@ def test_inspection_finds_what_is_wrong(copy):
 
 
 def test_a_service_scores_the_answers_and_one_that_breaks_off_is_not_asked_twice(copy, ray_cluster):
-    answered, requests = set(), []
+    requests, answered, twice = [], set(), []
 
     def answer(body, _):
-        requests.append(len(body["conversations"]))
-        if len(requests) == 12:  # after the two conversations on which it is tried, and some shards
-            return 400, {}, b"closed for today"
-        asked = [json.dumps(one) for one in body["conversations"]]
-        if len(requests) not in (1, 13):
-            assert not answered & set(asked) and len(set(asked)) == len(asked)
-            answered.update(asked)
+        asked = {(one["messages"][-1]["content"], one["answer"]) for one in body["conversations"]}
+        if "Another answer." not in {text for _, text in asked}:  # those on which it is tried
+            requests.append(len(body["conversations"]))
+            twice.extend(asked & answered)
+            if len(requests) < 12:  # one worker asks for one shard after the other, so these are known when the next is asked for
+                answered.update(asked)
+            if len(requests) == 12:
+                return 400, {}, b"closed for today"
         return 200, {}, {"scores": [len(one["answer"]) % 8 / 8 for one in body["conversations"]]}
 
     service = Listening(answer)
@@ -131,7 +132,7 @@ def test_a_service_scores_the_answers_and_one_that_breaks_off_is_not_asked_twice
         code, output = cli("score", copy.directory, *given)
         assert code == 2 and f"{service.url} answers 400 Bad Request: closed for today" in output
         code, output = cli("score", copy.directory, *given)
-        assert code == 0 and "score 40/40" in output
+        assert code == 0 and "score 40/40" in output and not twice and len(answered) > 40
         code, output = cli("score", copy.directory, "--set", f"reward.helpful.http.url={service.url}", "--set", "name=service",
                            "--set", "reward.helpful.http.version=2")  # fmt: skip
         assert code == 2 and "reward.sha256" in output

@@ -171,8 +171,8 @@ def test_a_chat_model_on_an_engine_judges_as_transformers_says(ray_cluster, clus
     handle = Reward("reward.x", config, place, cluster_config)
     try:
         scores = handle.score([*CONVERSATIONS, long, forging])
-        with pytest.raises(DataError, match="could not score 1 of 2 answers; the first is .* it has more than"):
-            handle.score([CONVERSATIONS[0], ([{"role": "user", "content": "abc " * 60}], "x")])
+        with pytest.raises(DataError, match="could not score 1 of 2 answers; the first is .* it has more than"):  # one is known
+            handle.score([CONVERSATIONS[0], ([{"role": "user", "content": "abc " * 60}], "x"), (CONVERSATIONS[0][0], "new")])
     finally:
         handle.close()
         place.release()
