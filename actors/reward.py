@@ -15,6 +15,7 @@ from actors.scaling import fixed
 from ctrlrl.data.remembered import REMEMBERED, Remembered
 from ctrlrl.models.sampler import IMPORTS, environment
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
+from ctrlrl.models.service import PATIENCE
 from ctrlrl.prompts import Messages
 
 
@@ -27,6 +28,12 @@ class RewardConfig(ScorerConfig):
 
 # A section of recipes: the reward model of each attribute, by its name.
 RewardModels = dict[str, RewardConfig]
+
+
+def patience_of(rewards: RewardModels) -> tuple[str, ...]:
+    """The recipe's keys of how patiently services are asked, which a run that goes on may change."""
+    kinds = [(a, kind) for a, reward in rewards.items() for kind in ("http", "judge") if getattr(reward, kind)]
+    return tuple(f"reward.{a}.{kind}.{key}" for a, kind in kinds for key in PATIENCE)
 
 
 @ray.remote(max_restarts=0)

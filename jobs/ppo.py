@@ -17,6 +17,7 @@ import typer
 from actors.gauges import show
 from actors.group import CHANGEABLE
 from actors.recovery import Restarts
+from actors.reward import patience_of
 from actors.sync import publish
 from actors.value import Value, ValueHead
 from ctrlrl.data.batches import Loss
@@ -59,7 +60,7 @@ def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | 
         judges=judges_of(config),
         attributes=config.attributes,
     )
-    free = (*FREE, *known_by_content(config.out, "prompts", *config.models))
+    free = (*FREE, *patience_of(config.reward), *known_by_content(config.out, "prompts", *config.models))
     with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free) as run:
         data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
         origins = same_origins(run.directory, config.models, {"prompts": data})

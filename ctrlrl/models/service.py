@@ -19,6 +19,8 @@ from ctrlrl.config import Section
 from ctrlrl.errors import DataError, ModelError
 
 _FIRST_WAIT_S = 1.0
+# What has no part in what a service says.
+PATIENCE = ("key", "timeout_s", "attempts", "longest_wait_s", "at_once")
 _SHOWN = 200  # characters of what a service says
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from actors.crew import start_crew
-from actors.reward import RewardConfig
+from actors.reward import RewardConfig, patience_of
+from ctrlrl.config import differences
 from tests.models.listening import Listening
 
 CONVERSATIONS = [([{"role": "user", "content": f"Question {i}?"}], "x" * i) for i in range(5)]
@@ -29,6 +30,22 @@ def slow():
     yield service
     let.set()
     service.close()
+
+
+def test_a_run_that_goes_on_may_ask_more_patiently_but_nobody_else(tmp_path):
+    def recipe(url="https://a.example/", rubric="{answer}", **patience):
+        rewards = {
+            "x": RewardConfig(http={"url": url, **patience}),
+            "y": RewardConfig(judge={"url": url, "model": "m", "rubric": rubric, **patience}),
+        }
+        return rewards, {"reward": {name: reward.model_dump(mode="json") for name, reward in rewards.items()}}
+
+    rewards, before = recipe()
+    free = tuple(f"{key}:" for key in patience_of(rewards))
+    changed = differences(before, recipe(key="A_KEY", timeout_s=5, attempts=9, longest_wait_s=1, at_once=1)[1])
+    assert len(changed) == len(free) == 10 and all(change.startswith(free) for change in changed)
+    for other in ({"url": "https://b.example/"}, {"rubric": "? {answer}"}):
+        assert not any(change.startswith(free) for change in differences(before, recipe(**other)[1]))
 
 
 def test_a_slow_service_holds_up_no_other_and_is_not_asked_twice(ray_cluster, cluster_config, slow, tmp_path, monkeypatch):
