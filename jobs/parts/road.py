@@ -169,7 +169,8 @@ class Scores:
         calls = {pool.raw(conversations): a for a, pool in pools.items()}
         while calls:
             yield list(calls)
-            for call in [call for call in calls if call.done()]:
+            done = [call for call in calls if call.done()]
+            for call in sorted(done, key=lambda call: call.exception() is not None):  # what others say is kept before an error is raised
                 attribute = calls.pop(call)
                 table = scores_table(samples, call.result(), pools[attribute].calibration)
                 self.stores[attribute].commit(shard, table, {"mean": float(np.mean(table["score"])), SOURCE: sha256})

@@ -164,12 +164,12 @@ def test_scores_that_one_reward_model_lacks_are_asked_of_it_alone_and_kept_as_th
         assert flow(range(SHARDS), script, 2) and asked == [4] and scores.stores["harmless"].missing() == []
     scored.samples().path(3).unlink()
     remake(scored, 3)
-    crew.rewards["reward.harmless"].raw = lambda conversations: broken
+    crew.rewards["reward.helpful"].raw = lambda conversations: broken
     with road:
         road.open()
         with pytest.raises(DataError, match="the reward model is gone"):
             flow([3], script, 2)
-    assert [scored.scores(OPTIMISATION, a).missing() for a in ATTRIBUTES] == [[], [3]]  # what the other one said is not lost
+    assert [scored.scores(OPTIMISATION, a).missing() for a in ATTRIBUTES] == [[3], []]  # what the other one said is not lost
 
 
 def test_lost_prompts_are_written_again(scored):
