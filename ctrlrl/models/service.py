@@ -91,7 +91,7 @@ class Service:
         for attempt in range(1, self._config.attempts + 1):
             try:
                 answer = self._client.post(url, content=content, headers={"Content-Type": "application/json"})
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 why, asked = f"cannot be reached: {type(error).__name__}: {error}", None
                 if not patient:
                     break
