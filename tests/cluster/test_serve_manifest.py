@@ -9,8 +9,8 @@ from ray.serve.schema import ServeDeploySchema
 from test_manifests import KNOWN, node_types, plan
 
 from ctrlrl.config import load
-from jobs.parts.replicas import ReplicaConfig
 from jobs.parts.serving import ServeConfig
+from jobs.replicas import ReplicaConfig
 
 SERVICE, POLICY = yaml.safe_load_all((Path(__file__).parents[2] / "cluster/serve.yaml").read_text())
 CLUSTER = SERVICE["spec"]["rayClusterConfig"]
@@ -18,7 +18,7 @@ APPLICATION = ServeDeploySchema.model_validate(yaml.safe_load(SERVICE["spec"]["s
 
 
 def test_ray_serve_takes_the_application_and_so_does_ctrlrl():
-    assert APPLICATION.import_path == "jobs.parts.replicas:build" and [d.name for d in APPLICATION.deployments] == ["ctrlrl"]
+    assert APPLICATION.import_path == "jobs.replicas:build" and [d.name for d in APPLICATION.deployments] == ["ctrlrl"]
     arguments = load(ReplicaConfig, None, settings=APPLICATION.args)
     config = load(ServeConfig, None, list(arguments.overrides))
     deployment = APPLICATION.deployments[0]

@@ -29,7 +29,7 @@ def free_port() -> int:
 def test_a_replica_answers_and_takes_new_dials(ray_cluster, exported, tmp_path):
     from ray import serve
 
-    from jobs.parts.replicas import ReplicaConfig, deployment
+    from jobs.replicas import ReplicaConfig, deployment
 
     dials, port = tmp_path / "dials.toml", free_port()
     hashes = {"alice": hashed("a-key"), "root": hashed("r-key")}
@@ -61,7 +61,7 @@ def test_a_replica_answers_and_takes_new_dials(ray_cluster, exported, tmp_path):
 
 
 def test_wrong_arguments_are_told_before_anything_is_deployed():
-    from jobs.parts.replicas import build
+    from jobs.replicas import build
 
     with pytest.raises(RecipeError, match="did you mean 'model'"):
         build({"modle": "x", "dials": "y"})
