@@ -8,7 +8,7 @@ import numpy as np
 
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import VersionMismatch
-from ctrlrl.models.loading import load_tokenizer
+from ctrlrl.models.loading import load_config, load_tokenizer
 
 # Mean difference of logprobs that the same weights may show in two engines, as a share of the mean |logprob|: rounding grows with the
 # logits, so that unlikely tokens differ more. Measured, vLLM against transformers on CPU: at most 1e-5 nats where both are fp32; with
@@ -27,10 +27,15 @@ _TEXTS = (
 
 
 @lru_cache
-def probe_of(model: str) -> Probe:
-    """Fixed sentences in the tokens of a model."""
-    tokenizer = load_tokenizer(model)
-    return tuple(tuple(ids) for ids in tokenizer(list(_TEXTS), add_special_tokens=False)["input_ids"])
+def probe_of(model: str, exact: bool = False) -> Probe:
+    """Fixed sentences in the tokens of a model.
+
+    exact: all who are asked compute in float32. Then there is no noise to take a mean over, every token goes through every weight matrix,
+    and the shortest sentence says as much as all, unless the model has experts: the more tokens, the more of these are met.
+    """
+    tokenizer, experts = load_tokenizer(model), any("expert" in key for key in load_config(model).to_dict())
+    texts = [min(_TEXTS, key=len)] if exact and not experts else list(_TEXTS)
+    return tuple(tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
 def probe_batch(probe: Probe) -> TokenBatch:

@@ -2,6 +2,7 @@
 accounted for. vLLM loads layer by layer into fresh tensors, counts what each layer gets, and puts the results into the old places.
 """
 
+import ctypes
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,6 +11,8 @@ from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.weights import WeightMessage
 
 TRANSFER = "ctrlrl"  # the protocol's name of the backend below
+# malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+_KEPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 
 
 def register_transfer() -> None:
@@ -55,6 +58,8 @@ class Reload:
     def __init__(self, model: nn.Module, config):
         self._model, self._config = model, config
         self._direct: list[nn.Module] = []  # layers that the model's own code writes to, past vLLM's counting
+        self._paths = {layer: path for path, layer in model.named_modules()}
+        self._unpacked: dict[nn.Module, object] = {}  # embeddings and heads, whose methods are set aside
 
     def begin(self) -> None:
         """Set the present weights aside and make empty places for new ones."""
@@ -62,6 +67,9 @@ class Reload:
         from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
         _forget_cpu_experts(self._model)
+        for layer in _vocabularies(self._model):
+            self._unpacked.setdefault(layer, layer.quant_method)
+            layer.quant_method = None  # which vLLM would have pack them
         initialize_layerwise_reload(self._model)
         for layer in self._direct:
             materialize_layer(layer, _info(layer))
@@ -89,7 +97,10 @@ class Reload:
         for layer in self._direct:
             _layerwise_process(layer, _info(layer))
         finalize_layerwise_reload(self._model, self._config)
-        _refresh_tied_heads(self._model)
+        for layer, method in self._unpacked.items():
+            layer.quant_method = method
+            _pack_when_used(layer)
+        self._unpacked = {}
 
     def _waiting(self) -> list[nn.Module]:
         """Layers that were given nothing so far, but for those whose weights are another's that was."""
@@ -111,8 +122,7 @@ class Reload:
 
     def _own(self, layer: nn.Module) -> set[str]:
         """Names in the model of a layer's own parameters."""
-        path = next(name for name, module in self._model.named_modules() if module is layer)
-        return {f"{path}.{name}" for name, parameter in layer.named_parameters(recurse=False) if parameter.numel()}
+        return {f"{self._paths[layer]}.{name}" for name, parameter in layer.named_parameters(recurse=False) if parameter.numel()}
 
 
 def leave_transformers_usable(model: nn.Module) -> None:
@@ -149,9 +159,28 @@ def _forget_cpu_experts(model: nn.Module) -> None:
             method.moe_kernel = None
 
 
-def _refresh_tied_heads(model: nn.Module) -> None:
-    """On CPU vLLM prepacks embeddings and heads, and a reload leaves a tied head on its old copy: prepack it again."""
-    for module in model.modules() if _on_cpu() else ():
-        weight = module._parameters.get("weight")
-        if weight is not None and hasattr(module, "cpu_linear") and weight.numel():
-            module.quant_method.process_weights_after_loading(module)
+def _vocabularies(model: nn.Module) -> list[nn.Module]:
+    """On CPU, the embeddings and heads that vLLM has packed for products: all of them, although most embeddings are only looked up in,
+    and a tied head before its embedding is loaded, so that it would stay on its old copy."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    embeddings = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    return [layer for layer in embeddings if hasattr(layer, "cpu_linear")] if _on_cpu() else []
+
+
+def _pack_when_used(layer: nn.Module) -> None:
+    """Have a layer packed at the first product with it."""
+
+    def first(*given):
+        layer.quant_method.process_weights_after_loading(layer)  # which sets cpu_linear
+        return layer.cpu_linear(*given)
+
+    layer.cpu_linear = first
+
+
+def keep_freed_memory() -> None:
+    """Have this process's allocator (glibc's) keep what is freed: a publish frees and takes as much as all weights, and to have the system
+    take back the pages and clear new ones is half of what it costs."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter, value in _KEPT.items() if mallopt else ():
+        mallopt(parameter, value)

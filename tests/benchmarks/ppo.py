@@ -3,13 +3,12 @@
     .venv/bin/python tests/benchmarks/ppo.py --world runs/demo/world [--run runs/demo/ppo]
 
 Prints: rollout tokens/s of the rollout actor / bare vllm.LLM.generate; training tokens/s through actor and DeepSpeed / a plain PyTorch
-loop; seconds of one publish / of a memory copy of the same bytes; and, of a finished run, the share of a step that neither generates,
-scores nor trains. Every measured process has one thread; each figure is the median of the repetitions, taken in turn.
+loop; and, of a finished run, the share of a step that neither generates, scores nor trains. Every measured process has one thread; each
+figure is the median of the repetitions, taken in turn.
 """
 
 import argparse
 import statistics
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,10 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.placement import ClusterConfig, Resources, connect, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.rollout import Rollout, RolloutConfig
-from actors.sync import publish
 from ctrlrl.control import sample_corners
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.data.sources import read_prompts
@@ -138,37 +135,6 @@ def training_ratio(model: str, requests: list[Request], repetitions: int) -> dic
     return {"actor + DeepSpeed tokens/s": count / mine, "plain loop tokens/s": count / plain, "ratio (goal >= 0.85)": plain / mine}
 
 
-def publish_ratio(tokenizer_from: str, repetitions: int) -> dict[str, float]:
-    """Seconds of publishing a 135M-parameter model in bf16, and of copying as many bytes in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        shape = dict(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
-        )
-        LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=512)).to(torch.bfloat16).save_pretrained(
-            folder
-        )
-        load_tokenizer(tokenizer_from).save_pretrained(folder)
-        engine = ENGINE.model_copy(update={"dtype": "bfloat16"})
-        config = RolloutConfig(engine=engine)
-        train = PolicyConfig(model=folder, train=TrainerConfig(zero_stage=1))
-        place = reserve({"rollout": [config.resources.bundle], "policy": [train.resources.bundle]}, CLUSTER)
-        rollout, policy = Rollout(config, folder, place, CLUSTER), Policy(train, place, CLUSTER, temperature=1.0, seed=0)
-        rollout.wait_ready()
-        policy.wait_ready()
-        published = [publish(policy, rollout, version) for version in range(1, repetitions + 2)][1:]
-        policy.close()
-        rollout.close()
-        place.release()
-    source = np.random.default_rng(0).integers(0, 255, size=published[0].bytes, dtype=np.uint8)
-    target, copies = np.empty_like(source), []
-    for _ in range(repetitions):
-        began = time.perf_counter()
-        np.copyto(target, source)
-        copies.append(time.perf_counter() - began)
-    seconds, copy = statistics.median(p.seconds for p in published), statistics.median(copies)
-    return {"MB": published[0].bytes / 1e6, "publish s": seconds, "memory copy s": copy, "ratio": seconds / copy}
-
-
 def step_share(run: Path) -> dict[str, float]:
     """Share of the steps' seconds that neither generate, score nor train, the first step left out (engines warm up)."""
     rows = read_metrics(run)[1:]
@@ -192,7 +158,6 @@ def main() -> None:
     for title, figures in (
         ("rollout", rollout_ratio(model, requests, given.repetitions)),
         ("training", training_ratio(model, requests, given.repetitions)),
-        ("publish", publish_ratio(model, given.repetitions)),
         *([("step", step_share(given.run))] if given.run else []),
     ):
         print(f"{title:10}" + "   ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from ctrlrl.errors import ModelError, VersionMismatch
 from ctrlrl.models.loading import load_policy, load_tokenizer
@@ -28,6 +29,13 @@ def test_the_probe_is_text_and_scores_all_tokens_but_the_first(models):
     assert len(batch) == len(set(probe)) == 3 and list(batch.scored_lengths) == [len(ids) - 1 for ids in probe]
     tokenizer = load_tokenizer(models["policy"])
     assert tokenizer.decode(probe[0]).startswith("Bread needs flour") and not set(tokenizer.all_special_ids) & set().union(*probe)
+    assert probe_of(models["policy"], exact=True) == probe[2:]  # the shortest
+
+
+def test_a_model_with_experts_is_asked_all_sentences(models, tmp_path):
+    shutil.copytree(models["policy"], tmp_path, dirs_exist_ok=True)
+    Qwen3MoeConfig().save_pretrained(tmp_path)
+    assert len(probe_of(str(tmp_path), exact=True)) == 3
 
 
 def test_a_sampler_must_agree_with_the_trainer():
