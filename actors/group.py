@@ -99,12 +99,13 @@ class TrainerGroup:
     ):
         self.name, self._cluster, self._config, self._placement = name, cluster, config, placement
         self._arguments = (kind, model, config.train, temperature, seed)
+        self.starts = 0
         self._order = threading.Lock()  # of calls from several threads: collectives need the same one on every rank
         self._start()
 
     def _start(self) -> None:
         """Fresh ranks in the reserved places, and the wish that they build their engines; wait_ready says if they are lost on the way."""
-        config = self._config
+        config, self.starts = self._config, self.starts + 1
         options = config.resources.environment({} if config.resources.gpus else CPU_ENVIRONMENT, _IMPORTS)
         actors = [
             TrainerRank.options(scheduling_strategy=self._placement.at(self.name, rank), **options).remote() for rank in range(config.ranks)
@@ -144,6 +145,11 @@ class TrainerGroup:
         """Start `call(trainer, *arguments)` on every rank; `call` is an unbound method of Trainer."""
         with self._order:
             return [actor.do.remote(call, *arguments) for actor in self._ranks.actors]
+
+    def later(self, call: Callable, *arguments) -> Callable[[], ray.ObjectRef]:
+        """What starts `call(trainer, *arguments)` on rank 0 of this start, of no other."""
+        first = self._ranks.actors[0]
+        return lambda: first.do.remote(call, *arguments)
 
     def call(self, call: Callable, *arguments) -> list:
         """`call(trainer, *arguments)` on every rank; the results in rank order."""

@@ -1,5 +1,6 @@
 """The policy: ranks that train it with DeepSpeed and publish its weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from actors.group import GroupConfig, TrainerGroup
 from actors.placement import ClusterConfig, Placement
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.data.batches import TokenBatch
+from ctrlrl.models.broadcast import Meeting, again, kept
 from ctrlrl.models.loading import save_control_tokenizer
 from ctrlrl.models.probe import Probe, probe_batch
 from ctrlrl.models.trainer import Trainer
@@ -54,6 +56,23 @@ class Policy:
         """Logprobs, at temperature 1, of the probe's tokens under the current weights."""
         return self._group.score(probe_batch(probe), Trainer.probe)
 
+    @property
+    def starts(self) -> int:
+        """How often its ranks were started."""
+        return self._group.starts
+
     def weights(self, dtype: str, version: int) -> ray.ObjectRef:
         """A reference to one WeightMessage with all current weights."""
         return self._group.refs(Trainer.weights, dtype, version)[0]
+
+    def broadcast(self, dtype: str, version: int, meeting: Meeting) -> str:
+        """Send all current weights to the members of a group, and keep them; empty, or why not all got them."""
+        return self._group.call(Trainer.broadcast, dtype, version, meeting)[0]
+
+    def broadcast_again(self, meeting: Meeting) -> str:
+        """Send what was sent last to another group; empty, or why not all got it."""
+        return self._group.call(again, meeting)[0]
+
+    def kept(self, version: int) -> Callable[[], ray.ObjectRef]:
+        """What gives a reference to the WeightMessage that was broadcast, as long as these ranks live and there is no later one."""
+        return self._group.later(kept, version)

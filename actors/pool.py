@@ -91,6 +91,11 @@ class Pool:
         """Return when the least number of workers is ready; raises what a worker raised in starting."""
         self._all_ready.result()
 
+    def at_work(self) -> list[ActorHandle]:
+        """The workers that get items."""
+        working = lambda: [w.actor for w in self._workers if w.version is not None and not w.leaving]  # noqa: E731
+        return self._owner.promise(lambda found: self._owner.answer(found, working())).result()
+
     def renew(self, version: int) -> None:
         """Only workers that entered with `version` get items from now on; returns when those at work have done so or are lost."""
         self._owner.promise(lambda done: self._begin_renewal(version, done)).result()

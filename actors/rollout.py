@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from typing import Literal
 
 import numpy as np
 import ray
 from pydantic import Field
 from ray.actor import ActorHandle
 
+from actors.broadcast import Broadcast, Source, Store, Taking
 from actors.member import Entry
 from actors.placement import MODELS, ClusterConfig, Placement, Resources
 from actors.pool import Pool
@@ -17,6 +19,9 @@ from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.probe import Expectation
 from ctrlrl.models.proof import proof_of
 from ctrlrl.models.sampler import IMPORTS, Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
+
+# How weights come to the workers: through Ray's object store, or by broadcast (gloo: on CPUs, nccl: between GPUs).
+Sync = Literal["auto", "store", "gloo", "nccl"]
 
 
 class RolloutConfig(Section):
@@ -38,6 +43,15 @@ class RolloutConfig(Section):
         return [self.resources.bundle] * (self.workers.max - self.workers.min)
 
 
+def way_of(sync: Sync, config: RolloutConfig, cluster: ClusterConfig) -> Store | Broadcast:
+    """How weights come to the workers; says what it is, if it was left open."""
+    if sync == "auto":
+        why = "nccl has not run yet on any GPU: choose it by name" if config.resources.gpus else "the rollout workers are on CPUs"
+        print(f"sync: store ({why})", flush=True)
+    # The trainer must not be late itself while it waits for a member of the group, and again in another group.
+    return Broadcast(sync, cluster.call_deadline_s / 4) if sync in ("gloo", "nccl") else Store()
+
+
 @ray.remote(max_restarts=0)
 class RolloutWorker:
     """Shell around one Sampler."""
@@ -53,18 +67,33 @@ class RolloutWorker:
     def generate_apart(self, requests, sampling):
         return self.sampler.generate_apart(requests, sampling)
 
-    def load_weights(self, message, probe):
+    def load_weights(self, message):
         self.sampler.load_weights(message)
         self.message = message  # keeps it in this node's store too, for those that join after the publisher's node has died
-        return message.nbytes, self.sampler.logprobs(probe)
+        return message.nbytes
+
+    def receive(self, *arguments):
+        return self.sampler.receive_weights(*arguments)
+
+    def answer(self, size, probe):
+        return size, self.sampler.logprobs(probe)
 
 
 class Rollout:
     """Typed handle of the rollout pool. Its weights are the model directory's (version 0) until `load`."""
 
-    def __init__(self, config: RolloutConfig, model: str, placement: Placement, cluster: ClusterConfig, name: str = "rollout"):
-        self._config = config
-        self._current: tuple[int, ray.ObjectRef, Expectation] | None = None
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: str,
+        placement: Placement,
+        cluster: ClusterConfig,
+        name: str = "rollout",
+        sync: Sync = "store",
+    ):
+        self._config, self.way = config, way_of(sync, config, cluster)
+        self._current: tuple[int, Source, Expectation] | None = None
+        self._offered, self._taking = 0, {}  # the version that was begun last, and those who are taking it
         self._bytes = 0
         options = config.resources.environment(environment(config.engine), IMPORTS, MODELS)
 
@@ -82,7 +111,7 @@ class Rollout:
     @property
     def version(self) -> int:
         """The policy version that every sample must carry."""
-        return self._current[0] if self._current else 0
+        return self._offered
 
     @property
     def expected(self) -> Expectation | None:
@@ -115,22 +144,29 @@ class Rollout:
         name = f"drawing {len(part)} responses with the seeds {[request.seed for request in part[:2]]}…"
         return self.pool.submit(lambda worker: worker.generate_apart.remote(part, sampling), name)
 
-    def load(self, message: ray.ObjectRef, version: int, expected: Expectation) -> int:
-        """Give every worker the weights of `message`, now and when it joins later, and check each against `expected` before it gets work.
+    def begin(self, version: int) -> list[ActorHandle]:
+        """The workers that are at work, which may be told to take weights of `version`: samples of others are refused from now on."""
+        self._offered = version
+        return self.pool.at_work()
 
-        Returns their size in bytes when all that were at work have them. VersionMismatch if a worker's logprobs are not the expected ones.
+    def load(self, source: Source, version: int, expected: Expectation, taking: Taking) -> int:
+        """Give every worker the weights of `source`, now and when it joins later, and check each against `expected` before it gets work.
+
+        taking: the calls of those that were told to take them already. Returns their size in bytes when all that were at work have them.
+        VersionMismatch if a worker's logprobs are not the expected ones.
         """
-        self._current = version, message, expected
+        self._current, self._offered, self._taking = (version, source, expected), version, dict(taking)
         self.pool.renew(version)
         return self._bytes
 
     def _enter(self, worker: ActorHandle) -> Entry | None:
         if self._current is None:
             return None
-        version, message, expected = self._current
+        version, source, expected = self._current
 
         def check(answer: tuple[int, list[np.ndarray]]) -> None:
             self._bytes, logprobs = answer
             expected.check(logprobs, version)
 
-        return version, worker.load_weights.remote(message, expected.probe), check
+        size = self._taking.pop(worker, None) or worker.load_weights.remote(source())
+        return version, worker.answer.remote(size, expected.probe), check

@@ -1,4 +1,4 @@
-"""Weights to rollout workers: one message a publish, put into the object store once, read there without a copy, and proven to be in use."""
+"""Weights to rollout workers: one message a publish, by the object store or by broadcast, and proven to be in use."""
 
 import time
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ def publish(policy: Policy, rollout: Rollout, version: int) -> Published:
     samples of other weights can always be told.
     """
     began, version = time.perf_counter(), max(version, rollout.version + 1)
-    message = policy.weights(rollout.dtype, version)
+    taking, source = rollout.way.send(policy, rollout.begin(version), rollout.dtype, version)
     before = rollout.expected.published if rollout.expected else None
     coarser = "bfloat16" if "bfloat16" in (rollout.dtype, policy.dtype) else "float32"
-    probe = probe_of(policy.model)
-    expected = Expectation(probe, policy.probe(probe), before, TOLERANCE[coarser])
-    size = rollout.load(message, version, expected)
+    probe = probe_of(policy.model, exact=coarser == "float32")
+    expected = Expectation(probe, policy.probe(probe), before, TOLERANCE[coarser])  # while the workers take them
+    size = rollout.load(source, version, expected, rollout.way.settled(taking))
     return Published(version, time.perf_counter() - began, size, expected.shift)

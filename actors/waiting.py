@@ -18,7 +18,7 @@ from ray.exceptions import (
 from actors.faults import Failure
 from actors.placement import check_alive
 from actors.watch import Lifeline, reports
-from ctrlrl.errors import CtrlrlError, DeadlineExceeded, PlacementError, WorkerLost
+from ctrlrl.errors import CtrlrlError, DeadlineExceeded, GroupLost, PlacementError, WorkerLost
 
 _LOOK_S = 5.0  # how soon the end of the whole cluster is seen
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
@@ -91,7 +91,7 @@ def explained(error: Exception, reason: str) -> Exception:
 
 def input_lost(error: BaseException) -> bool:
     """Whether a call failed because what it was given is gone, while its worker lives."""
-    return isinstance(error, ObjectLostError) or (isinstance(error, RayTaskError) and isinstance(error.cause, LOST))
+    return isinstance(error, ObjectLostError) or (isinstance(error, RayTaskError) and isinstance(error.cause, (*LOST, GroupLost)))
 
 
 def classify(error: Exception) -> Failure:

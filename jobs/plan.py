@@ -87,11 +87,13 @@ def _notes(config: PPORecipe, policy: PretrainedConfig) -> list[str]:
     token = cache_bytes_a_token(policy, engine.dtype)
     held = int(engine.kv_cache_gib * GIB) // token
     published = parameters_of(policy) * (4 if engine.dtype == "float32" else 2)
+    by_broadcast = "memory of the policy's rank 0 and of each rollout worker, beside their devices'"
+    where = by_broadcast if config.sync in ("gloo", "nccl") else "shared memory on a node of the policy and on each node of rollout workers"
     return [
         "",
         f"The cache has {token / 1024:g} KiB a token: room for {held:,} tokens, {held // engine.max_model_tokens:,} answers at once that "
         f"fill max_model_tokens ({engine.max_model_tokens:,}).",
-        f"A publish takes {published / GIB:.1f} GiB of shared memory on a node of the policy and on each node of rollout workers.",
+        f"A publish takes {published / GIB:.1f} GiB of {where}.",
         "Activations include logits. Those of rollout engines, and their CUDA graphs (under buffers), are estimates.",
     ]
 

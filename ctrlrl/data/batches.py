@@ -170,3 +170,10 @@ def plan_micro_batches(lengths: np.ndarray, token_budget: int, group: int = 1, p
     if current:
         plan.append(current)
     return [(np.array(groups)[:, None] * group + np.arange(group)).ravel() for groups in plan]
+
+
+def masked(batch: TokenBatch) -> TokenBatch:
+    """The same sequences with nothing scored: a micro-batch that joins the collectives and adds 0."""
+    lengths = np.array([len(t) for t in batch.tokens])
+    empty = {name: [column[:0] for column in columns] for name, columns in batch.per_token.items()}
+    return TokenBatch(batch.tokens, lengths, empty, batch.per_sequence, batch.group)

@@ -16,8 +16,9 @@ from pydantic import Field, model_validator
 from ctrlrl.config import Section
 from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
 from ctrlrl.models.architectures import carries_state, check_engine_takes
+from ctrlrl.models.broadcast import Meeting, Receiver
 from ctrlrl.models.loading import end_token_ids, existing, load_config, within_positions
-from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
+from ctrlrl.models.reload import TRANSFER, keep_freed_memory, leave_transformers_usable, register_transfer
 from ctrlrl.models.weights import WeightMessage
 
 # What vLLM raises for a model or settings that it cannot take.
@@ -104,7 +105,7 @@ class Sampler:
         from vllm.config import WeightTransferConfig
 
         register_transfer()
-        self.version = 0
+        self.version, self._receiver = 0, Receiver()
         self._ends = end_token_ids(model)
         settings = dict(
             model=existing(model),
@@ -182,11 +183,19 @@ class Sampler:
         """Replace all weights and forget cached prefixes; raises VersionMismatch if some are missing or the version does not grow."""
         if message.version <= self.version:
             raise VersionMismatch(f"weights of version {message.version} were published to a sampler that has version {self.version}")
+        if self.version == 0:
+            keep_freed_memory()
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"message": [message]}})
         self._llm.finish_weight_update(str(message.version))
         self._llm.reset_prefix_cache()
         self.version = message.version
+
+    def receive_weights(self, dtype: str, version: int, meeting: Meeting, rank: int) -> int:
+        """Load the message that comes next in a group; its size in bytes. WorkerLost if it does not come whole: the old weights stay."""
+        message = self._receiver.receive(dtype, version, meeting, rank)
+        self.load_weights(message)
+        return message.nbytes
 
     def close(self) -> None:
         """End the engine, so that this process can have another."""

@@ -17,8 +17,9 @@ import torch
 from pydantic import Field
 
 from ctrlrl.config import Section
-from ctrlrl.data.batches import Loss, TokenBatch, plan_batch
+from ctrlrl.data.batches import Loss, TokenBatch, masked, plan_batch
 from ctrlrl.errors import RecipeError, RunError
+from ctrlrl.models.broadcast import Meeting, Sender
 from ctrlrl.models.earlier_state import is_earlier, load_earlier
 from ctrlrl.models.forward import PolicyModule, PolicyValueModule, RewardModule, ValueModule, lay_out, micro_batch
 from ctrlrl.models.layout import Layout, settle
@@ -26,7 +27,7 @@ from ctrlrl.models.loading import DTYPES, load_classifier, load_policy, load_val
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters, without_adapters
 from ctrlrl.models.pooling import Encoded, check_scores_alone, conversation_batch
 from ctrlrl.models.state import INDEX, load_state, save_state
-from ctrlrl.models.weights import WeightMessage, cast_parameters, message_of, model_weights, precise_buffers
+from ctrlrl.models.weights import WeightMessage, cast_parameters, message_of, model_weights, precise_buffers, weights_of
 
 # glibc keeps freed pages instead of returning them: +31 % tokens/s measured on CPU. Must be set before the process starts.
 CPU_ENVIRONMENT = {
@@ -127,7 +128,7 @@ class Trainer:
         if kind != "reward" and (config.zero_stage == 3 or self.device.type == "cuda"):  # with the engine's own weights and kernels
             self.layout = settle(module, model, self.layout, self.device)
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-        self.steps = 0
+        self.steps, self.sender = 0, Sender()
         if kind == "reward":
             check_scores_alone(model, module.causal, self._scores_of, places)
 
@@ -176,7 +177,7 @@ class Trainer:
         plan = plan_batch(batch, self.config.micro_batch_tokens, self.layout, self.world)
         parts = [batch.select(rows) for rows in plan[self.rank :: self.world]]
         if len(parts) < math.ceil(len(plan) / self.world):
-            parts.append(_masked(batch.select(np.arange(batch.group))))
+            parts.append(masked(batch.select(np.arange(batch.group))))
         return parts
 
     def score(self, batch: TokenBatch) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -208,11 +209,17 @@ class Trainer:
 
     def weights(self, dtype: str, version: int) -> WeightMessage | None:
         """All weights as one message on rank 0 (None on the others); LoRA is merged."""
+        return self._by_rank_0(lambda model, gather: message_of(model, dtype, version, gather))
+
+    def broadcast(self, dtype: str, version: int, meeting: Meeting) -> str | None:
+        """The same sent to a group by rank 0, which says why not all got it, if so."""
+        return self._by_rank_0(lambda model, gather: self.sender.send(weights_of(model, dtype, gather), dtype, version, meeting))
+
+    def _by_rank_0(self, take):
         if self.rank == 0:
-            return message_of(self.module.model, dtype, version, self._gatherer())
+            return take(self.module.model, self._gatherer())
         for _ in model_weights(self.module.model, self._gatherer()):
             pass  # the gathers of ZeRO-3 are collective
-        return None
 
     def export(self, directory: Path) -> None:
         """Write the model as an ordinary transformers directory (safetensors; LoRA merged, or the adapter alone as its config says)."""
@@ -264,13 +271,6 @@ def score_rows(
             rows.append(plan[mine])
             results += [grid[i, :n].copy() for i, n in enumerate(part.scored_lengths)]
     return (np.concatenate(rows) if rows else np.zeros(0, np.int64)), results
-
-
-def _masked(batch: TokenBatch) -> TokenBatch:
-    """The same sequences with nothing scored: a micro-batch that joins the collectives and adds 0."""
-    lengths = np.array([len(t) for t in batch.tokens])
-    empty = {name: [column[:0] for column in columns] for name, columns in batch.per_token.items()}
-    return TokenBatch(batch.tokens, lengths, empty, batch.per_sequence, batch.group)
 
 
 def _module(kind: Kind, name: str, config: TrainerConfig, temperature: float):

@@ -56,18 +56,23 @@ class WeightMessage:
             yield name, (flat.view(torch.bfloat16) if flat.dtype == torch.uint16 else flat).view(shape)
 
 
-def pack_weights(
-    named: Iterator[tuple[str, Tensor]], dtype: str, version: int, exact: Collection[str] = ()
-) -> WeightMessage:
-    """Cast to `dtype` (but for what counts in whole numbers, and those named in `exact`), move to the host, and make one message."""
-    names, shapes, arrays = [], [], []
+# Name, shape and flat values of a tensor, on the host; bfloat16 as uint16.
+Packed = Iterator[tuple[str, tuple[int, ...], np.ndarray]]
+
+
+def packed(named: Iterator[tuple[str, Tensor]], dtype: str, exact: Collection[str] = ()) -> Packed:
+    """Each tensor in `dtype` (but for what counts in whole numbers, and those named in `exact`), moved to the host."""
     for name, tensor in named:
         cast = tensor.is_floating_point() and name not in exact
         flat = tensor.detach().to("cpu", DTYPES[dtype] if cast else None).contiguous().view(-1)
-        names.append(name)
-        shapes.append(tuple(tensor.shape))
-        arrays.append((flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy())
-    return WeightMessage(version, dtype, tuple(names), tuple(shapes), tuple(arrays))
+        yield name, tuple(tensor.shape), (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def pack_weights(
+    named: Iterator[tuple[str, Tensor]], dtype: str, version: int, exact: Collection[str] = ()
+) -> WeightMessage:
+    """All of `packed` as one message."""
+    return WeightMessage(version, dtype, *zip(*packed(named, dtype, exact), strict=True))
 
 
 def model_weights(
@@ -100,9 +105,14 @@ def full_weights(
             yield from group_of[name].converted(causal)
 
 
+def weights_of(model: nn.Module, dtype: str, gather: Gather | None = None) -> Packed:
+    """full_weights on the host, adapters merged; float32 buffers stay what they are."""
+    return packed(full_weights(model, gather, DTYPES[dtype]), dtype, _exact_names(model))
+
+
 def message_of(model: nn.Module, dtype: str, version: int, gather: Gather | None = None) -> WeightMessage:
-    """full_weights as one message, adapters merged; float32 buffers stay what they are."""
-    return pack_weights(full_weights(model, gather, DTYPES[dtype]), dtype, version, _exact_names(model))
+    """weights_of as one message."""
+    return WeightMessage(version, dtype, *zip(*weights_of(model, dtype, gather), strict=True))
 
 
 def _exact_names(model: nn.Module) -> set[str]:

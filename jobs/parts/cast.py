@@ -12,7 +12,7 @@ from actors.policy import Policy, PolicyConfig
 from actors.recovery import ready
 from actors.reference import AdapterReference, Reference, ReferenceConfig
 from actors.reward import Reward, RewardModels
-from actors.rollout import Rollout, RolloutConfig
+from actors.rollout import Rollout, RolloutConfig, Sync
 from actors.sync import publish
 from actors.value import Value, ValueConfig, ValueHead
 from ctrlrl.attributes import PAPER, AttributesSection, check_named
@@ -62,6 +62,7 @@ class PPORecipe(Section):
     attributes: AttributesSection = PAPER
     reward: RewardModels
     rollout: RolloutConfig = RolloutConfig()
+    sync: Sync = "auto"
     sampling: FullSampling = FullSampling()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     evaluation: InterimConfig = InterimConfig()
@@ -87,6 +88,12 @@ class PPORecipe(Section):
     def _engine_says_what_the_policy_does(self):
         if self.algorithm.old_logprobs == "engine" and self.sampling.top_p < 1:
             raise ValueError('algorithm.old_logprobs = "engine" needs sampling.top_p = 1: the engine\'s logprobs are those after top-p')
+        return self
+
+    @model_validator(mode="after")
+    def _ends_of_the_way(self):
+        if self.sync == "nccl" and not (self.policy.resources.gpus and self.rollout.resources.gpus):
+            raise ValueError('sync = "nccl" is between GPUs: give policy.resources and rollout.resources gpus, or set sync = "auto"')
         return self
 
     @field_validator("value", "reference", mode="before")
@@ -191,7 +198,7 @@ def start_cast(config: PPORecipe) -> Cast:
         head, temperature, folder = config.value.head, config.sampling.temperature, absolute_out(config.out)
         trained = start(Policy(policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
         cast = Cast(
-            rollout=start(Rollout(config.rollout, model, place, cluster)),
+            rollout=start(Rollout(config.rollout, model, place, cluster, sync=config.sync)),
             rewards={a: start(Reward(f"reward.{a}", config.reward[a], place, cluster, folder)) for a in config.attributes.names},
             reference=start_reference(trained),
             policy=trained,

@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_at_once_and_resumed_equals_an_undisturbed_one(ppo
     refused = CliRunner().invoke(app, [*resume, "--set", "algorithm.clip=0.3"])
     assert refused.exit_code == 2 and "another recipe (algorithm.clip: 0.2 -> 0.3)" in refused.output
     looked = [part for look in ppo_looks for part in ("--set", look)]
-    assert CliRunner().invoke(app, [*resume, *looked]).exit_code == 0
+    assert CliRunner().invoke(app, [*resume, *looked, "--set", "sync=gloo"]).exit_code == 0  # which way weights go changes nothing
     for resumed, undisturbed in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
         timed = {key for key in undisturbed if "second" in key or "tokens_per_s" in key}
         assert {k: (v, undisturbed[k]) for k, v in resumed.items() if k not in timed and v != undisturbed[k]} == {}
@@ -258,6 +258,18 @@ def test_killed_workers_and_a_killed_policy_rank_change_nothing(ppo_run, ppo_ove
     ],
 )
 def test_a_reference_or_logprobs_that_cannot_be_are_refused(ppo_overrides, changes, said):
+    with pytest.raises(RecipeError, match=said):
+        load(PPORecipe, None, [*ppo_overrides, *changes])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["sync=nccl"], 'sync = "nccl" is between GPUs: give policy.resources and rollout.resources gpus'),
+        (["sync=ipc"], "sync.*'auto', 'store', 'gloo' or 'nccl'"),
+    ],
+)
+def test_ways_of_the_weights_that_are_not_there_are_refused(ppo_overrides, changes, said):
     with pytest.raises(RecipeError, match=said):
         load(PPORecipe, None, [*ppo_overrides, *changes])
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,13 +53,13 @@ def trainer_logprobs(model, requests, responses):
 
 @pytest.fixture(scope="module", params=["tied", "policy"])
 def rollout(request, ray_cluster, models):
-    """A rollout pool: one worker for the tied model, two for the other."""
+    """A rollout pool: one worker for the tied model, which gets its weights by broadcast, two for the other."""
     from actors.placement import ClusterConfig
 
     cluster = ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
     config = RolloutConfig(workers=1 if request.param == "tied" else 2, chunk=6, engine=ENGINE, resources=Resources(cpus=0.5))
     place = reserve({"rollout": config.bundles}, cluster)
-    handle = Rollout(config, models[request.param], place, cluster)
+    handle = Rollout(config, models[request.param], place, cluster, sync="gloo" if request.param == "tied" else "store")
     handle.model_name = models[request.param]
     handle.wait_ready()
     yield handle
@@ -113,7 +114,8 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluste
         with pytest.raises(VersionMismatch, match="samples of policy version 1 arrived where version 2 is required"):
             next(early)
         with pytest.raises(VersionMismatch, match="its weights are wrong"):  # what the trainer expects is not what the workers answer
-            rollout.load(policy.weights("float32", 3), 3, replace(probe, published=[row - 1 for row in probe.published], before=None))
+            wrong = replace(probe, published=[row - 1 for row in probe.published], before=None)
+            rollout.load(partial(policy.weights, "float32", 3), 3, wrong, {})
     finally:
         policy.close()
         place.release()

@@ -14,6 +14,7 @@ from actors.value import Value, ValueConfig
 from ctrlrl.data.atomic import write_directory
 from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.errors import RecipeError, RunError, StorageError
+from ctrlrl.models.broadcast import Meeting
 from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
 from ctrlrl.models.loading import load_policy
 from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
@@ -150,7 +151,12 @@ def test_a_checkpoint_of_a_worker_on_a_full_disk_is_told_and_the_one_before_stay
 
 
 def weights_of(policy, ray):
-    return {name: tensor.clone() for name, tensor in ray.get(policy.weights("float32", 1)).tensors()}
+    """By name; those that a broadcast sends, here to nobody, are the same to the bit."""
+    message = ray.get(policy.weights("float32", 1))
+    assert policy.broadcast("float32", 2, Meeting("127.0.0.1", 0, "", 1, 60)) == ""
+    sent = ray.get(policy.kept(2)())
+    assert sent.names == message.names and all(np.array_equal(a, b) for a, b in zip(sent.arrays, message.arrays, strict=True))
+    return {name: tensor.clone() for name, tensor in message.tensors()}
 
 
 CASES = [
