@@ -146,7 +146,7 @@ class EndpointJudge:
         body = {
             "model": config.model,
             "messages": [{"role": "user", "content": config.question(messages, answer)}],
-            "temperature": 0,
+            "temperature": 0 if by_text else 1,  # some services give probabilities after the temperature
             "max_tokens": config.max_tokens if by_text else 1,
             **({} if by_text else {"logprobs": True, "top_logprobs": config.top}),
         }

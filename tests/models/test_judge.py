@@ -104,7 +104,7 @@ def test_an_endpoint_is_read_by_the_probability_of_its_first_token(listen):
     scores = make_scorer(config).score(CONVERSATIONS)
     assert scores.tolist() == pytest.approx([1.0, *((0.1 * i + 0.1) / (0.1 * i + 0.3) for i in range(1, 6))])
     body = service.asked[1]
-    assert body["model"] == "big" and body["temperature"] == 0 and body["max_tokens"] == 1 and body["top_logprobs"] == 20
+    assert body["model"] == "big" and body["temperature"] == 1 and body["max_tokens"] == 1 and body["top_logprobs"] == 20
     assert json.loads(body["messages"][0]["content"].split("\n")[1]) in [messages[0] for messages, _ in CONVERSATIONS]
 
 
@@ -116,6 +116,7 @@ def test_an_endpoint_without_probabilities_is_read_strictly_or_refused(listen):
     config = judge_of(service.url, read="text")
     config.check()
     assert make_scorer(config).raw(CONVERSATIONS[:4]).tolist() == [1, 0, 1, 0]
+    assert service.asked[-1]["temperature"] == 0 and service.asked[-1]["max_tokens"] == 16 and "logprobs" not in service.asked[-1]
     said["2"] = "Yes, it does"
     before = len(service.asked)
     with pytest.raises(DataError, match="could not score 1 of 6 answers, asked 3 times for each; the first is the answer 'Answer 2.' to "
