@@ -9,7 +9,8 @@ from xdist.scheduler import LoadFileScheduling
 
 CHAINS = (
     """jobs/test_ppo.py jobs/test_ppo_overlap.py jobs/test_chaos.py models/test_trainer.py jobs/test_finetune.py jobs/test_reward_model.py
-    jobs/test_evaluate.py models/test_sampler.py actors/test_placement.py actors/test_group.py""".split(),
+    jobs/test_evaluate.py models/test_sampler.py actors/test_sync.py actors/test_placement.py
+    actors/test_group.py""".split(),
     """jobs/test_autoscaling.py jobs/test_generate.py jobs/test_score.py jobs/test_study.py jobs/test_critique.py jobs/test_dpo.py
     serving/test_replicas.py jobs/test_cli.py actors/test_pool.py actors/test_nursery.py actors/test_gauges.py""".split(),
     "serving/test_chat.py serving/test_page.py serving/test_server.py".split(),

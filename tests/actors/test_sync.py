@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from actors.broadcast import Broadcast
+from actors.placement import MODELS, Resources
 from actors.waiting import input_lost
 from ctrlrl.models.broadcast import Receiver, Sender, again, kept
 
@@ -22,7 +23,7 @@ def ends():
         for number in range(3):  # each a bucket
             yield f"w{number}", (9 << 20,), np.full(9 << 20, number + version, np.float32)
 
-    @ray.remote(num_cpus=0)
+    @ray.remote
     class Trainer:
         """Rank 0, which sends. victim: a process that it kills in the middle."""
 
@@ -44,7 +45,7 @@ def ends():
         def do(self, call, *arguments):
             return call(self, *arguments)
 
-    @ray.remote(num_cpus=0)
+    @ray.remote
     class Worker:
         """A receiver. in_vain: it dies as soon as it is told of a group."""
 
@@ -60,7 +61,8 @@ def ends():
             message = self.receiver.receive(dtype, version, meeting, rank)
             return meeting.session, rank, [float(array[-1]) for array in message.arrays]
 
-    return Trainer, Worker
+    options = Resources(cpus=0).environment({}, (), MODELS)  # forked, with their imports done
+    return Trainer.options(**options), Worker.options(**options)
 
 
 class Policy:
