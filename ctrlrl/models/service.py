@@ -108,11 +108,11 @@ class Service:
 
     def _passing(self, url: str, answer: httpx.Response) -> str:
         """What a failure that may pass is called; raises for others."""
-        status, said = answer.status_code, " ".join(answer.text.split())[:_SHOWN]
+        status, said = answer.status_code, " ".join(self._clean(answer.text).split())[:_SHOWN]
         why = f"answers {status} {answer.reason_phrase}{said and f': {said}'}"
         if status in (401, 403):
             given = f"the key in {self._config.key}" if self._config.key else "requests without a key: name its environment variable as key"
-            raise ModelError(self._clean(f"{url} does not accept {given}; it {why}"))
+            raise ModelError(f"{url} does not accept {given}; it {why}")
         if status not in (408, 425, 429) and status < 500:
             self._refuse(url, why)
         return why
@@ -128,9 +128,9 @@ class Service:
             raise ValueError(f"{name} is no number of JSON")
 
         try:
-            return json.loads(answer.content, parse_constant=no_number)
+            return json.loads(self._clean(answer.content.decode()), parse_constant=no_number)
         except (ValueError, RecursionError) as error:
-            self._refuse(url, f"does not answer in JSON: {error}: {answer.text[:_SHOWN]!r}")
+            self._refuse(url, f"does not answer in JSON: {error}: {self._clean(answer.text)[:_SHOWN]!r}")
 
     def _refuse(self, url: str, why: str) -> NoReturn:
         raise DataError(self._clean(f"{url} {why}")) from None

@@ -83,6 +83,15 @@ def test_the_key_is_in_the_header_and_nowhere_else(listen, monkeypatch):
     with pytest.raises(ModelError, match="does not accept the key in CTRLRL_TEST_KEY; it answers 401.*who is Bearer …") as told:
         config.check()
     assert "wr0ng" not in str(told.value)
+    service.answer = lambda *_: (401, {}, b"x" * 190 + b" wr0ng-key")  # said back where it would be cut short
+    with pytest.raises(ModelError, match="x …") as told:
+        config.check()
+    assert "wr0" not in str(told.value)
+    service.answer = lambda *_: (200, {}, {"scores": "wr0ng-key"})
+    with pytest.raises(ModelError, match="has a list of scores") as told:
+        config.check()
+    assert "wr0" not in str(told.value)
+    service.answer = guarded
     with pytest.raises(ModelError, match="does not accept requests without a key"):
         ScorerConfig(http=service.url).check()
     with pytest.raises(RecipeError, match="key is the name of an environment variable") as told:
