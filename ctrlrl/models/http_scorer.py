@@ -79,9 +79,10 @@ class HttpScorer:
         said = self._service.post({"conversations": asked}, patient=patient)
         if not isinstance(said, dict) or not isinstance(said.get("scores"), list):
             raise DataError(f"{self._config.url} must answer with an object that has a list of scores {_SCHEMA}: {str(said)[:200]}")
-        if "version" in said and said["version"] != self._config.version:
+        version = said.get("version")
+        if version is not None and str(version) != self._config.version:
             raise DataError(
-                f"{self._config.url} scores by version {said['version']!r}, and http.version = {self._config.version!r}: declare the "
+                f"{self._config.url} scores by version {str(version)[:60]!r}, and http.version = {self._config.version!r}: declare the "
                 "version whose scores are wanted; those of another belong into another set"
             )
         scores = said["scores"]
@@ -89,7 +90,7 @@ class HttpScorer:
             raise DataError(f"{self._config.url} gave {len(scores)} scores for {len(conversations)} conversations {_SCHEMA}")
         for row, score in enumerate(scores):
             if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1):
-                given = f"{self._config.url} gave {score!r} for {shown(conversations[row])}"
+                given = f"{self._config.url} gave {repr(score)[:60]} for {shown(conversations[row])}"
                 raise DataError(f"{given}: a score is a number from 0 to 1, or null")
         reasons = said.get("reasons", {})
         known = {str(row): str(why)[:200] for row, why in reasons.items()} if isinstance(reasons, dict) else {}

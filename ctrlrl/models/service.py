@@ -70,6 +70,8 @@ class ServiceConfig(Section):
             return ""
         if not (secret := os.environ.get(self.key, "").strip()):
             raise ModelError(f"the key of {self.url} is to come from the environment variable {self.key}, which is not set: set it")
+        if not (secret.isascii() and secret.isprintable()):
+            raise ModelError(f"the environment variable {self.key} holds what cannot be in a request's header: give it the plain key")
         return secret
 
 
@@ -87,7 +89,7 @@ class Service:
         ModelError if it does not accept the key; DataError for other answers than 200 with JSON, and when all attempts have failed.
         patient: false to raise at once if it cannot be reached.
         """
-        url, content = url or self._config.url, json.dumps(body, ensure_ascii=False).encode()
+        url, content = url or self._config.url, json.dumps(body).encode()
         for attempt in range(1, self._config.attempts + 1):
             try:
                 answer = self._client.post(url, content=content, headers={"Content-Type": "application/json"})
@@ -128,7 +130,7 @@ class Service:
             raise ValueError(f"{name} is no number of JSON")
 
         try:
-            return json.loads(self._clean(answer.content.decode()), parse_constant=no_number)
+            return json.loads(self._clean(answer.content.decode("utf-8-sig")), parse_constant=no_number)
         except (ValueError, RecursionError) as error:
             self._refuse(url, f"does not answer in JSON: {error}: {self._clean(answer.text)[:_SHOWN]!r}")
 

@@ -42,6 +42,12 @@ def test_its_scores_come_in_their_order_from_batches(listen):
     assert {"messages": CONVERSATIONS[4][0], "answer": "xxxx"} in [c for body in asked for c in body["conversations"]]
 
 
+def test_any_text_and_a_byte_order_mark_pass(listen):
+    service = listen(lambda body, _: (200, {}, b"\xef\xbb\xbf" + json.dumps({"scores": [0.5], "version": None}).encode()))
+    assert make_scorer(ScorerConfig(http=service.url)).raw([([{"role": "user", "content": "\ud800"}], "\u00fc")]).tolist() == [0.5]
+    assert service.asked == [{"conversations": [{"messages": [{"role": "user", "content": "\ud800"}], "answer": "\u00fc"}]}]
+
+
 def test_the_setting_is_an_address_or_a_section():
     config = ScorerConfig(http="https://scores.example/v1/score")
     assert config == ScorerConfig(http={"url": "https://scores.example/v1/score"}) == ScorerConfig(**config.model_dump())
@@ -91,6 +97,9 @@ def test_the_key_is_in_the_header_and_nowhere_else(listen, monkeypatch):
     with pytest.raises(ModelError, match="has a list of scores") as told:
         config.check()
     assert "wr0" not in str(told.value)
+    monkeypatch.setenv("CTRLRL_TEST_KEY", "schl\u00fcssel")
+    with pytest.raises(ModelError, match="CTRLRL_TEST_KEY holds what cannot be in a request's header"):
+        config.check()
     service.answer = guarded
     with pytest.raises(ModelError, match="does not accept requests without a key"):
         ScorerConfig(http=service.url).check()
@@ -131,6 +140,8 @@ def test_what_does_not_pass_ends_after_the_attempts(listen):
         ((200, {}, [0.5, 0.5]), "must answer with an object that has a list of scores"),
         ((200, {}, {"scores": [0.5, None], "reasons": {"1": "too odd"}}), "does not score a small conversation: too odd"),
         ((200, {}, {"scores": [0.5, 0.5], "version": "2"}), "scores by version '2', and http.version = ''"),
+        ((200, {}, {"scores": [0.5, "0.5"]}), "gave '0.5' for"),
+        ((200, {}, '{"scores": [0.5, "\u00fc"]}'.encode("latin-1")), "does not answer in JSON"),
         ((404, {}, b"no such page"), "answers 404 Not Found: no such page"),
         ((301, {"Location": "http://127.0.0.1:1/"}, b""), "answers 301"),
     ],
@@ -185,7 +196,7 @@ def test_an_answer_without_a_score_is_asked_for_alone_then_named(listen):
 
 
 def test_a_version_that_changes_is_refused(listen):
-    said = iter(["7", "7", "8"])
+    said = iter(["7", 7, "8"])
     service = listen(lambda body, _: (200, {}, {"scores": [0.5] * len(body["conversations"]), "version": next(said)}))
     config = ScorerConfig(http={"url": service.url, "version": "7"})
     config.check()
