@@ -130,7 +130,8 @@ class Service:
             raise ValueError(f"{name} is no number of JSON")
 
         try:
-            return json.loads(self._clean(answer.content.decode("utf-8-sig")), parse_constant=no_number)
+            text = answer.content.decode(json.detect_encoding(answer.content))
+            return json.loads(self._clean(text), parse_constant=no_number)
         except (ValueError, RecursionError) as error:
             self._refuse(url, f"does not answer in JSON: {error}: {self._clean(answer.text)[:_SHOWN]!r}")
 

@@ -42,7 +42,10 @@ def test_its_scores_come_in_their_order_from_batches(listen):
     assert {"messages": CONVERSATIONS[4][0], "answer": "xxxx"} in [c for body in asked for c in body["conversations"]]
 
 
-def test_any_text_and_a_byte_order_mark_pass(listen):
+def test_any_text_passes_in_any_encoding_of_json(listen):
+    said = json.dumps({"scores": [0.5]})
+    other = listen(lambda *_: (200, {}, said.encode("utf-16")))
+    assert make_scorer(ScorerConfig(http=other.url)).raw(CONVERSATIONS[:1]).tolist() == [0.5]
     service = listen(lambda body, _: (200, {}, b"\xef\xbb\xbf" + json.dumps({"scores": [0.5], "version": None}).encode()))
     assert make_scorer(ScorerConfig(http=service.url)).raw([([{"role": "user", "content": "\ud800"}], "\u00fc")]).tolist() == [0.5]
     assert service.asked == [{"conversations": [{"messages": [{"role": "user", "content": "\ud800"}], "answer": "\u00fc"}]}]
