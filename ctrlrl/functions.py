@@ -2,17 +2,15 @@
 
 import ast
 import hashlib
-import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from ctrlrl.errors import DataError, ModelError
 
-# What code of somebody else may raise.
-_RAISED = (
-    ArithmeticError, LookupError, TypeError, ValueError, AttributeError, NameError, RuntimeError, AssertionError, ImportError, SyntaxError,
-    OSError,
-)  # fmt: skip
+# What code of somebody else may raise: anything, and an exit would end the job as if all were well.
+_RAISED = (Exception, SystemExit)
 
 
 def parts(place: str) -> tuple[Path, str]:
@@ -47,11 +45,16 @@ def source_sha256(place: str) -> str:
 def loaded(place: str, what: str) -> Callable[..., object]:
     """The function at `place`, after its file was run; ModelError, which calls it `what`, if that fails."""
     file, function = parts(place)
-    spec = importlib.util.spec_from_file_location(f"ctrlrl_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(f"ctrlrl_{file.stem}_{source_sha256(place)[:8]}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # where dataclasses, among others, look for what they are in
     try:
-        spec.loader.exec_module(module)
+        # From its source, whose hash is the identity: Python's byte code on disk may be that of an earlier text of the same second.
+        exec(compile(file.read_bytes(), str(file), "exec", dont_inherit=True), module.__dict__)
         return getattr(module, function)
+    except ImportError as error:
+        remedy = "it is one file: install what it imports, or name its folder in PYTHONPATH on every node"
+        raise ModelError(f"{what} {place!r} cannot be loaded: {error}: {remedy}") from error
     except _RAISED as error:
         raise ModelError(f"{what} {place!r} cannot be loaded: {type(error).__name__}: {error}") from error
 

@@ -34,3 +34,22 @@ def test_what_is_wrong_is_told(place):
         loaded(place("x = 1"), "the judge")
     with pytest.raises(DataError, match="^the judge failed: KeyError: 'a'"):
         called(loaded(place("def f(x): return {}[x]"), "the judge"), "the judge", "a")
+
+
+def test_whatever_code_of_others_raises_is_told_and_an_exit_ends_nothing(place):
+    odd = "class Odd(Exception): ...\n"
+    for source, told in ((odd + "raise Odd('x')", "Odd: x"), ("import sys; sys.exit(0)", "SystemExit: 0")):
+        with pytest.raises(ModelError, match=f"cannot be loaded: {told}"):
+            loaded(place(source), "the judge")
+    with pytest.raises(ModelError, match="No module named 'beside_it': it is one file: install what it imports, or name its folder"):
+        loaded(place("import beside_it"), "the judge")
+    for source, told in ((odd + "def f(): raise Odd('x')", "failed: Odd: x"), ("def f(): raise SystemExit(3)", "failed: SystemExit: 3")):
+        with pytest.raises(DataError, match=told):
+            called(loaded(place(source), "the judge"), "the judge")
+
+
+def test_a_file_may_be_what_python_files_are_and_its_present_text_counts(place):
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    source += "@dataclass\nclass A:\n    x: int\ndef f(): return A(1).x\n"
+    assert loaded(place(source), "it")() == 1
+    assert loaded(place(source.replace("A(1)", "A(2)")), "it")() == 2  # of the same size, in the same second

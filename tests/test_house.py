@@ -115,6 +115,11 @@ def test_the_command_line_imports_jobs_only_inside_commands():
     assert [m for m in top if m.split(".")[0] in PACKAGES] == ["jobs.parts.launch"]
 
 
+def test_files_of_tests_have_names_of_their_own():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}  # pytest would take one for the other
+
+
 def test_jobs_are_what_can_be_started():
     named = [m for m, top in imports(ROOT / "ctrlrl/cli.py") if not top and m.startswith("jobs.") and not m.startswith("jobs.parts.")]
     started = [*named, "jobs.replicas"]  # which Ray Serve starts: cluster/serve.yaml

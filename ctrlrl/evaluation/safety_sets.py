@@ -102,6 +102,7 @@ def read_set(name: str, given: SafetySet, *, skip_bad_rows: bool = False) -> Saf
     set_ = resolved(name, given)
     rejects: list[Reject] = []
     bad, found, unsafe, files, rows, twice = BadRows(rejects if skip_bad_rows else None), {}, {}, {}, 0, 0
+    kinds: dict[str, None] = {}
     for source, row in read_rows(set_.path, set_.columns):
         rows += 1
         files[source.rpartition(":")[0]] = None
@@ -112,7 +113,8 @@ def read_set(name: str, given: SafetySet, *, skip_bad_rows: bool = False) -> Saf
             continue
         if one is None:
             continue
-        messages, refusable = one
+        messages, refusable, kind = one
+        kinds[kind] = None
         key = prompt_id(messages)
         twice += key in found
         if unsafe.setdefault(key, refusable) != refusable:
@@ -122,25 +124,32 @@ def read_set(name: str, given: SafetySet, *, skip_bad_rows: bool = False) -> Saf
     bad.refuse(rows)
     if not found:
         raise DataError(f"{set_.path}: no prompt of the set {name}: it needs the column {' or '.join(set_.prompt)}{_narrowed(set_)}")
+    for pattern in set_.unsafe if set_.kind else ():
+        if not any(fnmatchcase(kind, pattern) for kind in kinds):
+            some = ", ".join(map(repr, list(kinds)[:8]))
+            raise DataError(
+                f"{set_.path}: no row of the set {name} has the {' or '.join(set_.kind)} {pattern!r}, as unsafe says; there are {some}: "
+                f'give sets.{name}.unsafe one or more of these, or all = "safe"'
+            )
     prompts, count = list(found.values()), min(set_.max_prompts or len(found), len(found))
     prompts = [prompts[i * len(prompts) // count] for i in range(count)]  # evenly spaced, since sets are sorted by kind
     return SafetyPrompts(name, PromptSet(tuple(prompts), ReadReport(tuple(files), rows, twice, tuple(rejects))), unsafe)
 
 
-def _prompt(row: object, set_: SafetySet) -> tuple[tuple[dict[str, str], ...], bool] | None:
-    """A row's messages and whether a safe assistant refuses them; None for a row of another set, or of a kind that is left out."""
+def _prompt(row: object, set_: SafetySet) -> tuple[tuple[dict[str, str], ...], bool, str] | None:
+    """A row's messages, whether a safe assistant refuses them, and their kind; None for a row of another set, or of one left out."""
     if not isinstance(row, dict):
         raise row if isinstance(row, DataError) else DataError("a row is an object of columns")
     if any(str(row.get(column)) != value for column, value in set_.where.items()):
         return None
-    kind = _text(row, set_.kind, needed=True) if set_.kind else ""
+    kind = _text(row, set_.kind, needed=True).strip() if set_.kind else ""
     if any(fnmatchcase(kind, pattern) for pattern in set_.left_out):
         return None
     refusable = any(fnmatchcase(kind, pattern) for pattern in set_.unsafe) if set_.kind else set_.all == "unsafe"
     text, context = _text(row, set_.prompt, needed=True), _text(row, set_.context)
     system = _text(row, set_.system) or set_.system_text
     user = {"role": "user", "content": f"{context}\n\n---\n\n{text}" if context else text}
-    return (*([{"role": "system", "content": system}] if system else []), user), refusable
+    return (*([{"role": "system", "content": system}] if system else []), user), refusable, kind
 
 
 def _text(row: dict, columns: tuple[str, ...], needed: bool = False) -> str:

@@ -7,6 +7,7 @@ source is its fingerprint, and the model's name in recipes and messages is `pyth
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ctrlrl.errors import DataError, ModelError
 from ctrlrl.functions import called, loaded, parts, source_sha256
@@ -57,9 +58,13 @@ class PythonScorer:
         """What the function returns, fp32 [B]; DataError for anything else than as many numbers from 0 to 1, and for what it raises."""
         if not conversations:
             return np.zeros(0, np.float32)
-        given = lambda conversations: np.asarray(self._function(conversations), np.float32)  # noqa: E731
-        raw = called(given, f"the scorer {self._name!r}", list(conversations))
-        if raw.shape != (len(conversations),) or not ((raw >= 0) & (raw <= 1)).all():
-            some = raw.ravel()[:3].tolist()
-            raise DataError(f"the scorer {self._name!r} must return {len(conversations)} numbers from 0 to 1; it gave {raw.size}: {some} …")
-        return raw
+        raw = called(lambda asked: _array(self._function(asked)), f"the scorer {self._name!r}", list(conversations))
+        if raw.dtype.kind not in "fiub" or raw.shape != (len(conversations),) or not ((raw >= 0) & (raw <= 1)).all():
+            some = f"{raw.ravel()[:3].tolist()} … of shape {list(raw.shape)}"
+            raise DataError(f"the scorer {self._name!r} must return {len(conversations)} numbers from 0 to 1; it gave {some}")
+        return raw.astype(np.float32)
+
+
+def _array(given: object) -> np.ndarray:
+    """What a function returned, a tensor of any dtype among it, as an array."""
+    return np.asarray(given.detach().cpu().double() if isinstance(given, torch.Tensor) else given)

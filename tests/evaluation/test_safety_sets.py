@@ -67,9 +67,20 @@ def test_sets_of_ones_own_are_told_by_their_columns(tmp_path):
     all_safe = read_set("mine", SafetySet(path=path, prompt=("ask",), all="safe", system_text="Be brief."))
     assert not any(all_safe.unsafe.values()) and all_safe.read.prompts[0].messages[0] == {"role": "system", "content": "Be brief."}
     spaced = tmp_path / "rows.csv"
-    spaced.write_text("ask;kind\nHello, you;fine\n")
-    (prompt,) = read_set("mine", mine.model_copy(update={"path": str(spaced), "where": {}})).read
+    spaced.write_text("ask;kind\nHello, you;fine\nDie, you;bad\n")
+    prompt, _ = read_set("mine", mine.model_copy(update={"path": str(spaced), "where": {}})).read
     assert prompt.messages[0]["content"] == "Hello, you"
+
+
+def test_what_unsafe_names_is_there(tmp_path):
+    rows = [{"ask": "a", "kind": "harmful "}, {"ask": "b", "kind": "fine"}]
+    mine = SafetySet(path=write(tmp_path / "rows.jsonl", rows), prompt=("ask",), kind=("kind",), unsafe=("harmful",))
+    assert list(read_set("mine", mine).unsafe.values()) == [True, False]  # blanks around a value are no part of it
+    with pytest.raises(DataError, match="no row of the set mine has the kind 'harmfull', as unsafe says; there are 'harmful', 'fine'"):
+        read_set("mine", mine.model_copy(update={"unsafe": ("harmful", "harmfull")}))
+    with pytest.raises(DataError, match=r"has the type or category 'contrast\*', as unsafe says; there are 'safe', 'unsafe'"):
+        other = [{"prompt": "a", "category": "safe"}, {"prompt": "b", "category": "unsafe"}]
+        read_set("xstest", SafetySet(path=write(tmp_path / "other.jsonl", other)))
 
 
 def test_what_does_not_say_enough_is_refused(tmp_path):
@@ -77,11 +88,12 @@ def test_what_does_not_say_enough_is_refused(tmp_path):
         load(SafetySet, None, ["kind=['kind']"])
     with pytest.raises(DataError, match="sets.mine is none of xstest, .*give its path"):
         read_set("mine", SafetySet(path="x.jsonl", prompt=("ask",)))
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}, {"prompt": 3, "type": "homonyms"}, {"prompt": "Fine", "type": "homonyms"}])
-    with pytest.raises(DataError, match=r"jsonl:1: a row needs type or category; .*jsonl:2: prompt is a text; got 3 \(2 of 3 rows"):
+    rows = [{"prompt": "Hi"}, *({"prompt": p, "type": t} for p, t in ((3, "homonyms"), ("Fine", "homonyms"), ("Not", "contrast_homonyms")))]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"jsonl:1: a row needs type or category; .*jsonl:2: prompt is a text; got 3 \(2 of 4 rows"):
         read_set("xstest", SafetySet(path=path))
     found = read_set("xstest", SafetySet(path=path), skip_bad_rows=True)
-    assert len(found.read) == 1 and [reject.source for reject in found.read.report.rejects] == [f"{path}:1", f"{path}:2"]
+    assert len(found.read) == 2 and [reject.source for reject in found.read.report.rejects] == [f"{path}:1", f"{path}:2"]
     with pytest.raises(DataError, match="no prompt of the set xstest: it needs the column prompt, and source = 'nobody'"):
         read_set("xstest", SafetySet(path=path, where={"source": "nobody"}))
     twice = write(tmp_path / "twice.jsonl", [{"prompt": "Hello", "type": kind} for kind in ("homonyms", "contrast_homonyms")])

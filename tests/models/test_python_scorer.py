@@ -46,7 +46,9 @@ def test_its_source_is_its_fingerprint(written):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("def score(conversations):\n    return [0.5]\n", r"must return 2 numbers from 0 to 1; it gave 1: \[0.5\]"),
+        ("def score(conversations):\n    return [0.5]\n", r"must return 2 numbers from 0 to 1; it gave \[0.5\] … of shape \[1\]"),
+        ("def score(conversations):\n    return ['0.5'] * len(conversations)\n", "must return 2 numbers from 0 to 1; it gave .'0.5'"),
+        ("def score(conversations):\n    return [[0.5]] * len(conversations)\n", r"must return 2 numbers .* of shape \[2, 1\]"),
         ("def score(conversations):\n    return [1.5] * len(conversations)\n", "must return 2 numbers from 0 to 1"),
         ("def score(conversations):\n    return [float('nan')] * len(conversations)\n", "must return 2 numbers"),
         ("def score(conversations):\n    return 1 / 0\n", "failed: ZeroDivisionError: division by zero"),
@@ -57,6 +59,11 @@ def test_its_source_is_its_fingerprint(written):
 def test_a_function_that_does_not_score_is_refused_before_anything_starts(written, source, told):
     with pytest.raises(ModelError, match=told):
         check_reward_model(written(source).model)
+
+
+def test_tensors_of_any_dtype_are_numbers(written):
+    source = "import torch\ndef score(asked):\n    return torch.full([len(asked)], 0.5, dtype=torch.bfloat16, requires_grad=True)\n"
+    assert make_scorer(written(source)).score(CONVERSATIONS).tolist() == [0.5] * len(CONVERSATIONS)
 
 
 def test_what_it_does_wrong_later_is_told(written):
