@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from typing import Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -74,6 +75,10 @@ class JudgeConfig(ServiceConfig):
     def _is_read_as_it_can_be(self):
         if not self.url and (self.read == "text" or self.key or self.version):
             raise ValueError('read = "text", key and version are of a judge behind a url: leave them out, or give its url')
+        plain = sorted(map(_plain, self.answers))
+        begun = next((pair for pair in zip(plain, plain[1:], strict=False) if pair[1].startswith(pair[0])), None)
+        if self.url and self.read == "probability" and begun:
+            raise ValueError(f"the answer {begun[1]!r} begins with {begun[0]!r}, and the first token tells them apart: give others")
         return self
 
     @property
@@ -119,7 +124,8 @@ class EndpointJudge:
 
     def __init__(self, config: JudgeConfig, calibration, service: Service):
         self._config, self._calibration, self._service = config, calibration, service
-        self._url = config.url.rstrip("/") + "/chat/completions"
+        parts = urlsplit(config.url)
+        self._url = parts._replace(path=parts.path.rstrip("/") + "/chat/completions").geturl()
         self._scores = {_plain(answer): score for answer, score in config.answers.items()}
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
@@ -155,8 +161,11 @@ class EndpointJudge:
             choice = said["choices"][0]
             text = choice["message"]["content"] or ""
             score, why = self._read(text) if by_text else config.verdict(self._chances(choice))
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{self._url} does not answer as a chat's completion does ({type(error).__name__}: {error})") from None
+        except DataError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError):
+            what = json.dumps(said, ensure_ascii=False)[:200]
+            raise DataError(f"{config.name} does not answer as a chat's completion does: it said {what}") from None
         return np.array([score], np.float32), {"0": why} if why else {}
 
     def _read(self, text: str) -> tuple[float, str]:
@@ -167,11 +176,13 @@ class EndpointJudge:
         """The probability of each answer as the first token of the reply: of all its spellings in case and white space."""
         first = ((choice.get("logprobs") or {}).get("content") or [None])[0]
         if not isinstance(first, dict) or not first.get("top_logprobs"):
-            raise DataError(f'{self._url} gives no probabilities of tokens: set judge.read = "text"')
+            raise DataError(f'{self._config.name} gives no probabilities of tokens: set judge.read = "text"')
         found = dict.fromkeys(self._scores, 0.0)
         for token in first["top_logprobs"]:
             if (plain := token["token"].strip().casefold()) in found:
-                found[plain] += math.exp(min(float(token["logprob"]), 0.0))
+                found[plain] += math.exp(float(token["logprob"]))
+        if not sum(found.values()) <= 1.01:
+            raise DataError(f"{self._config.name} gives its answers probabilities that add up to {sum(found.values()):.3g}: no logprobs")
         return list(found.values())
 
 

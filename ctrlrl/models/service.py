@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ _FIRST_WAIT_S = 1.0
 # What has no part in what a service says.
 PATIENCE = ("key", "timeout_s", "attempts", "longest_wait_s", "at_once")
 _SHOWN = 200  # characters of what a service says
+_DAY_S = 86_400
+_MOST = 2**26  # bytes of an answer
 
 
 class ServiceConfig(Section):
@@ -33,9 +36,9 @@ class ServiceConfig(Section):
 
     url: str
     key: str = ""
-    timeout_s: float = Field(60, gt=0)
+    timeout_s: float = Field(60, gt=0, le=_DAY_S)
     attempts: int = Field(6, gt=0)
-    longest_wait_s: float = Field(60, ge=0)
+    longest_wait_s: float = Field(60, ge=0, le=_DAY_S)
     at_once: int = Field(4, gt=0)
 
     @model_validator(mode="before")
@@ -75,6 +78,22 @@ class ServiceConfig(Section):
         return secret
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came back. asked: seconds that it asks to wait, if it does; elsewhere: where it says that the service is, if it does."""
+
+    status: int
+    reason: str
+    content: bytes
+    asked: float | None
+    elsewhere: str
+
+    @property
+    def text(self) -> str:
+        """As far as it is legible."""
+        return self.content.decode(errors="replace")
+
+
 class Service:
     """Asks one service; may be used from several threads. secret: its key. sleep: how it waits."""
 
@@ -92,7 +111,7 @@ class Service:
         url, content = url or self._config.url, json.dumps(body).encode()
         for attempt in range(1, self._config.attempts + 1):
             try:
-                answer = self._client.post(url, content=content, headers={"Content-Type": "application/json"})
+                answer = self._answer(url, content)
             except httpx.RequestError as error:
                 why, asked = f"cannot be reached: {type(error).__name__}: {error}", None
                 if not patient:
@@ -100,21 +119,36 @@ class Service:
             except httpx.InvalidURL as error:
                 self._refuse(url, f"has no valid address: {error}")
             else:
-                if answer.status_code == 200:
+                if answer.status == 200:
                     return self._read(url, answer)
-                why, asked = self._passing(url, answer), _retry_after(answer)
+                why, asked = self._passing(url, answer), answer.asked
             if attempt < self._config.attempts:
                 self._wait(url, why, attempt, asked)
         times = f" (tried {self._config.attempts} times)" if patient else ""
         self._refuse(url, f"{why}{times}: see that it runs, and run the same command again")
 
-    def _passing(self, url: str, answer: httpx.Response) -> str:
+    def _answer(self, url: str, content: bytes) -> Answer:
+        """The whole answer to one request, within `timeout_s`: a service that drips holds up nobody longer."""
+        end, parts, size = time.monotonic() + self._config.timeout_s, [], 0
+        with self._client.stream("POST", url, content=content, headers={"Content-Type": "application/json"}) as got:
+            for part in got.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > _MOST:
+                    self._refuse(url, f"answers more than {_MOST >> 20} MiB")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout(f"no whole answer within {self._config.timeout_s:g} s")
+            return Answer(got.status_code, got.reason_phrase, b"".join(parts), _retry_after(got), got.headers.get("Location", ""))
+
+    def _passing(self, url: str, answer: Answer) -> str:
         """What a failure that may pass is called; raises for others."""
-        status, said = answer.status_code, " ".join(self._clean(answer.text).split())[:_SHOWN]
-        why = f"answers {status} {answer.reason_phrase}{said and f': {said}'}"
+        status, said = answer.status, " ".join(self._clean(answer.text).split())[:_SHOWN]
+        why = f"answers {status} {answer.reason}{said and f': {said}'}"
+        if 300 <= status < 400 and answer.elsewhere:
+            why = f"answers {status} {answer.reason}, to {answer.elsewhere}: if that is the service, give its address"
         if status in (401, 403):
             given = f"the key in {self._config.key}" if self._config.key else "requests without a key: name its environment variable as key"
-            raise ModelError(f"{url} does not accept {given}; it {why}")
+            raise ModelError(f"{_shown(url)} does not accept {given}; it {why}")
         if status not in (408, 425, 429) and status < 500:
             self._refuse(url, why)
         return why
@@ -125,7 +159,7 @@ class Service:
             self._refuse(url, f"{why}; asks to wait {asked:g} s, and longest_wait_s = {self._config.longest_wait_s:g}")
         self._sleep(min(_FIRST_WAIT_S * 2 ** (attempt - 1), self._config.longest_wait_s) if asked is None else asked)
 
-    def _read(self, url: str, answer: httpx.Response) -> object:
+    def _read(self, url: str, answer: Answer) -> object:
         def no_number(name: str) -> NoReturn:
             raise ValueError(f"{name} is no number of JSON")
 
@@ -136,11 +170,17 @@ class Service:
             self._refuse(url, f"does not answer in JSON: {error}: {self._clean(answer.text)[:_SHOWN]!r}")
 
     def _refuse(self, url: str, why: str) -> NoReturn:
-        raise DataError(self._clean(f"{url} {why}")) from None
+        raise DataError(self._clean(f"{_shown(url)} {why}")) from None
 
     def _clean(self, text: str) -> str:
         """`text` without the key, which a service may say back."""
         return text.replace(self._secret, "…") if self._secret else text
+
+
+def _shown(url: str) -> str:
+    """An address without its query, which may hold a key."""
+    address, query, _ = url.partition("?")
+    return f"{address}{query and '?…'}"
 
 
 def _retry_after(answer: httpx.Response) -> float | None:

@@ -178,6 +178,33 @@ def test_a_lost_connection_and_a_late_answer_are_tried_again(listen):
     assert waits == [1, 2, 4] and len(service.asked) == 4
 
 
+def test_an_answer_that_drips_is_given_up_in_time_and_one_that_never_ends(listen, monkeypatch):
+    released = threading.Event()
+
+    def dripping():
+        while not released.wait(0.02):
+            yield b" "
+
+    service = listen(lambda *_: (200, {}, dripping()))
+    with pytest.raises(ModelError, match="no whole answer within 0.2 s"):
+        ScorerConfig(http={"url": service.url, "timeout_s": 0.2, "attempts": 1}).check()
+    released.set()
+    monkeypatch.setattr("ctrlrl.models.service._MOST", 1000)
+    for said in (b"[" + b"0," * 600, iter([b"0" * 600] * 9)):
+        with pytest.raises(ModelError, match="answers more than"):
+            ScorerConfig(http=listen(lambda *_, said=said: (200, {}, said)).url).check()
+
+
+def test_where_a_service_has_gone_is_told_and_no_query_is(listen):
+    service = listen(lambda *_: (307, {"Location": "https://elsewhere.example/"}, b""))
+    with pytest.raises(ModelError, match="307 Temporary Redirect, to https://elsewhere.example/: if that is the service, give") as told:
+        ScorerConfig(http=f"{service.url}?api_key=secret123").check()
+    assert "secret123" not in str(told.value)
+    for wrong in ({"timeout_s": "inf"}, {"longest_wait_s": 1e10}):
+        with pytest.raises(ValidationError):
+            ScorerConfig(http={"url": "https://a.example", **wrong})
+
+
 def test_an_answer_without_a_score_is_asked_for_alone_then_named(listen):
     hopeless, times = {"xxxxx"}, {}
 

@@ -67,6 +67,7 @@ def test_a_verdict_is_a_mean_by_probability_or_none():
         ({"read": "text"}, "of a judge behind a url"),
         ({"key": "A_KEY"}, "of a judge behind a url"),
         ({"url": "example.com"}, "is not an address"),
+        ({"url": "https://a.example", "answers": {"1": 0.0, "5": 0.5, "10": 1.0}}, "the answer '10' begins with '1', and the first token"),
     ],
 )
 def test_a_bad_section_is_refused_by_name(settings, told):
@@ -108,6 +109,12 @@ def test_an_endpoint_is_read_by_the_probability_of_its_first_token(listen):
     assert json.loads(body["messages"][0]["content"].split("\n")[1]) in [messages[0] for messages, _ in CONVERSATIONS]
 
 
+def test_an_addresss_query_stays_behind_its_path(listen):
+    service = listen(lambda *_: replies(tokens={"Yes": 1.0}))
+    judge_of(f"{service.url}/?api-version=1").check()
+    assert service.paths == ["/v1/score/chat/completions?api-version=1"]
+
+
 def test_an_endpoint_without_probabilities_is_read_strictly_or_refused(listen):
     said = {"0": "Yes", "1": " no.\n", "2": "YES", "3": "No"}
     service = listen(lambda body, _: replies(said.get(body["messages"][0]["content"].split("Answer ")[-1][0], "Yes")))
@@ -129,7 +136,8 @@ def test_a_service_that_is_no_judge_is_refused_before_anything_starts(listen, mo
     monkeypatch.setenv("CTRLRL_TEST_KEY", "s3cret")
     for said, told in (
         ((200, {}, {"scores": [1]}), "does not answer as a chat's completion does"),
-        ((200, {}, {"choices": []}), "does not answer as a chat's completion does"),
+        ((200, {}, {"error": "no model"}), 'does not answer as a chat.s completion does: it said {"error": "no model"}'),
+        (replies(tokens={"Yes": 2.0, "No": 1.6}), "probabilities that add up to 3.6: no logprobs"),
         ((401, {}, b"no s3cret here"), "does not accept the key in CTRLRL_TEST_KEY.*no … here"),
         (replies(tokens={"Maybe": 1.0}), "gives no verdict on a small conversation: .*with probability 0, and least = 0.5"),
     ):
