@@ -16,6 +16,7 @@ from ctrlrl.data.remembered import REMEMBERED, Remembered
 from ctrlrl.models.sampler import IMPORTS, environment
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.models.service import PATIENCE
+from ctrlrl.models.unscored import Unscored
 from ctrlrl.prompts import Messages
 
 
@@ -49,6 +50,9 @@ class RewardWorker:
     def raw(self, conversations):
         return self.scorer.raw(conversations)
 
+    def reasoned(self, conversations):
+        return self.scorer.reasoned(conversations)
+
 
 class Reward:
     """Typed handle of one attribute's scorer. folder: of the run, in which a slow scorer's answers are remembered."""
@@ -62,7 +66,8 @@ class Reward:
         self.calibration, self._memory = config.load_calibration(), None  # from raw outputs to scores
         if config.service:
             file = folder and folder / REMEMBERED / f"{config.content_sha256()}.txt"
-            self._memory = Remembered(self._ask, config.service.portion, file)
+            self._memory = Remembered(self._ask_service, config.service.portion, file)
+            self._unscored = Unscored(f"{name}: {config.model}", config.service.unscored)
 
         def create(index: int) -> ActorHandle:
             return RewardWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()
@@ -71,7 +76,7 @@ class Reward:
         self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; NaN for an answer that a service or a judge set aside."""
         if self._memory:
             return self.calibration(self._memory.raw(conversations).result()).astype(np.float32)
         size = max(1, -(-len(conversations) // self._workers))
@@ -82,12 +87,29 @@ class Reward:
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> Future:
         """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs.
 
-        Of a service or a judge they come from several calls, and what was said before is not asked for again.
+        Of a service or a judge they come from several calls, and what was said before is not asked for again; NaN is an answer without a
+        score, DataError that there are too many of them.
         """
         return self._memory.raw(conversations) if self._memory else self._ask(list(conversations))
 
     def _ask(self, part: list[tuple[Messages, str]]) -> Future:
         return self.pool.submit(lambda worker: worker.raw.remote(part), named(part))
+
+    def _ask_service(self, part: list[tuple[Messages, str]]) -> Future:
+        """A future of raw outputs as _ask gives, whose NaN are counted."""
+        counted = Future()
+
+        def count(answering: Future) -> None:
+            try:
+                raw, reasons = answering.result()
+                if told := self._unscored.count(part, raw, reasons):
+                    print(told, flush=True)
+                counted.set_result(raw)
+            except BaseException as error:  # whatever it is, those who wait are told
+                counted.set_exception(error)
+
+        self.pool.submit(lambda worker: worker.reasoned.remote(part), named(part)).add_done_callback(count)
+        return counted
 
 
 def named(part: list[tuple[Messages, str]]) -> str:

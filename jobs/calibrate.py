@@ -58,7 +58,9 @@ def fitted(config: CalibrateRecipe) -> dict[Path, tuple[Calibration, str]]:
         if raw is None:
             raise DataError(f"{store.directory} keeps no raw outputs: score these samples anew")
         calibration = fit_quantile(raw, model=store.fingerprint.get("reward", {}).get("sha256", ""))
+        unscored = store.manifest()["rows"] - len(raw)
         told = f"{len(raw):,} outputs from {raw.min():.3f} to {raw.max():.3f}"
+        told += f" ({unscored:,} answers without one left out)" if unscored else ""
         found[absolute_out(config.out) / f"{attribute}.json"] = calibration, told
     return found
 

@@ -116,6 +116,7 @@ def report_lines(report: dict, out: Path, pictures: list[Path]) -> list[str]:
     rows, prompts, classes = report["rows"], report["prompts"], report["classes"]
     kept = f"{prompts['after']:,} of {prompts['before']:,} prompts kept ({prompts['share']:.1%})"
     lines = [f"{report['method']}: {rows['before']:,} samples -> {rows['after']:,} rows, {kept}"]
+    lines += [f"{report['unscored']:,} samples without all their scores were left out"] if report.get("unscored") else []
     width = max(30, *(len(name) + 2 for name in classes["before"]))
     lines.append(f"{'class':{width}}{'before':>12}{'extreme':>12}{'after':>12}")
     for name in classes["before"]:

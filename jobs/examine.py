@@ -115,11 +115,15 @@ def checked(name: str, store: ShardStore) -> Finding:
 
 def class_lines(name: str, judged: list[Finding], attributes: Attributes) -> Iterator[str]:
     """How many samples of each class the scores of a set make."""
-    counts = np.zeros(len(cells(attributes)), np.int64)
+    counts, unscored = np.zeros(len(cells(attributes)), np.int64), 0
     for shard in sorted(set.intersection(*(finding.sound for finding in judged))):
         scores = np.stack([finding.store.read(shard, ["score"])["score"].to_numpy() for finding in judged], axis=1)
+        unscored += int(np.isnan(scores).any(1).sum())
+        scores = scores[~np.isnan(scores).any(1)]
         counts += np.bincount(classes(scores, attributes), minlength=len(counts))
     yield f"classes by {name}: " + ", ".join(f"{c.name} {n:,}" for c, n in zip(cells(attributes), counts.tolist(), strict=True))
+    if unscored:
+        yield f"  without a score, set aside: {unscored:,}"
 
 
 def example_lines(samples: Finding, scores: dict, prompts: dict[str, list[dict]], wanted: int) -> Iterator[str]:
@@ -131,7 +135,7 @@ def example_lines(samples: Finding, scores: dict, prompts: dict[str, list[dict]]
         place = (2 * number + 1) * table.num_rows // (2 * wanted)
         row = table.slice(place, 1).to_pylist()[0]
         judged = [
-            f"{name}.{a} {finding.store.read(shard, ['score'])['score'][place].as_py():.2f}"
+            f"{name}.{a} {'-' if (score := finding.store.read(shard, ['score'])['score'][place].as_py()) is None else format(score, '.2f')}"
             for (name, a), finding in scores.items()
             if shard in finding.sound
         ]

@@ -29,7 +29,7 @@ from ctrlrl.runs import absolute_out, only_writer
 from jobs.parts.flow import Script
 from jobs.parts.launch import Out, Recipe, Set, SkipBadRows, run_job
 from jobs.parts.reading import DrawnRecipe, fitting, report
-from jobs.parts.road import Road, Scores, drawn, drawn_from, effort, spoken
+from jobs.parts.road import Road, Scores, drawn, drawn_from, effort, spoken, unscored_line
 
 Scale = Annotated[str, typer.Option(help="Units to have in the end, such as 8x: passes over the prompts, each with other seeds.")]
 
@@ -116,6 +116,7 @@ class Generation:
 
     def finish(self) -> dict:
         """Write all manifests, that of the whole directory last, and return it."""
+        unscored = self.scores.unscored()
         for store in self.scores.stores.values():
             store.finish({})
         samples = self.samples.finish({"policy": self._config.policy})
@@ -128,6 +129,7 @@ class Generation:
             "counts": counts,
             "truncated": sum(f["truncated"] for f in facts),
             "mean_score": {a: judge_mean(store, samples["rows"], len(facts)) for a, store in self.scores.stores.items()},
+            **({"unscored": unscored} if unscored else {}),
             **effort(facts),
         }
         write_json(self._layout.manifest, manifest)
@@ -142,7 +144,8 @@ def summary_lines(manifest: dict, layout: Layout) -> list[str]:
     return [
         f"{layout.directory}: {scale}, {counts['samples']:,} samples of {counts['prompts']:,} prompts in {counts['shards']} shards",
         f"  {counts['tokens']:,} tokens in {pace}, {manifest['truncated']:,} answers cut at the limit",
-        "  mean score  " + "  ".join(f"{attribute} {mean:.3f}" for attribute, mean in scores.items()),
+        "  mean score  " + "  ".join(f"{a} {'-' if mean is None else format(mean, '.3f')}" for a, mean in scores.items()),
+        *unscored_line(manifest.get("unscored", {})),
         *([cut] if (cut := cut_line(counts["samples"], manifest["truncated"], counts["tokens"], limit)) else []),
     ]
 

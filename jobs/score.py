@@ -21,7 +21,7 @@ from ctrlrl.models.conversations import reader_of
 from ctrlrl.runs import absolute_out
 from jobs.parts.flow import Script
 from jobs.parts.launch import Data, Recipe, Set, run_job
-from jobs.parts.road import Road, Scores
+from jobs.parts.road import Road, Scores, unscored_line
 
 
 class ScoreRecipe(Section):
@@ -66,9 +66,11 @@ def score(config: ScoreRecipe) -> int:
         if code := road.travel(script, config.cluster, scores.workers):
             print("stopped")
             return code
+        unscored = scores.unscored()
         for store in scores.stores.values():
             store.finish({"shards": len(store.committed())})
     print(f"{layout.directory / 'scores' / config.name}: {', '.join(scores.stores)} of {manifest['rows']} answers")
+    print("".join(f"{line}\n" for line in unscored_line(unscored)), end="", flush=True)
     return 0
 
 

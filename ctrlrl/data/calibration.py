@@ -39,19 +39,18 @@ class Calibration:
             raise DataError(f"a {self.kind} calibration was given {len(self.knots)} knots: quantile alone has some, from fit_quantile")
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
-        """Scores in [0, 1], float64, of the shape of `raw`; raises DataError for NaN, and for identity outside [0, 1]."""
+        """Scores in [0, 1], float64, of the shape of `raw`; NaN, of an answer without a score, stays NaN. DataError for identity outside
+        [0, 1]."""
         raw = np.asarray(raw, np.float64)
-        if np.isnan(raw).any():
-            broken = f"{int(np.isnan(raw).sum())} of {raw.size} outputs"
-            raise DataError(f"{broken} of a reward model are NaN: its weights are broken, or its dtype overflows")
         if self.kind == "sigmoid":
             return expit(raw)
         if self.kind == "quantile":
             scores = np.interp(raw, self.knots, self.scores)
             above = np.searchsorted(self.knots, raw).clip(max=len(self.knots) - 1)
             return np.minimum(scores, np.take(self.scores, above))  # rounding may lift a score above that of the next knot
-        if raw.size and not (raw.min() >= 0 and raw.max() <= 1):
-            raise DataError(f"identity calibration needs outputs in [0, 1]; got {raw.min():g} to {raw.max():g}: use sigmoid or quantile")
+        if ((raw < 0) | (raw > 1)).any():
+            ends = f"{np.nanmin(raw):g} to {np.nanmax(raw):g}"
+            raise DataError(f"identity calibration needs outputs in [0, 1]; got {ends}: use sigmoid or quantile")
         return raw
 
     @property
@@ -80,10 +79,11 @@ def load_calibration(path: str | Path) -> Calibration:
 def fit_quantile(raw: Iterable[float], *, points: int = 1001, model: str = "") -> Calibration:
     """The quantile map of `raw` outputs [samples]: score = (share below + share below or equal) / 2, between samples linear.
 
-    The map is kept at `points` evenly spaced quantiles; outputs beyond the fitted ones get the score of the nearest end.
-    Raises DataError for fewer than two different outputs.
+    The map is kept at `points` evenly spaced quantiles; outputs beyond the fitted ones get the score of the nearest end. NaN, of answers
+    without a score, is left out. Raises DataError for fewer than two different outputs.
     """
     raw = np.asarray(raw, np.float64)
+    raw = raw[~np.isnan(raw)] if raw.ndim == 1 else raw
     values, counts = np.unique(raw, return_counts=True)
     if raw.ndim != 1 or not np.isfinite(raw).all() or len(values) < 2:
         raise DataError(f"a quantile calibration is fitted on a list of finite outputs; got shape {raw.shape}, {len(values)} different")
@@ -103,11 +103,11 @@ def fit_to_store(store: ShardStore) -> Calibration | None:
 
 
 def raw_outputs(store: ShardStore) -> np.ndarray | None:
-    """Every raw output of a finished store of scores; None if it does not keep them."""
-    columns = [store.read(record["index"], ["raw"])["raw"] for record in store.manifest()["shards"]]
-    if not columns or any(column.null_count for column in columns):
+    """Every raw output of a finished store of scores, without the answers that have no score; None if it does not keep them."""
+    shards = [store.read(record["index"], ["score", "raw"]) for record in store.manifest()["shards"]]
+    if not shards or any(not shard["raw"].is_null().equals(shard["score"].is_null()) for shard in shards):
         return None
-    return np.concatenate([column.to_numpy() for column in columns])
+    return np.concatenate([shard["raw"].drop_null().to_numpy() for shard in shards])
 
 
 def _rising(values: tuple[float, ...]) -> bool:

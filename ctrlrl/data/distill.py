@@ -35,7 +35,7 @@ from ctrlrl.data.scored import (
 )
 from ctrlrl.data.selection import Moec, Oversampling, ScoredRows, Selection, Vanilla, classes, extremes
 from ctrlrl.data.shards import ROW_GROUP
-from ctrlrl.errors import RecipeError
+from ctrlrl.errors import DataError, RecipeError
 
 METHODS = ("vanilla", "oversampling", "moec")
 TABLE, REPORT = "train.parquet", "report.json"
@@ -53,8 +53,10 @@ def distill(
     corners, `per_cell` samples drawn for each. Of attributes with other levels than these two see
     data.selection. memory: bytes that grouping by prompt may use.
 
-    Raises RunError for unfinished stores, DataError for shards that do not match or hold bad scores, RecipeError for bad settings,
-    StorageError for a full disk.
+    A sample that lacks a score (null) is left out of everything, and counted under "unscored" of the report, if there are any.
+
+    Raises RunError for unfinished stores, DataError for shards that do not match, hold bad scores or hold none, RecipeError for bad
+    settings, StorageError for a full disk.
     """
     out = Path(out)
     scratch = out / ".scratch"
@@ -67,13 +69,17 @@ def distill(
             index = PromptIndex(source.prompts, scratch)
             attributes, rows = source.attributes, sum(b.rows for b in bundles)
             selection = _selection(method, per_cell, precision, memory, scratch, rows, len(index), attributes)
-            counts, joint = _Counts(len(index), attributes), JointScores(attributes.names)
+            counts, joint, unscored = _Counts(len(index), attributes), JointScores(attributes.names), 0
             with open(scratch / "scored", "w+b") as scored:
-                for rows in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
+                for whole in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
+                    write_rows(scored, whole)
+                    rows = whole.scored(unscored)
+                    unscored += len(whole.rank) - len(rows.rank)
                     joint.count(rows.scores)
                     counts.before(rows)
                     selection.count(rows)
-                    write_rows(scored, rows)
+                if unscored and unscored == sum(b.rows for b in bundles):
+                    raise DataError(f"none of the {unscored:,} samples has all its scores: score these samples anew")
                 for rows in read_rows_again(scored, bundles, len(attributes)):
                     joint.correlate(rows.scores)
                     selection.choose(rows)
@@ -83,7 +89,7 @@ def distill(
                 tables = _training_tables(source, again, bundles, index, selection, counts, seed)
                 write_atomically(out / TABLE, lambda file: _write_tables(file, tables, distilled_schema(attributes)))
             settings = {"method": method, "seed": seed, "per_cell": per_cell, "precision": precision}
-            report = settings | counts.report() | joint.report()
+            report = settings | counts.report() | joint.report() | ({"unscored": unscored} if unscored else {})
             report["table_sha256"] = file_sha256(out / TABLE)
             report["sources"] = {name: store.fingerprint for name, store in source.stores.items()}
             report["shards"] = shards_of(source)
@@ -168,6 +174,7 @@ def _training_tables(
 
     for bundle, answers in read_ahead(read, with_rows()):
         rows, copies = wanted.pop(bundle.start)
+        answers = answers if rows.at is None else answers.take(pa.array(rows.at))
         check_aligned(rows.rank, answers, np.flatnonzero(copies), seed, source.samples, source.scores[0])
         for taken in _repeats(copies):
             yield _training_rows(answers, rows, taken, index, selection, source.attributes)

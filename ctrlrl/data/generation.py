@@ -22,7 +22,7 @@ from ctrlrl.attributes import FILE, PAPER, Attributes, stored, unlike
 from ctrlrl.data.atomic import write_atomically, write_text
 from ctrlrl.data.calibration import Calibration
 from ctrlrl.data.rejects import REJECTS, Reject, write_rejects
-from ctrlrl.data.schemas import SAMPLES, SCORES, conform, prompts_table
+from ctrlrl.data.schemas import SAMPLES, SCORES, UNSCORED, conform, prompts_table
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import DataError, RunError
@@ -197,12 +197,22 @@ def samples_table(
 
 
 def scores_table(samples: pa.Table, raw: np.ndarray, calibration: Calibration) -> pa.Table:
-    """Scores of `samples`, in their order, as a table of the SCORES schema."""
-    columns = {name: samples[name] for name in _KEY} | {"score": pa.array(calibration(raw)), "raw": pa.array(raw.astype(np.float32))}
-    return conform(pa.table(columns), SCORES, "scores")
+    """Scores of `samples`, in their order, as a table of the SCORES schema; of UNSCORED, with nulls, if some raw outputs are NaN."""
+    none = np.isnan(raw)
+    scores = {"score": pa.array(calibration(raw), mask=none), "raw": pa.array(raw.astype(np.float32), mask=none)}
+    return conform(pa.table({name: samples[name] for name in _KEY} | scores), UNSCORED if none.any() else SCORES, "scores")
 
 
-def judge_mean(store: ShardStore, rows: int, shards: int) -> float:
-    """Mean score over the first `shards` shards."""
+def score_facts(table: pa.Table) -> dict:
+    """Of a shard of scores: their mean (None without any), and, where there are some, how many answers have none."""
+    scores = table["score"].drop_null()
+    mean = float(np.mean(scores)) if len(scores) else None
+    return {"mean": mean} | ({"unscored": table["score"].null_count} if table["score"].null_count else {})
+
+
+def judge_mean(store: ShardStore, rows: int, shards: int) -> float | None:
+    """Mean score over the first `shards` shards, of so many rows, without the answers that have none; None if all have none."""
     records = [store.record(index) for index in range(shards)]
-    return sum(record.facts["mean"] * record.rows for record in records) / rows
+    total = sum(r.facts["mean"] * (r.rows - r.facts.get("unscored", 0)) for r in records if r.facts["mean"] is not None)
+    scored = rows - sum(r.facts.get("unscored", 0) for r in records)
+    return total / scored if scored else None

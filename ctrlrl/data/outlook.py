@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.control import cells
@@ -18,11 +19,13 @@ _ENOUGH = 0.05  # answers that may be cut
 
 @dataclass(frozen=True)
 class Outlook:
-    """Of all prompts how many MOEC keeps; which of the classes (in the order of control.cells) any sample is in."""
+    """Of all prompts how many MOEC keeps; which of the classes (in the order of control.cells) any sample is in. unscored: samples that
+    lack a score, and are left out."""
 
     prompts: int
     moec: int
     classes: tuple[bool, ...]
+    unscored: int = 0
 
 
 def outlook(
@@ -31,13 +34,15 @@ def outlook(
     """What the finished score stores, by attribute, promise; with `maps`, if their raw outputs were calibrated by these."""
     seen, pairs, there = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(len(cells(attributes)), bool)
     low = np.uint64((1 << (len(there) - 1).bit_length()) - 1)
-    column = "raw" if maps else "score"
+    column, unscored = "raw" if maps else "score", 0
     for record in stores[attributes.names[0]].manifest()["shards"]:
         tables = [stores[a].read(record["index"], ["prompt_id", column]) for a in attributes.names]
         scores = np.stack([t[column].to_numpy() for t in tables], 1)
         if maps:
             scores = np.stack([maps[a](scores[:, i]) for i, a in enumerate(attributes.names)], 1)
-        ids = tables[0]["prompt_id"].combine_chunks().dictionary_encode()
+        whole = ~np.isnan(scores).any(1)
+        scores, unscored = scores[whole], unscored + int((~whole).sum())
+        ids = tables[0]["prompt_id"].filter(pa.array(whole)).combine_chunks().dictionary_encode()
         prompt, of = prompt_keys(ids.dictionary)[ids.indices.to_numpy()], classes(scores, attributes)
         extreme = extremes(scores, attributes)
         there |= np.bincount(of, minlength=len(there)) > 0
@@ -45,7 +50,7 @@ def outlook(
         # A key of 64 bits gives some up for the class; if it is two, two of three million prompts fall together once in 10^6 times.
         pairs = np.union1d(pairs, (prompt[extreme] & ~low) | of[extreme].astype(np.uint64))
     _, corners = np.unique(pairs & ~low, return_counts=True)
-    return Outlook(len(seen), int((corners >= 2).sum()), tuple(there.tolist()))
+    return Outlook(len(seen), int((corners >= 2).sum()), tuple(there.tolist()), unscored)
 
 
 def outlook_lines(stores: Mapping[str, ShardStore], attributes: Attributes = PAPER) -> list[str]:
@@ -55,6 +60,7 @@ def outlook_lines(stores: Mapping[str, ShardStore], attributes: Attributes = PAP
         f"  would be kept: vanilla all {found.prompts:,} prompts; oversampling {sum(found.classes)} of {len(found.classes)} classes; moec "
         f"{found.moec:,} prompts ({found.moec / max(found.prompts, 1):.0%})"
     ]
+    lines += [f"  {found.unscored:,} samples without all their scores would be left out"] if found.unscored else []
     maps = {a: fitted for a in attributes.names if (fitted := fit_to_store(stores[a])) is not None}
     if len(maps) == len(attributes) and (spread := outlook(stores, maps, attributes)).moec > found.moec:
         share = spread.moec / max(spread.prompts, 1)

@@ -1,11 +1,13 @@
 """What slow scorers have said, by content: the same conversation is not asked about twice in a run, nor when it goes on.
 
 One line an answer in a file of the run, appended as they come: the SHA-256 of the conversation, and the raw output. A line that a killed
-run left half written counts as none. There is one file for each identity of a scorer, so that no other's answers are found in it.
+run left half written counts as none. There is one file for each identity of a scorer, so that no other's answers are found in it. An
+answer without a score (NaN) is remembered by the process alone: a run that goes on asks for it anew.
 """
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -81,7 +83,7 @@ class Remembered:
     def _append(self, keys: Sequence[str], raw: list[float]) -> BaseException | None:
         if not self._file:
             return None
-        lines = "".join(f"{key} {value!r}\n" for key, value in zip(keys, raw, strict=True))
+        lines = "".join(f"{key} {value!r}\n" for key, value in zip(keys, raw, strict=True) if not math.isnan(value))
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a") as file:

@@ -37,6 +37,7 @@ SAMPLES = pa.schema(
 # float64, because MOEC's 0.2 belongs to the low end: the float32 next to 0.2 lies above it.
 _RAW = pa.field("raw", pa.float32())  # the reward model's own output, from which another calibration can be fitted
 SCORES = pa.schema([*_KEY, pa.field("score", pa.float64(), nullable=False), _RAW])
+UNSCORED = pa.schema([*_KEY, pa.field("score", pa.float64()), _RAW])  # of a shard in which an answer has no score: there both are null
 _ATTRIBUTES = b"ctrlrl.attributes"  # in the metadata of a schema
 
 

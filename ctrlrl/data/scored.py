@@ -123,7 +123,7 @@ def read_bundle(store: ShardStore, bundle: Bundle, columns: list[str]) -> pa.Tab
                 tables.append(shard.read_row_group(group, columns=columns, use_threads=False))
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"{path} cannot be read: {error}: run ctrlrl inspect, which says what to do") from None
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables, promote_options="default")  # a shard without a null has another schema than one with some
 
 
 def _ranks(table: pa.Table, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
@@ -134,7 +134,8 @@ def _ranks(table: pa.Table, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarra
 
 
 def scored_rows(source: ScoredSamples, bundle: Bundle, index: PromptIndex, seed: int) -> ScoredRows:
-    """The first pass over a bundle; raises DataError if the stores of scores hold other samples, or a bad score."""
+    """The first pass over a bundle, NaN for a score that is null; raises DataError if the stores of scores hold other samples, or a bad
+    score."""
     column = "raw" if source.maps else "score"
     first, *others = tables = [read_bundle(store, bundle, [*KEY, column]) for store in source.scores]
     prompts, rank = _ranks(first, seed)
@@ -144,7 +145,8 @@ def scored_rows(source: ScoredSamples, bundle: Bundle, index: PromptIndex, seed:
     scores = np.stack([table[column].to_numpy() for table in tables], axis=1)
     if source.maps:
         scores = np.stack([source.maps[a](scores[:, i]) for i, a in enumerate(source.attributes.names)], axis=1)
-    bad = np.argwhere(~((scores >= 0) & (scores <= 1)))
+    none = np.stack([table[column].is_null().to_numpy() for table in tables], axis=1)
+    bad = np.argwhere(~((scores >= 0) & (scores <= 1) | none))
     if len(bad):
         row, column = bad[0].tolist()
         directory = source.scores[column].directory
@@ -178,13 +180,15 @@ def write_rows(scored: BinaryIO, rows: ScoredRows) -> None:
 
 
 def read_rows_again(scored: BinaryIO, bundles: list[Bundle], attributes: int) -> Iterator[ScoredRows]:
-    """The scored rows, of so many attributes, again, in the same bundles."""
+    """The scored rows, of so many attributes, again, in the same bundles, without those that lack a score."""
     scored.seek(0)
-    record = _record(attributes)
+    record, left_out = _record(attributes), 0
     for bundle in bundles:
         records = np.frombuffer(scored.read(bundle.rows * record.itemsize), record)
         columns = (np.ascontiguousarray(records[name]) for name in ("prompt", "rank", "scores"))
-        yield ScoredRows(bundle.start, *columns)
+        rows = ScoredRows(bundle.start, *columns).scored(left_out)
+        left_out += bundle.rows - len(rows.rank)
+        yield rows
 
 
 def _record(attributes: int) -> np.dtype:

@@ -3,7 +3,7 @@
 Every method sees all samples twice, as ScoredRows in any batches, and then says how often each row is written. Draws go by
 ctrlrl.data.keys.sample_ranks, so they do not depend on the order, the size or the number of shards.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,12 +24,23 @@ _MOST_PARTS = 512  # open files
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, A]."""
+    """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, A].
+
+    at: which rows of their bundle they are, where samples without a score were left out; None: all of them.
+    """
 
     start: int
     prompt: np.ndarray  # uint32, number in the PromptIndex
     rank: np.ndarray  # uint64, the sample's seeded draw (ctrlrl.data.keys.sample_ranks)
     scores: np.ndarray
+    at: np.ndarray | None = None
+
+    def scored(self, left_out: int) -> "ScoredRows":
+        """Those that have all their scores; `left_out` before them have not, and do not count in `start`."""
+        at = np.flatnonzero(~np.isnan(self.scores).any(1))
+        if len(at) == len(self.rank):
+            return replace(self, start=self.start - left_out)
+        return ScoredRows(self.start - left_out, self.prompt[at], self.rank[at], self.scores[at], at)
 
 
 class Selection(Protocol):

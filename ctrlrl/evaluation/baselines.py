@@ -48,9 +48,10 @@ def under_attack(messages: Messages, attack: str) -> Messages:
 def nearest(scores: np.ndarray, requests: np.ndarray) -> np.ndarray:
     """Which of k samples is nearest to the request by the L1 distance of its scores: [N] from scores [N, k, A] and requests [N, A].
 
-    Of equally near ones the first.
+    Of equally near ones the first. One without all its scores (NaN) is chosen only where none has them.
     """
-    return np.abs(scores - requests[:, None]).sum(2).argmin(1)
+    distance = np.abs(scores - requests[:, None]).sum(2)
+    return np.where(np.isnan(distance), np.inf, distance).argmin(1)
 
 
 def best_template(measured: Mapping[int, Mapping]) -> int:

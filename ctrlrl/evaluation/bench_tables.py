@@ -81,6 +81,8 @@ def lines(name: str, facts: Mapping) -> list[str]:
         for row in rows:
             cells = "".join(f"{'-' if f.value is None else f.text:>{len(h) + 2}}" for f, h in zip(row.figures, heads, strict=True))
             said.append(f"{row.attack:{attack}}{row.control:{width}}{cells}")
+        lacking = [f"{n} by {j} under {a}" for a, measured in found["attacks"].items() for j, n in measured.get("unscored", {}).items()]
+        said += [f"prompts without all their scores left out: {', '.join(lacking)}"] if lacking else []
         for kept in survival_rows(name, found):
             told = ", ".join(f"{what} {'-' if f.value is None else f.text}" for what, f in kept.figures.items())
             said.append(f"survives {kept.attack}: {told}")

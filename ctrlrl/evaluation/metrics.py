@@ -11,6 +11,7 @@ from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy import stats
 
 from ctrlrl.attributes import PAPER, Attributes, enumerated
@@ -59,6 +60,21 @@ def from_table(table: pa.Table, *, scores: Sequence[str] | None = None) -> tuple
     filled = np.empty((len(prompts), len(controls), len(attributes)))
     filled[prompt, control] = given
     return np.broadcast_to(levels, filled.shape).copy(), filled
+
+
+def without_unscored(table: pa.Table, scores: Sequence[str]) -> tuple[pa.Table, int]:
+    """The table without the prompts that lack one of the `scores` (null) under any control, and how many these are.
+
+    DataError if none is left.
+    """
+    none = np.any([table[name].is_null().to_numpy() for name in scores if name in table.column_names], axis=0)
+    if not np.any(none):
+        return table, 0
+    lacking = pc.is_in(table["prompt_id"], pc.unique(table["prompt_id"].filter(pa.array(none))))
+    scored, prompts = table.filter(pc.invert(lacking)), pc.count_distinct(table["prompt_id"].filter(lacking)).as_py()
+    if not scored.num_rows:
+        raise DataError(f"none of the {prompts} prompts has its scores in {enumerated(scores)} under every control: score the answers anew")
+    return scored, prompts
 
 
 def measure(table: pa.Table, *, seed: int, scores: Sequence[str] | None = None, draws: int = 1000) -> dict:

@@ -2,7 +2,8 @@
 
 The table is long: one row per prompt and control, and per template for prompting. Needed columns: prompt_id, helpful_request,
 harmless_request and the two scores of at least one set of reward models (`optimisation.helpful`, …). Columns method, template, response,
-tokens and finish_reason may be absent: what they would tell is then named under "missing".
+tokens and finish_reason may be absent: what they would tell is then named under "missing". A prompt that lacks a score (null) of a set
+under any control is left out of the figures of that set, and counted under "unscored".
 """
 
 import numpy as np
@@ -17,7 +18,15 @@ from ctrlrl.data.schemas import attributes_in
 from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import METHODS, best_template
 from ctrlrl.evaluation.grid import JUDGES, score_columns
-from ctrlrl.evaluation.metrics import METRICS, from_table, measure, over_optimisation_gap, request_columns, safe_shares
+from ctrlrl.evaluation.metrics import (
+    METRICS,
+    from_table,
+    measure,
+    over_optimisation_gap,
+    request_columns,
+    safe_shares,
+    without_unscored,
+)
 from ctrlrl.evaluation.refusals import EXEMPT, JUDGED, OPENING, REFUSALS, check_pattern, judged, judged_by, refused
 from ctrlrl.functions import check_defined
 
@@ -96,9 +105,16 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
         "best_template": best,
         "templates": [{"template": n, "metrics": part} for n, part in figures.items()] if method == "prompting" else [],
         "missing": _missing(table, judges),
+        **({"unscored": lacking} if (lacking := unscored_prompts(chosen, judges)) else {}),
         **({} if attributes == PAPER else {"attributes": attributes.dumped()}),
     }
     return figures[best], details
+
+
+def unscored_prompts(table: pa.Table, judges: list[str]) -> dict[str, int]:
+    """How many prompts are left out of the figures of each set of reward models, where there are any."""
+    found = {judge: _scored(table, judge)[1] for judge in judges}
+    return {judge: prompts for judge, prompts in found.items() if prompts}
 
 
 def refusals_told(table: pa.Table, config: MeasureConfig) -> dict:
@@ -115,10 +131,9 @@ def refusals_told(table: pa.Table, config: MeasureConfig) -> dict:
 def corners(table: pa.Table, judges: list[str], config: MeasureConfig) -> list[dict]:
     """For each control: answers, mean tokens and characters, share cut at the limit, share of refusals, mean scores; null where unknown."""
     attributes = attributes_in(table.schema)
-    requests = np.stack([table[name].to_numpy() for name in request_columns(attributes)], axis=1)
-    rows = []
+    scored, rows = {judge: _scored(table, judge)[0] for judge in judges}, []
     for control in _controls(table):
-        part = table.filter(pa.array((requests == np.array(control.levels)).all(1)))
+        part = _under(table, control)
         row = {"control": control.name, **dict(zip(attributes.names, control.levels, strict=True)), "answers": part.num_rows}
         row["tokens"] = pc.mean(part["tokens"]).as_py() if "tokens" in part.column_names else None
         row["cut"] = _share(pc.equal(part["finish_reason"], "length")) if "finish_reason" in part.column_names else None
@@ -126,7 +141,8 @@ def corners(table: pa.Table, judges: list[str], config: MeasureConfig) -> list[d
         row["characters"] = None if said is None else pc.mean(pc.utf8_length(said)).as_py()
         told = config.are_refusals(part)
         row["refusals"] = None if told is None else _share(told)
-        row["scores"] = {j: {a: pc.mean(part[f"{j}.{a}"]).as_py() for a in attributes.names} for j in judges}
+        judged_parts = {judge: _under(found, control) for judge, found in scored.items()}
+        row["scores"] = {j: {a: pc.mean(found[f"{j}.{a}"]).as_py() for a in attributes.names} for j, found in judged_parts.items()}
         rows.append(row)
     return rows
 
@@ -139,7 +155,18 @@ def distribution(requests: np.ndarray, scores: np.ndarray) -> list[dict]:
     ]
 
 
+def _scored(table: pa.Table, judge: str) -> tuple[pa.Table, int]:
+    return without_unscored(table, score_columns(judge, attributes_in(table.schema)))
+
+
+def _under(table: pa.Table, control: Control) -> pa.Table:
+    """The rows of one control."""
+    requests = np.stack([table[name].to_numpy() for name in request_columns(attributes_in(table.schema))], axis=1)
+    return table.filter(pa.array((requests == np.array(control.levels)).all(1)))
+
+
 def _measured(table: pa.Table, judge: str, config: MeasureConfig, seed: int) -> dict:
+    table, _ = _scored(table, judge)
     return measure(table, scores=score_columns(judge, attributes_in(table.schema)), seed=seed, draws=config.draws)
 
 
@@ -151,7 +178,7 @@ def _metrics(measured: dict, attributes: Attributes) -> dict:
 def _beside(table: pa.Table, judge: str, found: dict, method: str, seed: int, draws: int) -> dict:
     """What one set of reward models tells besides the four metrics."""
     names = attributes_in(table.schema).names
-    requests, scores = from_table(table, scores=[f"{judge}.{name}" for name in names])
+    requests, scores = from_table(_scored(table, judge)[0], scores=[f"{judge}.{name}" for name in names])
     rest = {name: {share: found[name][share] for share in ("constant", "ties")} for name in names}
     rest |= {name: found[name] for name in ("matched", "entanglement", "calibration")}
     rest["distribution"] = {name: distribution(requests[..., a], scores[..., a]) for a, name in enumerate(names)}

@@ -6,7 +6,7 @@ import numpy as np
 
 from ctrlrl.chat import chat_ids, text_ids
 from ctrlrl.errors import DataError, ModelError
-from ctrlrl.models.http_scorer import TRIED, unscored
+from ctrlrl.models.http_scorer import TRIED
 from ctrlrl.models.judge import JudgeConfig
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.proof import proof_of
@@ -48,11 +48,15 @@ class EngineJudge:
                 raise ModelError(f"{self._config.name}: the rubric leaves no room for a conversation in {self._room} tokens")
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; NaN where there is no verdict."""
         return self._calibration(self.raw(conversations)).astype(np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """The verdicts as scores, fp32 [B]; DataError, which names the answer, for one on which the judge gives none."""
+        """The verdicts as scores, fp32 [B]; NaN for an answer on which the judge gives none."""
+        return self.reasoned(conversations)[0]
+
+    def reasoned(self, conversations: Sequence[tuple[Messages, str]]) -> tuple[np.ndarray, dict[int, str]]:
+        """`raw`, and why there is no verdict, by row."""
         asked = [self._asked(messages, answer) for messages, answer in conversations]
         fit = [row for row, ids in enumerate(asked) if ids is not None]
         found = self._sampler.logprobs([[*asked[row], *answer] for row in fit for answer in self._answers])
@@ -62,9 +66,7 @@ class EngineJudge:
         for row, given in zip(fit, chances.reshape(-1, len(self._answers)).tolist(), strict=True):
             scores[row], why = self._config.verdict(given)
             reasons |= {row: why} if why else {}
-        if reasons:
-            raise unscored(self._config.name, conversations, reasons, 1)
-        return scores
+        return scores, reasons
 
     def _asked(self, messages: Messages, answer: str) -> list[int] | None:
         """Token ids of the question; a conversation that is too long loses its beginning, turn by turn. None if that is not enough."""

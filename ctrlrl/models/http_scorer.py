@@ -5,7 +5,7 @@ Each request is a POST with a batch of conversations; the answer has as many sco
     {"conversations": [{"messages": [{"role": "user", "content": "…"}], "answer": "…"}, …]}
     {"scores": [0.93, null, …], "reasons": {"1": "too long"}, "version": "2026-11"}
 
-null: that one cannot be scored; it is asked for again on its own, and if it stays so, the error names it with its reason. reasons and
+null: that one cannot be scored; it is asked for again on its own, and if it stays so, it is set aside (see unscored.py). reasons and
 version may be left out. A version must be the one that the recipe declares, so that no two of them are mixed in one set of scores.
 """
 
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ctrlrl.errors import DataError, ModelError
 from ctrlrl.models.service import Service, ServiceConfig
+from ctrlrl.models.unscored import shown
 from ctrlrl.prompts import Messages
 
 TRIED = tuple(([{"role": "user", "content": "A question?"}], answer) for answer in ("An answer.", "Another answer."))
@@ -57,12 +58,16 @@ class HttpScorer:
         self._config, self._calibration, self._service = config, calibration, service
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; NaN where there is none."""
         return self._calibration(self.raw(conversations)).astype(np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """What the service says, fp32 [B]; DataError, which names the answer, for one that it does not score."""
-        return ask_all(conversations, self._ask, self._config.batch, self._config.at_once, self._config.url)
+        """What the service says, fp32 [B]; NaN for an answer that it does not score."""
+        return self.reasoned(conversations)[0]
+
+    def reasoned(self, conversations: Sequence[tuple[Messages, str]]) -> tuple[np.ndarray, dict[int, str]]:
+        """`raw`, and why there is no score, by row."""
+        return ask_all(conversations, self._ask, self._config.batch, self._config.at_once)
 
     def check(self) -> None:
         """ModelError unless the service can be reached, accepts the key, and scores two small conversations."""
@@ -97,10 +102,10 @@ class HttpScorer:
         return np.array([np.nan if score is None else score for score in scores], np.float32), known
 
 
-def ask_all(conversations: Sequence[tuple[Messages, str]], ask: Ask, batch: int, at_once: int, name: str) -> np.ndarray:
+def ask_all(conversations: Sequence[tuple[Messages, str]], ask: Ask, batch: int, at_once: int) -> tuple[np.ndarray, dict[int, str]]:
     """The scores of all, fp32 [B]: in batches, `at_once` of them at a time; then those without one again, each alone, ASKED times in all.
 
-    DataError, which names the first and counts them, if some stay without. name: of the scorer.
+    NaN for those that stay without; and why, by row.
     """
     scores, left, reasons = np.full(len(conversations), np.nan, np.float32), list(range(len(conversations))), {}
     for asking in range(ASKED):
@@ -113,20 +118,5 @@ def ask_all(conversations: Sequence[tuple[Messages, str]], ask: Ask, batch: int,
                 reasons |= {row: why.get(str(i), "without a reason") for i, row in enumerate(rows)}
         left = [row for row in left if np.isnan(scores[row])]
         if not left:
-            return scores
-    raise unscored(name, conversations, {row: reasons[row] for row in left}, ASKED)
-
-
-def unscored(name: str, conversations: Sequence[tuple[Messages, str]], reasons: dict[int, str], asked: int) -> DataError:
-    """The error of answers that got no score. reasons: by row. asked: times that each was asked for."""
-    first, times = min(reasons), f", asked {asked} times for each" if asked > 1 else ""
-    return DataError(
-        f"{name} could not score {len(reasons)} of {len(conversations)} answers{times}; the first is {shown(conversations[first])}: "
-        f"{reasons[first]}"
-    )
-
-
-def shown(conversation: tuple[Messages, str]) -> str:
-    """The beginning of an answer and of what it answers, for messages."""
-    messages, answer = conversation
-    return f"the answer {answer[:60]!r} to {messages[-1]['content'][:60]!r}"
+            break
+    return scores, {row: f"{reasons[row]} (asked {ASKED} times)" for row in left}

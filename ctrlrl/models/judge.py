@@ -129,12 +129,16 @@ class EndpointJudge:
         self._scores = {_plain(answer): score for answer, score in config.answers.items()}
 
     def score(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs."""
+        """Scores in [0, 1], fp32 [B], of (prompt messages, response text) pairs; NaN where there is no verdict."""
         return self._calibration(self.raw(conversations)).astype(np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """The verdicts as scores, fp32 [B]; DataError, which names the answer, for one on which the judge gives none."""
-        return ask_all(conversations, self._ask, 1, self._config.at_once, self._config.name)
+        """The verdicts as scores, fp32 [B]; NaN for an answer on which the judge gives none."""
+        return self.reasoned(conversations)[0]
+
+    def reasoned(self, conversations: Sequence[tuple[Messages, str]]) -> tuple[np.ndarray, dict[int, str]]:
+        """`raw`, and why there is no verdict, by row."""
+        return ask_all(conversations, self._ask, 1, self._config.at_once)
 
     def check(self) -> None:
         """ModelError unless the judge can be reached, accepts the key, and gives a verdict on a small conversation."""

@@ -163,12 +163,15 @@ class Scorer:
         return self.calibration(self.raw(conversations)).astype(np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """The model's own outputs, fp32 [B], before calibration."""
+        """The model's own outputs, fp32 [B], before calibration; DataError for NaN."""
         encoded = [self._encode(messages, response) for messages, response in conversations]
         raw = np.zeros(len(encoded), np.float32)
         lengths = np.array([len(e["input_ids"]) for e in encoded])
         for rows in plan_micro_batches(lengths, self.config.batch_tokens, padded=True):
             raw[rows] = self._scores([encoded[i] for i in rows])
+        if np.isnan(raw).any():
+            broken = f"{int(np.isnan(raw).sum())} of {raw.size} outputs of the reward model {self.config.model!r}"
+            raise DataError(f"{broken} are NaN: its weights are broken, or its dtype overflows")
         return raw
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from ctrlrl.errors import DataError, ModelError
 
 _FIRST_WAIT_S = 1.0
 # What has no part in what a service says.
-PATIENCE = ("key", "timeout_s", "attempts", "longest_wait_s", "at_once")
+PATIENCE = ("key", "timeout_s", "attempts", "longest_wait_s", "at_once", "unscored")
 _SHOWN = 200  # characters of what a service says
 _DAY_S = 86_400
 _MOST = 2**26  # bytes of an answer
@@ -31,7 +31,8 @@ class ServiceConfig(Section):
     """url: http or https. key: the *name* of an environment variable that holds the service's key, sent as a bearer token.
 
     timeout_s: for one request. attempts: of one request. longest_wait_s: between two; a service that asks for more is an error.
-    at_once: requests of one worker at a time.
+    at_once: requests of one worker at a time. unscored: the share of a run's answers, or of a set of scores, that may stay without a
+    score; they are set aside. 0: none may.
     """
 
     url: str
@@ -40,6 +41,7 @@ class ServiceConfig(Section):
     attempts: int = Field(6, gt=0)
     longest_wait_s: float = Field(60, ge=0, le=_DAY_S)
     at_once: int = Field(4, gt=0)
+    unscored: float = Field(0.05, ge=0, le=1)
 
     @model_validator(mode="before")
     @classmethod

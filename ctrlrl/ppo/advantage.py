@@ -35,12 +35,13 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
 def rloo(reward_B: Tensor, groups_B: Tensor) -> Tensor:
     """Leave-one-out advantage ([RLOO]): A_i = R_i - mean of the rewards of the other samples of its group.
 
-    reward_B: rewards of whole responses. groups_B: int ids, equal for samples of the same (x, ζ), in any order. Returns
+    reward_B: rewards of whole responses, NaN for one that has none: it takes part in no baseline, and its advantage is 0; so is that of a
+    sample whose group has no other reward. groups_B: int ids, equal for samples of the same (x, ζ), in any order. Returns
     advantages_B, which sum to 0 in each group; equal rewards give 0. A group of one has no baseline: RecipeError.
     """
-    group_B, size_G = _groups(groups_B, "rloo")
+    reward_B, known_B, group_B, size_G = _groups(reward_B, groups_B, "rloo")
     total_G = _sums(reward_B, group_B, len(size_G))
-    return reward_B - (total_G[group_B] - reward_B) / (size_G[group_B] - 1)
+    return torch.where(known_B, reward_B - (total_G[group_B] - reward_B) / (size_G[group_B] - 1), 0)
 
 
 def grpo(reward_B: Tensor, groups_B: Tensor, *, deviation: bool = True) -> Tensor:
@@ -50,16 +51,17 @@ def grpo(reward_B: Tensor, groups_B: Tensor, *, deviation: bool = True) -> Tenso
     dividing weighs prompts by how alike their answers are), which is `rloo` times (N - 1) / N. Returns advantages_B, which sum to 0 in
     each group; equal rewards give 0. A group of one has no baseline: RecipeError.
     """
-    group_B, size_G = _groups(groups_B, "grpo")
-    centred_B = reward_B - (_sums(reward_B, group_B, len(size_G)) / size_G)[group_B]
+    reward_B, known_B, group_B, size_G = _groups(reward_B, groups_B, "grpo")
+    centred_B = torch.where(known_B, reward_B - (_sums(reward_B, group_B, len(size_G)) / size_G)[group_B], 0)
     if not deviation:
         return centred_B
     variance_G = _sums(centred_B.square(), group_B, len(size_G)) / (size_G - 1)
     return centred_B / (variance_G.sqrt() + 1e-6)[group_B]
 
 
-def _groups(groups_B: Tensor, advantage: str) -> tuple[Tensor, Tensor]:
-    """(group_B, numbered from 0; size_G); RecipeError for a group of one."""
+def _groups(reward_B: Tensor, groups_B: Tensor, advantage: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(reward_B, 0 where unknown; known_B, which can be compared: with a reward, and another in their group; group_B, numbered from 0;
+    size_G, of those with a reward, at least 2); RecipeError for a group of one."""
     ids_G, group_B, size_G = torch.unique(groups_B, return_inverse=True, return_counts=True)
     alone_G = size_G == 1
     if alone_G.any():
@@ -67,7 +69,10 @@ def _groups(groups_B: Tensor, advantage: str) -> tuple[Tensor, Tensor]:
             f"advantage {advantage!r} compares samples of the same prompt and control, but group {ids_G[alone_G][0].item()} has only one: "
             "set samples_per_query to 2 or more, or advantage = 'gae'"
         )
-    return group_B, size_G
+    rewarded_B = ~reward_B.isnan()
+    size_G = _sums(rewarded_B.long(), group_B, len(size_G))
+    known_B = rewarded_B & (size_G[group_B] > 1)
+    return torch.where(known_B, reward_B, 0), known_B, group_B, size_G.clamp(min=2)
 
 
 def _sums(values_B: Tensor, group_B: Tensor, groups: int) -> Tensor:

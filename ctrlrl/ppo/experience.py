@@ -15,6 +15,7 @@ from ctrlrl.config import Section
 from ctrlrl.control import cells, sample_corners
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.data.sources import Prompt
+from ctrlrl.errors import DataError
 from ctrlrl.ppo.advantage import gae, grpo, rloo
 from ctrlrl.ppo.loss import explained_variance, importance_weights
 from ctrlrl.ppo.reward import (
@@ -143,37 +144,49 @@ def make_experience(
     """Rewards, advantages and returns of one step (METHOD, "RLHF"), whitened over the global batch, with the step's statistics.
 
     correction: cap of the importance weights of samples that an earlier policy drew (METHOD, "Off-policy correction"); 0 for none.
+
+    A sample that lacks a score (NaN) has no reward: it takes part in no baseline, its advantages are 0, its returns the old values and its
+    reference in a loss the old logprobs, so that it teaches nothing. The figures of scores and rewards leave it out, and reward/unscored
+    counts such samples if there are any. DataError if all are such.
     """
     samples = scored.samples
     scores_BA = torch.as_tensor(scored.scores_BA, dtype=torch.float64)
+    rewarded_B = ~scores_BA.isnan().any(1)
+    if not rewarded_B.any():
+        raise DataError(f"none of the {len(rewarded_B)} samples of this step has its scores: see what the scorers say of them")
+    known_BA = torch.where(rewarded_B[:, None], scores_BA, 0)  # what stands in a row without a score has no effect
     if config.controlled:
         levels_BA = torch.tensor([q.control.levels for q in samples.queries], dtype=torch.float64)
-        reward_B, binding_B = control_reward(levels_BA, scores_BA, combine=config.combine)
+        reward_B, binding_B = control_reward(levels_BA, known_BA, combine=config.combine)
     else:
-        reward_B = weighted_reward(scores_BA, tuple(config.weights[name] for name in attributes.names))
+        reward_B = weighted_reward(known_BA, tuple(config.weights[name] for name in attributes.names))
     finished_B = torch.as_tensor(samples.finished)
     earned_B = torch.where(finished_B, reward_B, 0) if config.truncated == "zero" else reward_B
     old_BT, ref_BT, values_BT = (pad_rows(rows).double() for rows in (scored.old_logprobs, scored.ref_logprobs, scored.values))
     mask_BT = pad_rows([np.ones(len(r), bool) for r in samples.response_ids]).bool()
+    taught_BT = mask_BT & rewarded_B[:, None]
 
     in_loss = config.kl.place == "loss"
     rewards_BT = shaped_rewards(earned_B, old_BT, ref_BT, mask_BT, beta=0 if in_loss else beta, estimator=config.kl.estimator)
-    columns, corrected = {"old_logprobs": old_BT, **({"ref_logprobs": ref_BT} if in_loss else {})}, {}
+    pulled_BT = torch.where(rewarded_B[:, None], ref_BT, old_BT)  # from where they are, the others are pulled nowhere
+    columns, corrected = {"old_logprobs": old_BT, **({"ref_logprobs": pulled_BT} if in_loss else {})}, {}
     if correction:
         columns["weights"], corrected = importance_weights(old_BT, pad_rows(samples.sampler_logprobs).double(), mask_BT, cap=correction)
     if config.advantage == "gae":
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
-        columns |= {"advantages": whiten(advantages_BT, mask_BT), "returns": returns_BT, "old_values": values_BT}
+        returns_BT = torch.where(rewarded_B[:, None], returns_BT, values_BT)
+        columns |= {"advantages": whiten(advantages_BT, taught_BT), "returns": returns_BT, "old_values": values_BT}
     else:
-        groups_B, total_B = torch.tensor([q.group for q in samples.queries]), rewards_BT.sum(1)
+        groups_B, total_B = torch.tensor([q.group for q in samples.queries]), torch.where(rewarded_B, rewards_BT.sum(1), torch.nan)
         advantages_B = rloo(total_B, groups_B) if config.advantage == "rloo" else grpo(total_B, groups_B, deviation=config.deviation)
         columns |= {"advantages": advantages_B[:, None].expand_as(rewards_BT)}
     lengths = [len(r) for r in samples.response_ids]
     per_token = {name: [grid[i, :n].float().numpy() for i, n in enumerate(lengths)] for name, grid in columns.items()}
     tokens = samples.token_batch()
     stats = {
-        **_reward_stats(scores_BA, earned_B, attributes),
-        **(_control_stats(levels_BA, scores_BA, earned_B, binding_B, attributes) if config.controlled else {}),
+        **_reward_stats(scores_BA[rewarded_B], earned_B[rewarded_B], attributes),
+        **(_control_stats(*(x[rewarded_B] for x in (levels_BA, scores_BA, earned_B, binding_B)), attributes) if config.controlled else {}),
+        **({} if rewarded_B.all() else {"reward/unscored": int((~rewarded_B).sum())}),
         **_token_stats(scored, old_BT, ref_BT, mask_BT),
         **corrected,
         "beta": beta,
@@ -181,7 +194,7 @@ def make_experience(
         "response/truncated": float(1 - finished_B.double().mean()),
     }
     if config.advantage == "gae":
-        stats["value/explained_variance"] = float(explained_variance(values_BT, columns["returns"], mask_BT))
+        stats["value/explained_variance"] = float(explained_variance(values_BT, columns["returns"], taught_BT))
     return Experience(TokenBatch(tokens.tokens, tokens.prompt_lengths, per_token, {}), stats)
 
 

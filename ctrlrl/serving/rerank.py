@@ -18,9 +18,9 @@ def candidates(fields: dict[str, Any], count: int) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("stream", "stream_options", "logprobs")} | {"n": count}
 
 
-def chosen(completion: dict[str, Any], scores: Sequence[dict[str, float]], control: Control) -> dict[str, Any]:
-    """`completion` with the nearest of its answers alone; its usage counts all that were drawn."""
-    table = np.array([[[score[name] for name in control.attributes.names] for score in scores]])
+def chosen(completion: dict[str, Any], scores: Sequence[dict[str, float | None]], control: Control) -> dict[str, Any]:
+    """`completion` with the nearest of its answers alone, of those that have scores if any has; its usage counts all that were drawn."""
+    table = np.array([[[score[name] for name in control.attributes.names] for score in scores]], np.float64)
     best = int(nearest(table, np.array([control.levels]))[0])
     return {**completion, "choices": [{**completion["choices"][best], "index": 0}]}
 

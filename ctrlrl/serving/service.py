@@ -20,7 +20,7 @@ from ctrlrl.serving.policies import KIND, Caller, Dial, Policies, caller_of
 from ctrlrl.serving.rerank import as_events, candidates, chosen
 
 _SHORT = 2000  # characters
-Scores = Callable[[Messages, Sequence[str]], list[dict[str, float]]]
+Scores = Callable[[Messages, Sequence[str]], list[dict[str, float | None]]]  # None where a scorer gives none
 
 
 class Model(Protocol):
@@ -105,7 +105,10 @@ class Service:
         """The reward models' scores of a conversation that ends with an answer."""
         if self._scores is None:
             raise Refused(404, "this server has no reward models: give [rewards] in its file")
-        return (await self._scored(messages[:-1], [messages[-1]["content"]]))[0]
+        scores = (await self._scored(messages[:-1], [messages[-1]["content"]]))[0]
+        if lacking := [name for name, score in scores.items() if score is None]:
+            raise Refused(400, f"what scores {' and '.join(lacking)} gives this answer no score", "messages")
+        return scores
 
     def done(self, visit: Visit, status: int, param: str | None = None) -> None:
         """Give the request's place back, and write its audit line."""
@@ -192,7 +195,7 @@ class Service:
         best = chosen(answer, scores, dial.control)
         return as_events(best, fields) if visit.asked.stream else best
 
-    async def _scored(self, messages: Messages, answers: Sequence[str]) -> list[dict[str, float]]:
+    async def _scored(self, messages: Messages, answers: Sequence[str]) -> list[dict[str, float | None]]:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._scoring, self._scores, messages, answers)
         except DataError as error:

@@ -1,7 +1,7 @@
 """Asking a grid of prompts and controls, for an evaluation, a bench or a look at a run in training.
 
 Each shard is one engine call of fixed content, and reward models score it while later ones are drawn. With k samples a cell (reranking)
-the first set of reward models chooses which is kept; only that one is shown to the held-out set.
+the first set of reward models chooses which is kept; only that one is shown to the held-out set. An answer without a score is null there.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,6 +23,7 @@ from ctrlrl.data.atomic import write_atomically, write_json, write_text
 from ctrlrl.data.rejects import Reject, write_rejects
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt, PromptSet
+from ctrlrl.errors import DataError
 from ctrlrl.evaluation.baselines import nearest
 from ctrlrl.evaluation.files import COST, RECIPE, TABLE
 from ctrlrl.evaluation.grid import Cell, make_table, score_columns
@@ -32,6 +33,7 @@ from ctrlrl.models.exporting import check_attributes
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import Request, SamplingConfig, prompt_room
+from ctrlrl.models.unscored import check_unscored, shown
 from ctrlrl.runs import output_directory
 from ctrlrl.seeds import derive_seed
 from jobs.parts.flow import Script, all_of
@@ -173,6 +175,10 @@ class Asking:
             kept = self._nearest(cells, [found[name] for name in self._names([first])])
         last = [*self._names(sets), *([_REFUSALS] if self._refusals else [])]
         found |= yield from self._judged(rewards, last, cells, texts, kept)
+        if self._refusals and (unjudged := np.flatnonzero(np.isnan(found[_REFUSALS]) & kept)).size:
+            first = shown((cells[unjudged[0]].prompt.messages, texts[unjudged[0]]))
+            raise DataError(f"the judge of refusals has no score for {unjudged.size} answers, the first is {first}: whether they refuse is "
+                            "not guessed")  # fmt: skip
         scores = {judge: {a: found[worker_name(judge, a)] for a in names} for judge, names in self._judges.items()}
         table = make_table(cells, texts, [len(ids) for ids in completions.response_ids], completions.finished, scores)
         for name in [column for judge in scores for column in score_columns(judge, self._attributes)]:  # what was not judged has no score
@@ -189,7 +195,8 @@ class Asking:
     def _judged(
         self, rewards: Mapping[str, Reward], names: Sequence[str], cells: Sequence[Cell], texts: Sequence[str], kept: np.ndarray
     ) -> Script:
-        """In a script: what each of the workers `names` gives the answers that are kept to the plain prompts; NaN for the others."""
+        """In a script: what each of the workers `names` gives the answers that are kept to the plain prompts; NaN for the others, and for
+        what a service or a judge did not score."""
         rows = np.flatnonzero(kept)
         conversations = [(cells[row].prompt.messages, texts[row]) for row in rows]
         raw = yield from all_of({name: rewards[name].raw(conversations) for name in names})
@@ -226,6 +233,7 @@ def ask(config: AskedRecipe, asking: Asking, job: str, origin: dict, summary: st
         store.finish(cost)
         rows = pa.concat_tables([store.read(index) for index in range(asking.shards)])
     table = rows.filter(rows["kept"]).drop_columns(["sample", "kept"])
+    _check_scores(config, table, store)
     for name, values in asking.columns.items():
         table = table.append_column(name, pa.array(values))
     write_rejects(out, asking.rejects)
@@ -233,3 +241,12 @@ def ask(config: AskedRecipe, asking: Asking, job: str, origin: dict, summary: st
     write_atomically(out / TABLE, lambda file: pq.write_table(table, file))
     write_json(out / COST, cost)
     return 0, table
+
+
+def _check_scores(config: AskedRecipe, table: pa.Table, store: ShardStore) -> None:
+    """DataError if too many of the answers that are kept lack a score."""
+    for judge, models in config.judges.given.items():
+        for attribute, reward in models.items():
+            unscored, limit = table[f"{judge}.{attribute}"].null_count, reward.service.unscored if reward.service else 0
+            remedy = f"raise it and run the same command again, or remove {store.directory} to have all asked anew"
+            check_unscored(f"judges.{judge}.{attribute}", unscored, len(table), limit, remedy)

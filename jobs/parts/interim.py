@@ -26,7 +26,7 @@ from ctrlrl.data.rejects import Reject
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.grid import JUDGES, controls_of, make_cells, score_columns
-from ctrlrl.evaluation.metrics import METRICS, measure
+from ctrlrl.evaluation.metrics import METRICS, measure, without_unscored
 from ctrlrl.models.sampler import SamplingConfig
 from jobs.parts.asking import Asking, worker_name
 from jobs.parts.flow import Script, flow
@@ -104,7 +104,8 @@ class Interim:
         return bool(self._config.every) and step % self._config.every == 0
 
     def metrics(self, step: int, rollout: Rollout, rewards: Mapping[str, Reward]) -> dict[str, float]:
-        """`evaluation/<attribute>/<metric>` of the weights that the rollout pool has, judged by `rewards` (by attribute); {} if not due."""
+        """`evaluation/<attribute>/<metric>` of the weights that the rollout pool has, judged by `rewards` (by attribute); {} if not due.
+        Prompts that lack a score are left out, and counted as evaluation/unscored if there are any."""
         if not self.due(step):
             return {}
         began, names, tables = time.perf_counter(), self._attributes.names, {}
@@ -115,9 +116,12 @@ class Interim:
 
         flow(range(self._asking.shards), script, self._asking.shards)
         table = pa.concat_tables([tables[shard] for shard in range(self._asking.shards)])
-        found = measure(table, seed=self._seed, scores=score_columns(_JUDGE, self._attributes), draws=0)
+        columns = score_columns(_JUDGE, self._attributes)
+        scored, unscored = without_unscored(table, columns)
+        found = measure(scored, seed=self._seed, scores=columns, draws=0)
         figures = {f"evaluation/{a}/{name}": found[a][name]["value"] for a in names for name in METRICS}
         return {name: value for name, value in figures.items() if value is not None} | {
+            **({"evaluation/unscored": unscored} if unscored else {}),
             "evaluation/tokens": pc.mean(table["tokens"]).as_py(),
             "evaluation/seconds": time.perf_counter() - began,
         }

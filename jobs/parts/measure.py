@@ -57,7 +57,12 @@ def write_results(found: tuple[dict, dict], out: Path, name: str, model: str | N
     write_json(out / DETAILS, {"name": name, "model": model, **details})
     write_text(out / METRICS_FILE, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     lines = summary_lines({name: metrics}, read_attributes(details.get("attributes", PAPER), DETAILS))
-    return [*lines, *system_lines({name: details})]
+    return [*lines, *unscored_lines(details), *system_lines({name: details})]
+
+
+def unscored_lines(details: dict) -> list[str]:
+    """How many prompts lack a score, and are left out of the figures of that set of reward models."""
+    return [f"{prompts} prompts without all their {judge} scores left out" for judge, prompts in details.get("unscored", {}).items()]
 
 
 def system_lines(methods: dict[str, dict]) -> list[str]:

@@ -11,7 +11,6 @@ from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from actors.crew import Crew, start_crew
@@ -20,10 +19,11 @@ from actors.placement import ClusterConfig
 from actors.reward import RewardConfig
 from actors.rollout import Rollout, RolloutConfig
 from ctrlrl.config import Section
-from ctrlrl.data.generation import Layout, scores_table
+from ctrlrl.data.generation import Layout, score_facts, scores_table
 from ctrlrl.data.shards import SOURCE, ShardStore
 from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.sampler import Completions, Request, SamplingConfig
+from ctrlrl.models.unscored import check_unscored
 from ctrlrl.prompts import Messages
 from jobs.parts.flow import Script, all_of, flow
 from jobs.parts.launch import StopRequest
@@ -173,8 +173,26 @@ class Scores:
             for call in sorted(done, key=lambda call: call.exception() is not None):  # what others say is kept before an error is raised
                 attribute = calls.pop(call)
                 table = scores_table(samples, call.result(), pools[attribute].calibration)
-                self.stores[attribute].commit(shard, table, {"mean": float(np.mean(table["score"])), SOURCE: sha256})
+                self.stores[attribute].commit(shard, table, score_facts(table) | {SOURCE: sha256})
         return len(samples)
+
+    def unscored(self) -> dict[str, int]:
+        """How many answers the finished shards have no score for, by attribute, where there are any; DataError if they are too many."""
+        found = {}
+        for attribute, store in self.stores.items():
+            records = [store.record(shard) for shard in store.committed()]
+            service, answers = self.workers[f"reward.{attribute}"].service, sum(record.rows for record in records)
+            if none := sum(record.facts.get("unscored", 0) for record in records):
+                remedy = f"raise it and run the same command again, or remove {store.directory} to have all asked anew"
+                check_unscored(str(store.directory), none, answers, service.unscored if service else 0, remedy)
+                found[attribute] = none
+        return found
+
+
+def unscored_line(unscored: Mapping[str, int]) -> list[str]:
+    """How many answers were set aside, if any were."""
+    counts = ", ".join(f"{attribute} {count:,}" for attribute, count in unscored.items())
+    return [f"  without a score, set aside  {counts}"] if counts else []
 
 
 def drawn_from(config: Section, keys: Collection[str]) -> dict:

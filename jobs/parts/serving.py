@@ -13,6 +13,7 @@ from ctrlrl.models.loading import check_policy, load_tokenizer, within_positions
 from ctrlrl.models.sampler import EngineConfig, SamplingConfig, prompt_room
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.models.served import ServedModel
+from ctrlrl.models.unscored import score_or_none
 from ctrlrl.prompts import Messages
 from ctrlrl.serving.policies import KIND, NAME, Policies
 from ctrlrl.serving.service import Service, check_kind
@@ -92,12 +93,12 @@ def reward_configs(policies: Policies) -> dict[str, ScorerConfig]:
 
 
 def scores_of(configs: dict[str, ScorerConfig]):
-    """A function: scores of answers to one conversation, an object each."""
+    """A function: scores of answers to one conversation, an object each; None where a service or a judge gives none."""
     judges = {attribute: make_scorer(config) for attribute, config in configs.items()}
 
-    def scores(messages: Messages, answers: Sequence[str]) -> list[dict[str, float]]:
+    def scores(messages: Messages, answers: Sequence[str]) -> list[dict[str, float | None]]:
         columns = {name: judge.score([(messages, answer) for answer in answers]) for name, judge in judges.items()}
-        return [{name: round(float(column[i]), 4) for name, column in columns.items()} for i in range(len(answers))]
+        return [{name: score_or_none(round(float(column[i]), 4)) for name, column in columns.items()} for i in range(len(answers))]
 
     return scores
 

@@ -8,6 +8,7 @@ import pytest
 from actors.crew import start_crew
 from actors.reward import RewardConfig, patience_of
 from ctrlrl.config import differences
+from ctrlrl.errors import DataError
 from tests.models.listening import Listening
 
 CONVERSATIONS = [([{"role": "user", "content": f"Question {i}?"}], "x" * i) for i in range(5)]
@@ -42,10 +43,39 @@ def test_a_run_that_goes_on_may_ask_more_patiently_but_nobody_else(tmp_path):
 
     rewards, before = recipe()
     free = tuple(f"{key}:" for key in patience_of(rewards))
-    changed = differences(before, recipe(key="A_KEY", timeout_s=5, attempts=9, longest_wait_s=1, at_once=1)[1])
-    assert len(changed) == len(free) == 10 and all(change.startswith(free) for change in changed)
+    changed = differences(before, recipe(key="A_KEY", timeout_s=5, attempts=9, longest_wait_s=1, at_once=1, unscored=0.5)[1])
+    assert len(changed) == len(free) == 12 and all(change.startswith(free) for change in changed)
     for other in ({"url": "https://b.example/"}, {"rubric": "? {answer}"}):
         assert not any(change.startswith(free) for change in differences(before, recipe(**other)[1]))
+
+
+def test_answers_without_a_score_are_set_aside_until_they_are_too_many(ray_cluster, cluster_config, tmp_path, capsys):
+    def answer(body, _):
+        scores = [None if len(c["answer"]) % 2 else len(c["answer"]) / 8 for c in body["conversations"]]
+        return 200, {}, {"scores": scores, "reasons": {str(i): "odd" for i in range(len(scores))}}
+
+    service, few = Listening(answer), {"cpus": 0.1}
+    rewards = {
+        "lenient": RewardConfig(http={"url": service.url}, resources=few),
+        "strict": RewardConfig(http={"url": service.url, "unscored": 0}, resources=few),
+    }
+    try:
+        with start_crew(cluster_config, rewards, folder=tmp_path / "run") as crew:
+            crew.wait_ready()
+            expected = [0.0, None, 0.25, None, 0.5]
+            for found in (crew.rewards["lenient"].score(CONVERSATIONS), crew.rewards["lenient"].raw(CONVERSATIONS).result()):
+                assert [None if np.isnan(x) else x for x in found.tolist()] == expected
+            asked = len(service.asked)
+            crew.rewards["lenient"].score(CONVERSATIONS)
+            assert len(service.asked) == asked  # nor are they asked for again in this run
+            out = capsys.readouterr().out
+            assert out.count("no score for the answer 'x' to 'Question 1?': odd (asked 3 times) (the first") == 1
+            with pytest.raises(DataError, match="strict: .* could not score 2 of 5 answers, and unscored = 0 .*'x' to 'Question 1.': odd"):
+                crew.rewards["strict"].score(CONVERSATIONS)
+        (kept,) = (tmp_path / "run" / "remembered").iterdir()
+        assert len(kept.read_text().splitlines()) == 3  # a run that goes on asks for the others
+    finally:
+        service.close()
 
 
 def test_a_slow_service_holds_up_no_other_and_is_not_asked_twice(ray_cluster, cluster_config, slow, tmp_path, monkeypatch):

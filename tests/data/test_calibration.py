@@ -21,9 +21,16 @@ def test_sigmoid_and_identity():
     assert Calibration("identity")(np.array([0.0, 0.3, 1.0])).tolist() == [0.0, 0.3, 1.0]
     with pytest.raises(DataError, match=r"identity .* got -0.5 to 0.3: use sigmoid"):
         Calibration("identity")(np.array([0.3, -0.5]))
-    for calibration in (sigmoid, Calibration("identity")):
-        with pytest.raises(DataError, match="1 of 2 outputs .* NaN"):
-            calibration(np.array([0.3, np.nan]))
+
+
+def test_an_output_that_is_not_there_has_no_score_and_changes_no_other():
+    raw, some = np.array([0.3, np.nan, 0.7, 1.0]), [0, 2, 3]
+    for calibration in (Calibration("sigmoid"), Calibration("identity"), fit_quantile([0.1, 0.5, 0.9])):
+        assert np.isnan(calibration(raw)).tolist() == [False, True, False, False]
+        assert calibration(raw)[some].tolist() == calibration(raw[some]).tolist()
+    with pytest.raises(DataError, match=r"identity .* got -0.5 to 0.3"):
+        Calibration("identity")(np.array([0.3, np.nan, -0.5]))
+    assert fit_quantile(raw) == fit_quantile(raw[some])
 
 
 def test_quantile_is_the_share_below():

@@ -1,12 +1,15 @@
 """The division of self-generation into shards, and its tables."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ctrlrl.data.calibration import Calibration
-from ctrlrl.data.generation import Draw, Layout, Plan, prompts_fingerprint, samples_table, scores_table
+from ctrlrl.data.generation import Draw, Layout, Plan, judge_mean, prompts_fingerprint, samples_table, score_facts, scores_table
+from ctrlrl.data.schemas import SCORES
+from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import Prompt
-from ctrlrl.errors import DataError, RunError
+from ctrlrl.errors import RunError
 from ctrlrl.seeds import derive_seed
 
 IDS = [f"{number:016x}" for number in (7, 3, 2**63 + 5, 11, 1)]
@@ -53,8 +56,23 @@ def test_tables_by_hand():
     ]  # fmt: skip
     scores = scores_table(samples, np.array([0.0, np.log(3)], np.float32), Calibration("sigmoid"))
     assert scores["score"].to_pylist() == pytest.approx([0.5, 0.75]) and scores["raw"].to_pylist() == pytest.approx([0, np.log(3)])
-    with pytest.raises(DataError, match="NaN"):
-        scores_table(samples, np.array([0, np.nan]), Calibration("sigmoid"))
+    assert scores.schema.equals(SCORES) and score_facts(scores) == {"mean": pytest.approx(0.625)}
+    some = scores_table(samples, np.array([0, np.nan]), Calibration("sigmoid"))
+    assert some["score"].to_pylist() == [0.5, None] and some["raw"].to_pylist() == [0, None]
+    assert score_facts(some) == {"mean": 0.5, "unscored": 1}
+    assert score_facts(scores_table(samples, np.array([np.nan] * 2), Calibration("identity"))) == {"mean": None, "unscored": 2}
+
+
+def test_a_mean_is_of_the_answers_that_have_scores(tmp_path):
+    store, none = ShardStore(tmp_path / "scores"), {"mean": None, "unscored": 2}
+    with store.open_or_create({"test": 1}, shards=4):
+        for number, (rows, facts) in enumerate([(2, {"mean": 0.5}), (4, {"mean": 0.25, "unscored": 1}), (2, none), (2, none)]):
+            store.commit(number, pa.table({"x": [0] * rows}), facts)
+    assert judge_mean(store, 8, 3) == (2 * 0.5 + 3 * 0.25) / 5 and judge_mean(store, 2, 1) == 0.5
+    with ShardStore(tmp_path / "others") as other:
+        other.open_or_create({"test": 1}, shards=1)
+        other.commit(0, pa.table({"x": [0, 0]}), none)
+        assert judge_mean(other, 2, 1) is None
 
 
 def test_the_prompts_fingerprint_knows_order_and_content():

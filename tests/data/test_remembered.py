@@ -76,6 +76,18 @@ def test_what_failed_is_asked_again_and_the_rest_is_kept(tmp_path):
     assert again.result().tolist() == np.float32([0.1, 0.2]).tolist()
 
 
+def test_an_answer_without_a_score_is_asked_for_again_when_the_run_goes_on(tmp_path):
+    asked = Asked()
+    memory = Remembered(asked, 8, tmp_path / "x.txt")
+    found = memory.raw([talk(1), talk(2)])
+    asked.calls[0][1].set_result(np.array([np.nan, 0.5], np.float32))
+    assert np.isnan(found.result()[0]) and np.isnan(memory.raw([talk(1)]).result()[0]) and len(asked.calls) == 1
+    again = Remembered(asked, 8, tmp_path / "x.txt").raw([talk(2), talk(1)])
+    assert asked.calls[1][0] == [talk(1)]
+    asked.answer(1)
+    assert again.result().tolist() == np.float32([0.5, 0.1]).tolist()
+
+
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
     asked = Asked()
     memory = Remembered(asked, 8, tmp_path / "x.txt")

@@ -205,7 +205,7 @@ def test_where_a_service_has_gone_is_told_and_no_query_is(listen):
             ScorerConfig(http={"url": "https://a.example", **wrong})
 
 
-def test_an_answer_without_a_score_is_asked_for_alone_then_named(listen):
+def test_an_answer_without_a_score_is_asked_for_alone_then_set_aside(listen):
     hopeless, times = {"xxxxx"}, {}
 
     def partly(body, headers):
@@ -216,13 +216,15 @@ def test_an_answer_without_a_score_is_asked_for_alone_then_named(listen):
         return 200, {}, {"scores": scores, "reasons": {str(i): "too long" for i, s in enumerate(scores) if s is None}}
 
     service = listen(partly)
-    with pytest.raises(DataError, match="not score 1 of 10 answers, asked 3 times for each; the first is the answer 'xxxxx' to 'Q.*long"):
-        scorer_of(service, batch=4).raw(CONVERSATIONS)
+    raw, reasons = scorer_of(service, batch=4).reasoned(CONVERSATIONS)
+    assert np.isnan(raw).tolist() == [i == 5 for i in range(10)] and reasons == {5: "too long (asked 3 times)"}
     assert times == {c[1]: 3 if c[1] in ("xx", "xxxxx") else 1 for c in CONVERSATIONS}
     assert sorted(len(body["conversations"]) for body in service.asked) == [1, 1, 1, 1, 2, 4, 4]
     hopeless.clear()
     times.clear()
-    assert scorer_of(service).raw(CONVERSATIONS).tolist() == [0.5] * 10
+    assert scorer_of(service).reasoned(CONVERSATIONS)[0].tolist() == [0.5] * 10
+    hopeless.add("xxxxx")
+    assert np.isnan(scorer_of(service).score(CONVERSATIONS[4:7])).tolist() == [False, True, False]
 
 
 def test_a_version_that_changes_is_refused(listen):
