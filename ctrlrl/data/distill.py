@@ -73,7 +73,7 @@ def distill(
             with open(scratch / "scored", "w+b") as scored:
                 for whole in read_ahead(lambda bundle: scored_rows(source, bundle, index, seed), bundles):
                     write_rows(scored, whole)
-                    rows = whole.scored(unscored)
+                    rows = whole.scored()
                     unscored += len(whole.rank) - len(rows.rank)
                     joint.count(rows.scores)
                     counts.before(rows)

@@ -182,13 +182,11 @@ def write_rows(scored: BinaryIO, rows: ScoredRows) -> None:
 def read_rows_again(scored: BinaryIO, bundles: list[Bundle], attributes: int) -> Iterator[ScoredRows]:
     """The scored rows, of so many attributes, again, in the same bundles, without those that lack a score."""
     scored.seek(0)
-    record, left_out = _record(attributes), 0
+    record = _record(attributes)
     for bundle in bundles:
         records = np.frombuffer(scored.read(bundle.rows * record.itemsize), record)
         columns = (np.ascontiguousarray(records[name]) for name in ("prompt", "rank", "scores"))
-        rows = ScoredRows(bundle.start, *columns).scored(left_out)
-        left_out += bundle.rows - len(rows.rank)
-        yield rows
+        yield ScoredRows(bundle.start, *columns).scored()
 
 
 def _record(attributes: int) -> np.dtype:

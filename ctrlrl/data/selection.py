@@ -3,7 +3,7 @@
 Every method sees all samples twice, as ScoredRows in any batches, and then says how often each row is written. Draws go by
 ctrlrl.data.keys.sample_ranks, so they do not depend on the order, the size or the number of shards.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,8 @@ _MOST_PARTS = 512  # open files
 class ScoredRows:
     """Consecutive samples: `start` is the number of the first among all; the arrays are [n], `scores` [n, A].
 
-    at: which rows of their bundle they are, where samples without a score were left out; None: all of them.
+    at: which rows of their bundle they are, where samples without a score were left out (those that follow are numbered on without a gap);
+    None: all of them.
     """
 
     start: int
@@ -35,12 +36,12 @@ class ScoredRows:
     scores: np.ndarray
     at: np.ndarray | None = None
 
-    def scored(self, left_out: int) -> "ScoredRows":
-        """Those that have all their scores; `left_out` before them have not, and do not count in `start`."""
+    def scored(self) -> "ScoredRows":
+        """Those that have all their scores."""
         at = np.flatnonzero(~np.isnan(self.scores).any(1))
         if len(at) == len(self.rank):
-            return replace(self, start=self.start - left_out)
-        return ScoredRows(self.start - left_out, self.prompt[at], self.rank[at], self.scores[at], at)
+            return self
+        return ScoredRows(self.start, self.prompt[at], self.rank[at], self.scores[at], at)
 
 
 class Selection(Protocol):

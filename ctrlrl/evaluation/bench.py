@@ -203,8 +203,8 @@ def _columns(found: Answered) -> dict[str, np.ndarray]:
             columns[f"{c}.configurable"] = helpful * np.where(follows[:, c], 1, -1)
     for judge, by_attribute in found.scores.items():
         for a, scores in by_attribute.items():
-            correlations, _ = prompt_correlations(found.requests[a], np.where(known[judge][:, None], scores, 0))
-            columns[f"MP.{judge}.{a}"] = np.where(known[judge], correlations, 0)
+            correlations, _ = prompt_correlations(found.requests[a], np.where(known[judge][:, None], scores, 0))  # constant ones have 0
+            columns[f"MP.{judge}.{a}"] = correlations
     return columns
 
 
