@@ -233,7 +233,7 @@ def ask(config: AskedRecipe, asking: Asking, job: str, origin: dict, summary: st
         store.finish(cost)
         rows = pa.concat_tables([store.read(index) for index in range(asking.shards)])
     table = rows.filter(rows["kept"]).drop_columns(["sample", "kept"])
-    _check_scores(config, table, store)
+    check_scores(config, table, store)
     for name, values in asking.columns.items():
         table = table.append_column(name, pa.array(values))
     write_rejects(out, asking.rejects)
@@ -243,7 +243,7 @@ def ask(config: AskedRecipe, asking: Asking, job: str, origin: dict, summary: st
     return 0, table
 
 
-def _check_scores(config: AskedRecipe, table: pa.Table, store: ShardStore) -> None:
+def check_scores(config: AskedRecipe, table: pa.Table, store: ShardStore) -> None:
     """DataError if too many of the answers that are kept lack a score."""
     for judge, models in config.judges.given.items():
         for attribute, reward in models.items():

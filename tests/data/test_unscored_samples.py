@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctrlrl.attributes import PAPER
 from ctrlrl.control import ATTRIBUTES
 from ctrlrl.data.calibration import Calibration, fit_to_store, raw_outputs
 from ctrlrl.data.distill import METHODS, distill
@@ -12,8 +13,10 @@ from ctrlrl.data.generation import Layout, scores_table
 from ctrlrl.data.outlook import outlook, outlook_lines
 from ctrlrl.data.scored import ScoredSamples
 from ctrlrl.errors import DataError
+from jobs.calibrate import CalibrateRecipe, fitted
 from jobs.distill import report_lines
-from tests.data.test_distill import some_rows, written
+from jobs.examine import checked, class_lines, example_lines
+from tests.data.test_distill import a_prompt, some_rows, written
 
 SAMPLES, SHARD = 90, 13
 LACKING = {0: "helpful", 1: "helpful", 14: "harmless", 15: "harmless", 40: "both", 41: "helpful", 89: "harmless"}
@@ -78,10 +81,22 @@ def test_the_outlook_is_that_of_the_other_samples(both):
     assert not any("left out" in line for line in outlook_lines(stores[1]))
 
 
+def test_inspect_counts_the_classes_of_the_other_samples(both):
+    some, without = (
+        list(class_lines("mine", [checked(a, store) for a, store in zip(ATTRIBUTES, source.scores, strict=True)], PAPER)) for source in both
+    )
+    assert some == [*without, "  without a score, set aside: 7"]
+    prompts = {a_prompt(number).prompt_id: [] for number in range(15)}
+    scores = {("mine", a): checked(a, store) for a, store in zip(ATTRIBUTES, both[0].scores, strict=True)}
+    assert "mine.helpful -  mine.harmless 0." in "\n".join(example_lines(checked("samples", both[0].samples), scores, prompts, SAMPLES))
+
+
 def test_calibrations_are_fitted_on_the_outputs_that_are_there(both, tmp_path):
     whole = raw_outputs(made(tmp_path).scores[0])
     assert raw_outputs(both[0].scores[0]).tolist() == [x for row, x in enumerate(whole) if LACKING.get(row) not in ("helpful", "both")]
-    assert fit_to_store(both[0].scores[0]) is not None
+    data = str(both[0].prompts.parent)
+    (told, *_) = (told for _, told in fitted(CalibrateRecipe(data=data, out=str(tmp_path / "out"))).values())
+    assert told.startswith("86 outputs from ") and told.endswith(" (4 answers without one left out)")
 
 
 def test_without_any_score_nothing_is_distilled_and_a_nan_that_is_no_null_is_refused(tmp_path):
