@@ -91,9 +91,10 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
     figures = {number: _metrics(found, attributes) for number, found in measured.items()}
     best = best_template({number: found[judges[0]] for number, found in figures.items()}) if len(parts) > 1 else next(iter(parts))
     chosen, found = parts[best], measured[best]
+    lacking = unscored_prompts(chosen, judges)
     details = {
         "method": method,
-        "prompts": found[judges[0]]["prompts"],
+        "prompts": pc.count_distinct(chosen["prompt_id"]).as_py(),
         "controls": [control.name for control in _controls(chosen)],
         "seed": seed,
         "draws": config.draws,
@@ -104,8 +105,8 @@ def results(table: pa.Table, config: MeasureConfig, seed: int) -> tuple[dict, di
         "refusals_told": refusals_told(chosen, config),
         "best_template": best,
         "templates": [{"template": n, "metrics": part} for n, part in figures.items()] if method == "prompting" else [],
-        "missing": _missing(table, judges),
-        **({"unscored": lacking} if (lacking := unscored_prompts(chosen, judges)) else {}),
+        "missing": _missing(table, judges, lacking),
+        **({"unscored": lacking} if lacking else {}),
         **({} if attributes == PAPER else {"attributes": attributes.dumped()}),
     }
     return figures[best], details
@@ -232,8 +233,9 @@ def _share(flags: pa.ChunkedArray) -> float:
     return pc.mean(flags.cast(pa.int8())).as_py()
 
 
-def _missing(table: pa.Table, judges: list[str]) -> list[str]:
+def _missing(table: pa.Table, judges: list[str], lacking: dict[str, int]) -> list[str]:
     """What could not be measured, and why."""
     tells = {"response": "refusals and characters", "tokens": "lengths in tokens", "finish_reason": "answers cut at the limit"}
     found = [f"no {judge.replace('_', '-')} reward models" for judge in JUDGES if judge not in judges]
+    found += [f"{prompts} prompts lack {judge.replace('_', '-')} scores, and are left out of these" for judge, prompts in lacking.items()]
     return found + [f"{what}: the table has no column {column}" for column, what in tells.items() if column not in table.column_names]

@@ -38,7 +38,8 @@ def test_the_figures_of_a_set_are_those_of_the_other_prompts(make_answers, metho
     assert details["judges"]["optimisation"] == besides["judges"]["optimisation"]
     scores = [[corner["scores"]["optimisation"] for corner in one["corners"]] for one in (details, besides)]
     assert scores[0] == scores[1] and details["corners"][0]["answers"] == 9
-    assert details["unscored"] == {"optimisation": 2} and "unscored" not in besides and details["prompts"] == 7
+    assert details["unscored"] == {"optimisation": 2} and "unscored" not in besides and details["prompts"] == 9
+    assert details["missing"] == ["2 prompts lack optimisation scores, and are left out of these"] and besides["missing"] == []
     assert unscored_lines(details) == ["2 prompts without all their optimisation scores left out"] and unscored_lines(besides) == []
     json.dumps([found, details], allow_nan=False)
 
