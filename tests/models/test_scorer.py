@@ -56,6 +56,14 @@ def test_scores_are_the_calibrated_raw_outputs(models, tmp_path):
     assert np.array_equal(np.argsort(quantile.score(CONVERSATIONS)), np.argsort(raw))
 
 
+def test_a_reward_model_that_overflows_is_refused_and_not_set_aside(models):
+    scorer = Scorer(ScorerConfig(model=models["helpful"]))
+    with torch.no_grad():
+        next(scorer.model.score.parameters()).fill_(float("nan"))
+    with pytest.raises(DataError, match="5 of 5 outputs of the reward model .* are NaN: its weights are broken, or its dtype overflows"):
+        scorer.score(CONVERSATIONS)
+
+
 def test_one_label_of_several_scores_by_its_probability(models):
     """Two labels that exclude each other: their probabilities add up to 1, and are those of transformers' softmax; else a sigmoid each."""
     import torch
