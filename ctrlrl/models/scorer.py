@@ -38,11 +38,13 @@ class ScorerConfig(Section):
 
     In the place of model: python = "file.py:function", a function (see models.python_scorer); http = "https://…", or a section of that
     name, a service (see models.http_scorer); or a section judge, an LLM (see models.judge). What these give are scores already.
-    label: of a classifier of several labels (`toxic`, `REJECTION`), the one whose probability is the score.
+    label: of a classifier of several labels (`toxic`, `REJECTION`), the one whose probability is the score. inverted: the score is 1 minus
+    that, as of a model of harm where harmlessness is asked for.
     """
 
     model: str
     label: str = Field("", exclude_if=lambda label: not label)  # not in the recipes of models with one output
+    inverted: bool = Field(False, exclude_if=lambda inverted: not inverted)
     http: HttpConfig | None = Field(None, exclude_if=lambda http: http is None)
     judge: JudgeConfig | None = Field(None, exclude_if=lambda judge: judge is None)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,6 +81,8 @@ class ScorerConfig(Section):
             raise ValueError(f"{self.model!r} is no reward model: give an address as http, an LLM as judge.model")
         if self.label and not is_classifier(self.model):
             raise ValueError("label is of a classifier of several labels: leave it out")
+        if self.inverted and not is_classifier(self.model):
+            raise ValueError("inverted is of a reward model: have a function, a service or a judge score the other way round")
         return self
 
     @property
@@ -128,7 +132,7 @@ class ScorerConfig(Section):
 
     def fingerprint(self) -> dict:
         """All that the scores depend on, by content."""
-        read = {} if self.service else self.model_dump(include={"dtype", "max_length", "label"})
+        read = {} if self.service else self.model_dump(include={"dtype", "max_length", "label", "inverted"})
         return {"sha256": self.content_sha256(), **read, "calibration": self.load_calibration().content_hash}
 
 
@@ -163,7 +167,7 @@ class Scorer:
         return self.calibration(self.raw(conversations)).astype(np.float32)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """The model's own outputs, fp32 [B], before calibration; DataError for NaN."""
+        """The model's own outputs, fp32 [B], before calibration, turned round where they are inverted; DataError for NaN."""
         encoded = [self._encode(messages, response) for messages, response in conversations]
         raw = np.zeros(len(encoded), np.float32)
         lengths = np.array([len(e["input_ids"]) for e in encoded])
@@ -172,7 +176,9 @@ class Scorer:
         if np.isnan(raw).any():
             broken = f"{int(np.isnan(raw).sum())} of {raw.size} outputs of the reward model {self.config.model!r}"
             raise DataError(f"{broken} are NaN: its weights are broken, or its dtype overflows")
-        return raw
+        if not self.config.inverted:
+            return raw
+        return 1 - raw if self.calibration.kind == "identity" else -raw  # as log odds are: σ(-x) = 1 - σ(x)
 
     @torch.no_grad()
     def _scores(self, encoded: list[dict]) -> np.ndarray:

@@ -90,6 +90,16 @@ def test_a_quantile_calibration_needs_its_file_and_no_other_takes_one(models):
         ScorerConfig(model=models["helpful"], calibration="quantile", calibration_file="gone.json").load_calibration()
 
 
+def test_a_score_may_be_turned_round(models):
+    for model, label in (("two_labels", "LABEL_1"), ("helpful", "")):
+        plain, turned = (ScorerConfig(model=models[model], label=label, inverted=inverted) for inverted in (False, True))
+        scores = Scorer(plain).score(CONVERSATIONS)
+        np.testing.assert_allclose(Scorer(turned).score(CONVERSATIONS), 1 - scores, atol=1e-6)
+        assert turned.fingerprint() == plain.fingerprint() | {"inverted": True} and "inverted" not in plain.model_dump()
+    with pytest.raises(ValidationError, match="inverted is of a reward model: have a function"):
+        ScorerConfig(python="a.py:f", inverted=True)
+
+
 def test_reward_models_need_one_label_and_a_classifier(models):
     check_reward_model(models["helpful"])
     with pytest.raises(ModelError, match="has 2 labels.*num_labels = 1"):
