@@ -23,7 +23,7 @@ from ctrlrl.chat import check_exportable, literals, own_template
 from ctrlrl.errors import ModelError
 from ctrlrl.models.exporting import writable_generation_config, write_attributes
 from ctrlrl.models.python_scorer import check_python
-from ctrlrl.models.reading import existing, has_tokenizer, label_index, load_config, load_tokenizer, reading
+from ctrlrl.models.reading import existing, has_tokenizer, label_index, load_config, load_tokenizer, reading, reward_kind
 from ctrlrl.models.vocabulary import counted_positions, embedding_rows, end_token_ids, tokens_beyond
 from ctrlrl.models.weight_files import check_tied, check_weights
 from ctrlrl.prompts import control_chat_template
@@ -64,9 +64,9 @@ def load_classifier(name: str, dtype: str, attention: str | None = None) -> PreT
 
 
 def load_reward_model(name: str, dtype: str, label: str = "") -> PreTrainedModel:
-    """A sequence classifier, whole: with one output, or with several labels of which `label` is one; ModelError for any other."""
+    """A sequence classifier, or one of tokens, whole: with one output, or several of which `label` is one; ModelError for any other."""
     config = _reward_config(name, label)
-    model, _ = _read_whole(AutoModelForSequenceClassification, name, "reward model", config, dtype)
+    model, _ = _read_whole(reward_kind(config), name, "reward model", config, dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -85,9 +85,9 @@ def check_backbone(name: str) -> None:
 
 
 def check_reward_model(name: str, label: str = "") -> None:
-    """Raise ModelError unless `name` is a whole sequence classifier with one label, or with `label`, or a function; reads no weights."""
+    """Raise ModelError unless `name` is what load_reward_model loads, or a function; reads no weights."""
     if not check_python(name):
-        _check_whole(AutoModelForSequenceClassification, name, "reward model", _reward_config(name, label))
+        _check_whole(reward_kind(config := _reward_config(name, label)), name, "reward model", config)
 
 
 def check_value(name: str) -> None:
@@ -167,7 +167,7 @@ def _reward_config(name: str, label: str = "") -> PretrainedConfig:
     """The configuration of a reward model as it is; ModelError for anything else."""
     config = load_config(name)
     architectures = config.architectures or []
-    if not any("SequenceClassification" in a for a in architectures):
+    if not any("SequenceClassification" in a or "TokenClassification" in a for a in architectures):
         raise ModelError(
             f"reward model {name!r} is a {', '.join(architectures) or config.model_type}: give a sequence classifier with one output"
         )

@@ -55,6 +55,8 @@ def raw_scores(
         for config in configs:
             config.pad_token_id = fill
         logits_BK = call(**inputs).logits.float()
+        if logits_BK.dim() == 3:  # of a token classifier, each token's: the last one has read the whole text
+            logits_BK = logits_BK[torch.arange(len(mask_BT)), mask_BT.sum(1) - 1]
         return logits_BK[:, 0] if label is None else _log_odds(logits_BK, label, model.config.problem_type)
     finally:
         for config, pad in zip(configs, before, strict=True):

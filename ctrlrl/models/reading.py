@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ctrlrl.errors import CtrlrlError, ModelError
@@ -134,6 +142,12 @@ def check_json(file: Path) -> None:
         raise ModelError(f"{str(file)!r} cannot be read as JSON in UTF-8: {error}: write it again with save_pretrained") from None
     if not isinstance(value, dict):
         raise ModelError(f"{str(file)!r} holds a {type(value).__name__}, not a JSON object: write it again with save_pretrained")
+
+
+def reward_kind(config: PretrainedConfig) -> type:
+    """What a reward model is loaded as: a classifier of sequences, or of tokens, of which the last one's output counts."""
+    tokens = any("TokenClassification" in architecture for architecture in config.architectures or [])
+    return AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
 
 
 def label_index(name: str, label: str) -> int:

@@ -90,6 +90,24 @@ def test_a_quantile_calibration_needs_its_file_and_no_other_takes_one(models):
         ScorerConfig(model=models["helpful"], calibration="quantile", calibration_file="gone.json").load_calibration()
 
 
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_token_classifiers_last_token_scores(models, tokenizer, tmp_path, labels):
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(models["helpful"], num_labels=labels)
+    model = AutoModelForTokenClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = ScorerConfig(model=str(tmp_path), label="LABEL_1" if labels == 2 else "")
+    check_reward_model(config.model, config.label)
+    scorer = Scorer(config)
+    for conversation, raw in zip(CONVERSATIONS, scorer.raw(CONVERSATIONS), strict=True):
+        row = scorer._encode(*conversation)["input_ids"]
+        logits = model(torch.tensor([row])).logits[0, -1].detach()
+        assert raw == pytest.approx(float(logits[0] if labels == 1 else logits[1] - logits[0]), abs=1e-5)
+
+
 def test_a_score_may_be_turned_round(models):
     for model, label in (("two_labels", "LABEL_1"), ("helpful", "")):
         plain, turned = (ScorerConfig(model=models[model], label=label, inverted=inverted) for inverted in (False, True))
