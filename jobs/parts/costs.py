@@ -71,8 +71,7 @@ def work_of(config: Section, pairs: int = 0, generated: int = 0) -> Work:
         case PPORecipe(algorithm=algorithm):
             answers = config.steps * algorithm.queries_per_step * algorithm.samples_per_query
             models = 2 if algorithm.advantage == "gae" and not config.value.head else 1
-            forwards = models + (not config.reference.adapter or 1)  # old logprobs and values, the reference
-            passes = models * algorithm.epochs + _FORWARD * forwards
+            passes = models * algorithm.epochs + _FORWARD * (models + 1)  # and the forwards: old logprobs, values, the reference
             return Work(drawn=answers, trained=answers * passes, steps=config.steps * algorithm.epochs * algorithm.minibatches)
         case RewardModelRecipe():
             return Work(texts=2 * pairs * config.epochs, steps=_steps(config, pairs))
