@@ -1,13 +1,16 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first (Python 3.11 or 3.12; nothing else is needed).
+# A third where there is a GPU: `make test-cuda`, with an environment of its own, .venv-cuda.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+CUDA := .venv-cuda
+PYTEST := $(shell grep -E '^(pytest|pytest-timeout|pytest-xdist|execnet|iniconfig|pluggy)==' requirements/cpu.txt)
 
 # Every worker is a Python process: without cached byte code each would compile its imports again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-cuda lint clean
 
 install: $(VENV)/installed
 
@@ -28,8 +31,21 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# What `pip install '.[cuda]'` asks for, in the versions of the image (cluster/Dockerfile), and pytest.
+$(CUDA)/installed: requirements/cuda.txt pyproject.toml
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/pip install --quiet --no-deps --no-compile -r requirements/cuda.txt
+	$(CUDA)/bin/pip install --quiet --no-deps $(PYTEST)
+	$(CUDA)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-cuda:
+	@nvidia-smi -L || { echo "make test-cuda wants an NVIDIA GPU, and nvidia-smi names none here" >&2; exit 2; }
+	$(MAKE) $(CUDA)/installed
+	$(CUDA)/bin/python -m pytest -m cuda tests/cuda
+
 lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) $(CUDA) runs .cache

@@ -27,6 +27,7 @@ _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 # What rollout and scoring workers import both, which takes half of their start; and without GPUs, the environment of an eager engine.
 MODELS = ("ctrlrl.models.loading",)
 UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1"}
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # Ray leaves all GPUs of a node in sight of workers that asked for none
 _BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}
 
 
@@ -74,7 +75,7 @@ class Resources(Section):
         threads = _cores() if self.threads == "cores" else self.threads or max(1, int(self.cpus))
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **_PASSIVE, **extra}
         if not self.gpus:  # neither CUDA nor threads that a library begins when it is imported survive a fork; only NumPy's would
-            env["OPENBLAS_NUM_THREADS"] = "1"
+            env |= {"OPENBLAS_NUM_THREADS": "1", **_NO_GPU}
             env[IMPORTS] = ";".join(",".join(part) for part in (common, imports) if part)
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": self.custom, "runtime_env": {"env_vars": env}}
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import typer
 
 from actors.crew import start_crew
-from actors.placement import ClusterConfig, connect
+from actors.placement import ClusterConfig, connect, gpus_of
 from ctrlrl.config import AnySection, Section, differences, dump, load
 from ctrlrl.control import ATTRIBUTES, CORNERS
 from ctrlrl.data.atomic import clear_leftovers, discard, remove_all, write_text
@@ -39,6 +39,7 @@ from jobs.generate import GenerateRecipe, generate
 from jobs.parts.cast import demands_of
 from jobs.parts.launch import mistakes_told
 from jobs.parts.measure import summary_lines, system_lines
+from jobs.parts.settings import on_one_gpu
 from jobs.ppo import PPORecipe, train
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -52,19 +53,22 @@ FAST = {"ppo": {"steps": 6}, "generate": {"samples_per_prompt": 4}, "evaluate": 
 
 @dataclass(frozen=True)
 class Demo:
-    """Where everything lies, and how its jobs are set up."""
+    """Where everything lies, and how its jobs are set up. gpu: all workers share one."""
 
     directory: Path
     world: DemoWorld
     seed: int
     fast: bool
+    gpu: bool = False
 
     def recipe(self, kind: type[AnySection], name: str, out: str, /, **settings) -> AnySection:
         """The recipe demo_`name`.toml with its output in `out`; a double underscore in a setting's name stands for a dot."""
         settings = {"out": str(self.directory / out), "seed": self.seed, **(FAST.get(name, {}) if self.fast else {}), **settings}
         overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
         path = RECIPES / f"demo_{name}.toml"
-        return load(kind, path if path.exists() else None, overrides)
+        config = load(kind, path if path.exists() else None, overrides)
+        shared = on_one_gpu(config) if self.gpu else []
+        return load(kind, path if path.exists() else None, [*overrides, *shared]) if shared else config
 
     @property
     def policy(self) -> str:
@@ -208,7 +212,8 @@ def _run_steps(directory: Path, seed: int, only: str, fast: bool, ppo_steps: int
         discard(building)
     remove_all(unwanted)
     world = build(directory / "world", seed, report=lambda line: print(line, flush=True), size=size)
-    demo = Demo(directory, world, seed, fast)
+    alone = only in ("world", "distill", "report")
+    demo = Demo(directory, world, seed, fast, gpu=not alone and gpus_of(ClusterConfig()) > 0)
     actions: dict[str, Callable[[], int]] = {
         "generate": demo.generate,
         "distill": demo.distill,
@@ -221,7 +226,7 @@ def _run_steps(directory: Path, seed: int, only: str, fast: bool, ppo_steps: int
         "evaluate": demo.evaluate,
         "report": demo.report,
     }
-    if only not in ("world", "distill", "report"):
+    if not alone:
         connect(ClusterConfig(), demands_of(demo.ppo_recipe()))  # the step that needs most; all share the cluster
     for number, step in enumerate(STEPS[1:], 2):
         if only in ("", step):

@@ -103,7 +103,13 @@ class Sampler:
             torch._C._cpu._init_amx()  # else small bf16 matrices die with SIGILL on CPUs with AMX
         from vllm import LLM
         from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
 
+        if not current_platform.is_cpu() and not torch.cuda.is_available():
+            raise ModelError(
+                "this vLLM is built for GPUs, and its worker has none: give the section's resources gpus (a half, if others share the GPU), "
+                "or install the build for CPUs (pip install '.[cpu]')"
+            )
         register_transfer()
         self.version, self._receiver = 0, Receiver()
         self._ends = end_token_ids(model)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.placement import gpus_of
-from ctrlrl.config import AnySection, given, leaves, load, part_of
+from ctrlrl.config import AnySection, Section, given, leaves, load, part_of
 from ctrlrl.errors import RecipeError
 from ctrlrl.evaluation.files import RECIPE, read_json
 from ctrlrl.runs import absolute_out
 
+GPU_SHARE = 0.125  # of each of a job's workers that share one: eight of them
 _RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -41,6 +42,13 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
     now, without = (leaves(settings.model_dump(mode="json")) for settings in (fitted, config))
     told = ", ".join(f"{key}={json.dumps(now[key])}" for key in leaves(values) if now[key] != without[key])
     return _begun_with(fitted, f"settings: jobs/recipes/{name}.toml, because {why} and no --recipe is given; --set changes them: {told}")
+
+
+def on_one_gpu(config: Section) -> list[str]:
+    """Overrides by which all workers of a job have a share of one GPU each. There, NCCL takes one rank of a model and no more."""
+    values = leaves(config.model_dump(mode="json"))
+    shares = [f"{key}={GPU_SHARE}" for key in values if key.endswith("resources.gpus")]
+    return shares + [f"{key}=1" for key, ranks in values.items() if key.endswith(".ranks") and ranks > 1]
 
 
 def _of_the_run(kind: type[AnySection], overrides: Sequence[str], options: Mapping[str, Any]) -> AnySection | None:

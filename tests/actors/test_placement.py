@@ -69,6 +69,7 @@ def test_resources_become_a_bundle_and_an_environment():
     alone = Resources(cpus=0.5).environment({}, ("wave", "cgi"))["runtime_env"]["env_vars"]
     assert (alone["OMP_NUM_THREADS"], alone["CTRLRL_IMPORTS"]) == ("1", "wave,cgi")  # without GPUs it may be forked
     assert alone["OPENBLAS_NUM_THREADS"] == "1"  # or NumPy would begin threads when it is imported
+    assert alone["CUDA_VISIBLE_DEVICES"] == ""  # it asked for no GPU: it uses none, although Ray would let it
     both = Resources().environment({}, ("wave",), ("cgi", "chunk"))["runtime_env"]["env_vars"]
     assert both["CTRLRL_IMPORTS"] == "cgi,chunk;wave"
 

@@ -35,8 +35,8 @@ VOCABULARY = 49_152
 Seconds = tuple[float, float]  # by the clock, and of the process's processor time
 
 
-def make_model(folder: str, layers: int) -> None:
-    """A random model with a tied head, and a tokenizer trained on this repository's documents."""
+def make_tokenizer(folder: str) -> None:
+    """A tokenizer trained on this repository's documents."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -46,6 +46,11 @@ def make_model(folder: str, layers: int) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="<end>")
     fast.chat_template = "{% for m in messages %}<s>{{ m.content }}<end>{% endfor %}"
     fast.save_pretrained(folder)
+
+
+def make_model(folder: str, layers: int) -> None:
+    """A random model with a tied head, and its tokenizer."""
+    make_tokenizer(folder)
     shape = dict(
         vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
         num_attention_heads=9, num_key_value_heads=3,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import jobs.demo
 from ctrlrl.cli import app
-from ctrlrl.config import dump, load
+from ctrlrl.config import dump, leaves, load
 from ctrlrl.control import ATTRIBUTES, CORNERS, Control
 from ctrlrl.data.atomic import remove_all
 from ctrlrl.data.lock import DirectoryLock
@@ -19,9 +19,14 @@ from ctrlrl.demo.models import FULL, DemoWorld, fingerprint
 from ctrlrl.errors import RunError, StorageError
 from ctrlrl.evaluation.metrics import METRICS
 from ctrlrl.models.origins import record_origins
+from jobs.critique import CritiqueRecipe
 from jobs.demo import PARTS, TRAINED, UNTRAINED, Demo, removable, run_demo
-from jobs.finetune import origins_of
+from jobs.dpo import DPORecipe
+from jobs.evaluate import EvaluateRecipe
+from jobs.finetune import FinetuneRecipe, origins_of
+from jobs.generate import GenerateRecipe
 from jobs.parts.serving import ServeConfig
+from jobs.ppo import PPORecipe
 
 METHODS = {"before", "prompting", "reranking", "clm", "exmate", "ppo", "cst", "dpo"}
 
@@ -33,6 +38,27 @@ def demo(tmp_path):
     world = root / "world"
     judges = {judge: {a: world / judge / a for a in ATTRIBUTES} for judge in ("reward", "held_out")}
     return Demo(root, DemoWorld(world, world / "policy", *judges.values(), world / "train.jsonl", world / "test.jsonl", {}, ""), 0, False)
+
+
+def test_with_a_gpu_all_workers_of_a_job_share_it_and_a_model_has_one_rank(demo):
+    shared = replace(demo, gpu=True)
+    judges = demo.rewards("judges__optimisation") | demo.rewards("judges__held_out", "held_out")
+    tuned = {"objective": "clm", "data": "rows", "policy__model": demo.policy}
+    made = {
+        "ppo": (PPORecipe, {"prompts": "p", "policy__model": demo.policy, **demo.rewards()}),
+        "evaluate": (EvaluateRecipe, {"model": "m", "prompts": "p", **judges}),
+        "generate": (GenerateRecipe, {"policy": demo.policy, "prompts": "p", **demo.rewards()}),
+        "critique": (CritiqueRecipe, {"policy": demo.policy, "prompts": "p"}),
+        "finetune": (FinetuneRecipe, tuned),
+        "dpo": (DPORecipe, {"critiques": "c", "policy__model": demo.policy}),
+    }
+    for name, (kind, given) in made.items():
+        on_gpu, without = (leaves(one.recipe(kind, name, "out", **given).model_dump(mode="json")) for one in (shared, demo))
+        workers = {key.rpartition("resources")[0]: key for key in on_gpu if key.endswith("resources.gpus")}
+        counts = [on_gpu.get(f"{w}workers.min", on_gpu.get(f"{w}workers", on_gpu.get(f"{w}ranks"))) for w in workers]
+        assert {on_gpu[key] for key in workers.values()} == {0.125} and 0.125 * sum(counts) <= 1, (name, counts)
+        assert all(value == 1 for key, value in on_gpu.items() if key.endswith(".ranks"))
+        assert not any(without[key] for key in workers.values())
 
 
 @pytest.fixture

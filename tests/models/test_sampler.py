@@ -125,16 +125,33 @@ class Asked(Exception):
     """Ends the start of a pretended engine, and holds what it was asked for."""
 
 
-def test_the_engine_gets_a_path_without_a_tilde(models, monkeypatch):
+@pytest.fixture
+def pretended(monkeypatch):
+    """A vLLM that ends with the model that it was asked for; `built_for` says for what it is built."""
+
     def engine(model, **_):
         raise Asked(model)
 
+    found = SimpleNamespace(built_for="cpu")
+    platform = SimpleNamespace(is_cpu=lambda: found.built_for == "cpu")
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, __spec__=find_spec("vllm")))  # its sources are looked at
     monkeypatch.setitem(sys.modules, "vllm.config", SimpleNamespace(WeightTransferConfig=dict))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     monkeypatch.setattr("ctrlrl.models.sampler.register_transfer", lambda: None)
+    return found
+
+
+def test_the_engine_gets_a_path_without_a_tilde(models, monkeypatch, pretended):
     monkeypatch.setenv("HOME", str(Path(models["policy"]).parent))
     with pytest.raises(Asked, match=f"^{models['policy']}$"):
         Sampler("~/policy", ENGINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_an_engine_for_gpus_wants_one(models, pretended):
+    pretended.built_for = "cuda"
+    with pytest.raises(ModelError, match="built for GPUs, and its worker has none: give the section's resources gpus"):
+        Sampler(models["policy"], ENGINE)
 
 
 def test_the_room_for_a_prompt(models, tmp_path):

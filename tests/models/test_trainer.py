@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from actors.placement import reserve
+from actors.placement import Resources, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.value import Value, ValueConfig
 from ctrlrl.data.atomic import write_directory
@@ -60,10 +60,11 @@ def reference(models):
     return plain_loop(models["policy"], ppo_batch())
 
 
-def start_policy(model, cluster_config, ranks=1, value_head=False, **train):
-    config = PolicyConfig(model=model, ranks=ranks, train=TrainerConfig(**{"learning_rate": 1e-3, "dtype": "float32", **train}))
+def start_policy(model, cluster_config, ranks=1, *, value_head=False, resources=None, temperature=1.0, **train):
+    train = TrainerConfig(**{"learning_rate": 1e-3, "dtype": "float32", **train})
+    config = PolicyConfig(model=model, ranks=ranks, resources=resources or Resources(), train=train)
     place = reserve({"policy": [config.resources.bundle] * ranks}, cluster_config)
-    policy = Policy(config, place, cluster_config, temperature=1.0, seed=0, value_head=value_head)
+    policy = Policy(config, place, cluster_config, temperature=temperature, seed=0, value_head=value_head)
     policy.wait_ready()
     return policy, place
 
