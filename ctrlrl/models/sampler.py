@@ -107,7 +107,7 @@ class Sampler:
 
         if not current_platform.is_cpu() and not torch.cuda.is_available():
             raise ModelError(
-                "this vLLM is built for GPUs, and its worker has none: give the section's resources gpus (a half, if others share the GPU), "
+                "this vLLM is built for GPUs, and its worker has none: give the section's resources gpus (a half, if the GPU is shared), "
                 "or install the build for CPUs (pip install '.[cpu]')"
             )
         register_transfer()
