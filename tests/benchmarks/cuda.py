@@ -9,18 +9,22 @@ a PPO run of eight steps with all workers on one device, the share of a step tha
 bfloat16. On a machine without a GPU it measures the processors, in float32 (--size tiny tries its own code).
 """
 
+# ruff: noqa: E402
+
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+# Not this folder, and before all else: on the path, a file called cuda.py hides NVIDIA's package of that name.
+sys.path = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent)]
+
 import numpy as np
-import ppo
-import publish
 import torch
-from ray import cloudpickle
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from actors.placement import Resources, connect, reserve
@@ -34,8 +38,8 @@ from ctrlrl.models.sizes import described
 from ctrlrl.models.trainer import TrainerConfig
 from ctrlrl.runs import read_metrics
 from jobs.ppo import PPORecipe, train
+from tests.benchmarks import ppo, publish
 
-cloudpickle.register_pickle_by_value(ppo)  # workers do not have this folder
 ON_GPU = torch.cuda.is_available()
 DTYPE = "bfloat16" if ON_GPU else "float32"
 SIZES = {"tiny": "hidden=64,layers=2,heads=2,kv_heads=1,vocabulary=49152,intermediate=96,tied=true"}
