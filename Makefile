@@ -5,9 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 CUDA := .venv-cuda
+# Most of what the jobs and the tests import.
+IMPORTS := deepspeed, jobs.demo, jobs.parts.serving, peft, ray.dashboard.agent, ray.dashboard.head, ray.serve, vllm.entrypoints.llm, \
+  vllm.entrypoints.openai.chat_completion.serving, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker
 PYTEST := $(shell grep -E '^(pytest|pytest-timeout|pytest-xdist|execnet|iniconfig|pluggy)==' requirements/cpu.txt)
 
-# Every worker is a Python process: without cached byte code each would compile its imports again, for seconds.
+# Every worker is a Python process: without cached byte code each would compile its imports again, for seconds. It is made once, by one
+# process, when all is installed: several that start at the same time would each make it for themselves.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-cuda lint clean
@@ -23,6 +27,7 @@ $(VENV)/installed: requirements/cpu.txt pyproject.toml
 	  || { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu "$(TORCH)"; }
 	$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	-$(BIN)/python -c "import $(IMPORTS)" >/dev/null 2>&1
 	touch $@
 
 demo: install
