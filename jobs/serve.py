@@ -18,8 +18,12 @@ import typer
 
 from jobs.parts.launch import Set, mistakes_told
 
-# Threads that wait must not spin: the engine and the HTTP share the cores. Read when torch, and vLLM, are imported.
-_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR"}
+# Threads that wait must not spin, since the engine and the HTTP share the cores, and none may be there when the engine is forked.
+# Read when torch, NumPy and vLLM are imported.
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}  # fmt: skip
 
 
 def main(
@@ -34,7 +38,7 @@ def main(
     with mistakes_told():
         if new_key:
             raise SystemExit(print_key(new_key))
-        os.environ.update({key: value for key, value in _PASSIVE.items() if key not in os.environ})
+        os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until the server runs; ends the engine's process, too
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         import uvloop
@@ -70,6 +74,7 @@ def check_address(host: str, keyless: bool) -> None:
 async def _serve(serving, host: str, port: int) -> int:
     check_address(host, not serving.config.keys)
     sock = _bound(host, port)
+    os.register_at_fork(after_in_child=lambda: _part_from(sock))
     began = time.perf_counter()
     service = await serving.start()
     try:
@@ -77,6 +82,12 @@ async def _serve(serving, host: str, port: int) -> int:
     finally:
         service.close()
         service.model.close()
+
+
+def _part_from(sock) -> None:
+    """In a fork: leave the server its port and its signals, which a process otherwise tells its event loop through a pipe."""
+    sock.close()
+    signal.set_wakeup_fd(-1)
 
 
 async def _until_stopped(serving, service, sock, began: float) -> int:

@@ -1,9 +1,9 @@
-"""Imported by the process that holds a serving engine's model, before it loads it, and by no other: vLLM is told the name.
+"""Imported by the process of a serving engine, before it loads the model, and by no other: vLLM is told the name.
 
-Killed outright, a server tells nobody, and vLLM's processes would hold their memory for good: this one watches the server, and ends
-with it, and ends vLLM's process between the two where there is one (on the CPU; a GPU's model is in the server's own child).
+Killed outright, a server tells nobody, and the engine would hold its memory for good: it watches the server, and ends with it.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -21,16 +21,22 @@ class InWorker:
     """What vLLM wants the name to be: a class that it makes a base of its worker."""
 
 
-def watch(server: int, parent: int) -> None:
-    """Wait for a process to end, then end this one; and first its parent, if that is not the process waited for."""
-    try:
+def watch(server: int) -> None:
+    """Wait for a process to end, then end this one."""
+    with contextlib.suppress(ProcessLookupError):  # it had ended before this one looked
         select.select([os.pidfd_open(server)], [], [])
-        if parent != server and os.getppid() == parent:
-            os.kill(parent, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it had ended before this one looked, and then the parent may be anybody
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if hasattr(os, "pidfd_open") and SERVER in os.environ:
-    threading.Thread(target=watch, args=(int(os.environ[SERVER]), os.getppid()), daemon=True).start()
+def threads() -> int:
+    """Of the engine's math on a CPU: as many as OMP_NUM_THREADS says, else one core is left to the HTTP."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(said) if said.isdigit() and int(said) else max(1, cores - 1)
+
+
+if SERVER in os.environ:
+    if hasattr(os, "pidfd_open"):
+        threading.Thread(target=watch, args=(int(os.environ[SERVER]),), daemon=True).start()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads())

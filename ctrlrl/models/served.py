@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class ServedModel:
         os.environ.update(environment(engine) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "CTRLRL_SERVER_PID": str(os.getpid())})
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
         self.name, self.max_model_tokens = name, engine.max_model_tokens
         settings = dict(
@@ -96,9 +98,14 @@ class ServedModel:
             enable_log_requests=False,
             use_tqdm_on_load=False,
             worker_extension_cls="ctrlrl.models.engine_process.InWorker",
+            # By its name ("uni") vLLM refuses it on a CPU and gives the model a third process, which takes turns with the engine's.
+            distributed_executor_backend=UniProcExecutor,
         )
         try:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+            config = AsyncEngineArgs(**settings).create_engine_config()
+            if _may_fork():
+                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # "spawn", which vLLM has just set for CPUs, imports all again
+            self._engine = AsyncLLM.from_vllm_config(config)
         except ENGINE_ERRORS as error:
             raise ModelError(f"the serving engine cannot start with {model!r}: {reason_of(error)}") from None
         self._chat, self._request = _chat(self._engine, name, end_token_ids(model))
@@ -183,6 +190,15 @@ def _one_thread():
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _may_fork() -> bool:
+    """Whether an engine on a CPU may be a fork of this process: it has no other thread but pyarrow's, which is ready for forks."""
+    tasks = Path("/proc/self/task")
+    if torch.cuda.is_available() or not tasks.exists():
+        return False
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
+    return len(names) - names.count("jemalloc_bg_thd") == 1
 
 
 def _raise(error: Exception):

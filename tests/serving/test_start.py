@@ -1,12 +1,16 @@
 """`ctrlrl serve` at its start and at its end: a model that cannot answer is refused before anybody can ask, and no engine is left over."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from jobs import serve
 
 SETTINGS = ("engine.dtype=float32", "engine.kv_cache_gib=0.05")
 
@@ -67,12 +71,11 @@ def test_who_cannot_answer_is_refused_and_a_killed_server_leaves_no_engine(unfit
         while " on http://" not in logs["fit"].read_text():
             assert servers["fit"].poll() is None and time.monotonic() < end, logs["fit"].read_text()
             time.sleep(0.1)
-        children = processes_of(servers["fit"].pid)
-        engines = [*children, *(below for child in children for below in processes_of(child))]
-        assert engines
+        (engine,) = processes_of(servers["fit"].pid)  # a fork, without what starts and tends processes that import for themselves
+        assert processes_of(engine) == []
         servers["fit"].kill()
         end = time.monotonic() + 60
-        while any(map(alive, engines)):
+        while alive(engine):
             assert time.monotonic() < end, "the engine outlives its server"
             time.sleep(0.05)
         for name, words in (("narrow", "cannot run"), ("broken", "are not finite")):
@@ -82,3 +85,22 @@ def test_who_cannot_answer_is_refused_and_a_killed_server_leaves_no_engine(unfit
     finally:
         for server in servers.values():
             server.kill()
+
+
+def test_an_engine_that_is_forked_leaves_the_server_its_port_and_its_signals():
+    sock, (ours, theirs) = serve._bound("127.0.0.1", 0), socket.socketpair()
+    for end in (ours, theirs):
+        end.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno())
+    child = os.fork()
+    if not child:
+        serve._part_from(sock)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os._exit(int(sock.fileno() != -1))
+    signal.set_wakeup_fd(before)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(BlockingIOError):
+        ours.recv(1)
+    for end in (ours, theirs, sock):
+        end.close()
