@@ -21,12 +21,19 @@ Taking = dict[ActorHandle, ray.ObjectRef]  # of a worker that gets the weights: 
 
 
 class Store:
-    """Puts a policy's weights into Ray's object store, from which the workers read them, without a copy where they are on its node."""
+    """Puts a policy's weights into Ray's object store, from which the workers read them, without a copy where they are on its node.
+
+    in_turn: the workers have the trainer's devices, and take the weights when it is their turn.
+    """
+
+    def __init__(self, in_turn: bool = False):
+        self._in_turn = in_turn
 
     def send(self, policy: Policy, workers: Sequence[ActorHandle], dtype: str, version: int) -> tuple[Taking, Source]:
         """Have `workers` take the current weights when they are there; the source for those that come later."""
         message = policy.weights(dtype, version)
-        return {worker: worker.load_weights.remote(message) for worker in workers}, lambda: message
+        now = () if self._in_turn else workers
+        return {worker: worker.load_weights.remote(message) for worker in now}, lambda: message
 
     def settled(self, taking: Taking) -> Taking:
         """The same: whether a worker has got them is the pool's to see."""

@@ -17,11 +17,13 @@ from ray.exceptions import RayTaskError
 from actors.ending import end_all
 from actors.faults import Failure
 from actors.placement import ClusterConfig, Placement, Resources
+from actors.turns import Turn, at_once
 from actors.waiting import classify, explained, first_lost, gather
 from actors.watch import Lifeline, locate
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
 from ctrlrl.errors import DeadlineExceeded, GroupLost, WorkerLost
+from ctrlrl.models.rest import Rest
 from ctrlrl.models.scorer import in_order
 from ctrlrl.models.trainer import CPU_ENVIRONMENT, Kind, Trainer, TrainerConfig, combine_shares, join_world
 
@@ -61,10 +63,14 @@ class TrainerRank:
 
     def build(self, rank, world, address, port, timeout_s, trainer_arguments):
         join_world(rank, world, address, port, timeout_s)
-        self.trainer = Trainer(*trainer_arguments)
+        self.trainer, self.aside = Trainer(*trainer_arguments), Rest()
 
     def do(self, call, *arguments):
+        self.aside.end()
         return call(self.trainer, *arguments)
+
+    def rest(self):
+        return self.aside.begin()
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class Ranks:
 class TrainerGroup:
     """Handle of all ranks of one model. The typed handles (Policy, Value, RewardTrainer) own one and bind what they share.
 
-    name: of the places reserved for it, and in messages. model: local path or hub name. temperature: divides a policy's logits.
+    name: of the places reserved for it, and in messages. model: local path or hub name. temperature: divides a policy's logits. turn: in
+    which its ranks are started and called.
     """
 
     def __init__(
@@ -96,12 +103,14 @@ class TrainerGroup:
         *,
         seed: int,
         temperature: float = 1.0,
+        turn: Turn = at_once,
     ):
-        self.name, self._cluster, self._config, self._placement = name, cluster, config, placement
+        self.name, self._cluster, self._config, self._placement, self.turn = name, cluster, config, placement, turn
         self._arguments = (kind, model, config.train, temperature, seed)
         self.starts = 0
         self._order = threading.Lock()  # of calls from several threads: collectives need the same one on every rank
-        self._start()
+        with turn():
+            self._start()
 
     def _start(self) -> None:
         """Fresh ranks in the reserved places, and the wish that they build their engines; wait_ready says if they are lost on the way."""
@@ -131,15 +140,24 @@ class TrainerGroup:
 
     def restart(self) -> None:
         """End all ranks and start fresh ones, with the model directory's weights; follow it with wait_ready and load."""
-        self.close()
-        self._start()
+        with self.turn():
+            self.close()
+            self._start()
 
     def wait_ready(self) -> None:
         """Return when every rank has built its engine; GroupLost if one died before, or another process took the port they were to meet
         at."""
         if self._lost:
             raise self._lost
-        self._wait(self._ranks, self._starting, self._cluster.start_deadline_s, "loading the model")
+        with self.turn():
+            self._wait(self._ranks, self._starting, self._cluster.start_deadline_s, "loading the model")
+
+    def rest(self) -> int:
+        """Have the ranks set aside on their hosts what they have on their devices, until they are called; bytes that moved."""
+        ranks = self._ranks
+        with self._order:
+            resting = [actor.rest.remote() for actor in ranks.actors]
+        return sum(self._wait(ranks, resting, self._cluster.call_deadline_s, "setting their memory aside"))
 
     def refs(self, call: Callable, *arguments) -> list[ray.ObjectRef]:
         """Start `call(trainer, *arguments)` on every rank; `call` is an unbound method of Trainer."""
@@ -153,8 +171,9 @@ class TrainerGroup:
 
     def call(self, call: Callable, *arguments) -> list:
         """`call(trainer, *arguments)` on every rank; the results in rank order."""
-        ranks = self._ranks
-        return self._wait(ranks, self.refs(call, *arguments), self._cluster.call_deadline_s, call.__name__)
+        with self.turn():
+            ranks = self._ranks
+            return self._wait(ranks, self.refs(call, *arguments), self._cluster.call_deadline_s, call.__name__)
 
     def train(self, batch: TokenBatch, loss: Loss, steps: list[np.ndarray]) -> list[dict[str, float]]:
         """One optimiser step for each row selection of `steps`; the stats of each global batch."""

@@ -8,6 +8,7 @@ import ray
 
 from actors.group import GroupConfig, TrainerGroup
 from actors.placement import ClusterConfig, Placement
+from actors.turns import Turn, at_once
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.models.broadcast import Meeting, again, kept
@@ -26,13 +27,22 @@ class Policy:
     """Typed handle of the policy's ranks; train, export, save, load and the rest are TrainerGroup's. value_head: it has one."""
 
     def __init__(
-        self, config: PolicyConfig, placement: Placement, cluster: ClusterConfig, *, temperature: float, seed: int, value_head: bool = False
+        self,
+        config: PolicyConfig,
+        placement: Placement,
+        cluster: ClusterConfig,
+        *,
+        temperature: float,
+        seed: int,
+        value_head: bool = False,
+        turn: Turn = at_once,
     ):
         kind = "policy_value" if value_head else "policy"
-        self._group = TrainerGroup("policy", kind, config.model, config, placement, cluster, temperature=temperature, seed=seed)
+        self._group = TrainerGroup("policy", kind, config.model, config, placement, cluster, temperature=temperature, seed=seed, turn=turn)
         self.train, self.export, self.save, self.load = self._group.train, self._group.export, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
         self.restart, self.dtype, self.model = self._group.restart, config.train.dtype, config.model
+        self.rest = self._group.rest
 
     def export_controllable(self, tokenizer, directory: Path, attributes: Attributes = PAPER) -> None:
         """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""
@@ -63,7 +73,8 @@ class Policy:
 
     def weights(self, dtype: str, version: int) -> ray.ObjectRef:
         """A reference to one WeightMessage with all current weights."""
-        return self._group.refs(Trainer.weights, dtype, version)[0]
+        with self._group.turn():  # begun in it: a rank that is told to rest does so afterwards
+            return self._group.refs(Trainer.weights, dtype, version)[0]
 
     def broadcast(self, dtype: str, version: int, meeting: Meeting) -> str:
         """Send all current weights to the members of a group, and keep them; empty, or why not all got them."""

@@ -9,7 +9,9 @@ from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resou
 from actors.policy import Policy
 from actors.pool import Pool
 from actors.scaling import fixed
+from actors.turns import Turn, at_once, have_rest
 from ctrlrl.data.batches import TokenBatch
+from ctrlrl.models.rest import Rest
 from ctrlrl.models.scorer import ReferenceConfig as ReferenceModelConfig
 from ctrlrl.models.scorer import ReferenceModel
 
@@ -27,17 +29,30 @@ class ReferenceWorker:
     """Shell around one ReferenceModel."""
 
     def build(self, model, config, temperature):
-        self.reference = ReferenceModel(model, config, temperature)
+        self.reference, self.aside = ReferenceModel(model, config, temperature), Rest()
 
     def logprobs(self, batch):
+        self.aside.end()
         return self.reference.logprobs(batch)
+
+    def rest(self):
+        return self.aside.begin()
 
 
 class Reference:
-    """Typed handle of the reference workers."""
+    """Typed handle of the reference workers. turn: in which they are called."""
 
-    def __init__(self, config: ReferenceConfig, placement: Placement, cluster: ClusterConfig, *, model: str, temperature: float):
-        self._workers = config.workers
+    def __init__(
+        self,
+        config: ReferenceConfig,
+        placement: Placement,
+        cluster: ClusterConfig,
+        *,
+        model: str,
+        temperature: float,
+        turn: Turn = at_once,
+    ):
+        self._workers, self.turn, self._patience_s = config.workers, turn, cluster.call_deadline_s
         options = config.resources.environment({} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",), MODELS)
 
         def create(index: int) -> ActorHandle:
@@ -55,8 +70,13 @@ class Reference:
         size = max(1, -(-len(batch) // self._workers))
         parts = [batch.select(np.arange(i, min(i + size, len(batch)))) for i in range(0, len(batch), size)]
         name = f"reference logprobs of {size} rows"
-        futures = [self.pool.submit(lambda worker, part=part: worker.logprobs.remote(part), name) for part in parts]
-        return [row for future in futures for row in future.result()]
+        with self.turn():
+            futures = [self.pool.submit(lambda worker, part=part: worker.logprobs.remote(part), name) for part in parts]
+            return [row for future in futures for row in future.result()]
+
+    def rest(self) -> int:
+        """Have the workers set aside on their hosts what they have on their devices, until they are asked; bytes that moved."""
+        return have_rest(self.pool.name, self.pool.at_work(), self._patience_s)
 
 
 class AdapterReference:

@@ -12,7 +12,9 @@ from ray.actor import ActorHandle
 from actors.placement import MODELS, UNCOMPILED, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import fixed
+from actors.turns import Turn, at_once, have_rest
 from ctrlrl.data.remembered import REMEMBERED, Remembered
+from ctrlrl.models.rest import Rest
 from ctrlrl.models.sampler import IMPORTS, environment
 from ctrlrl.models.scorer import ScorerConfig, make_scorer
 from ctrlrl.models.service import PATIENCE
@@ -42,22 +44,37 @@ class RewardWorker:
     """Shell around one scorer."""
 
     def build(self, config, secret):
-        self.scorer = make_scorer(config, secret)
+        self.scorer, self.aside = make_scorer(config, secret), Rest()
 
     def score(self, conversations):
+        self.aside.end()
         return self.scorer.score(conversations)
 
     def raw(self, conversations):
+        self.aside.end()
         return self.scorer.raw(conversations)
+
+    def rest(self):
+        return self.aside.begin()
 
     def reasoned(self, conversations):
         return self.scorer.reasoned(conversations)
 
 
 class Reward:
-    """Typed handle of one attribute's scorer. folder: of the run, in which a slow scorer's answers are remembered."""
+    """Typed handle of one attribute's scorer. folder: of the run, in which a slow scorer's answers are remembered. turn: in which `score`
+    calls its workers."""
 
-    def __init__(self, name: str, config: RewardConfig, placement: Placement, cluster: ClusterConfig, folder: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        config: RewardConfig,
+        placement: Placement,
+        cluster: ClusterConfig,
+        folder: Path | None = None,
+        turn: Turn = at_once,
+    ):
+        self.turn, self._patience_s = turn, cluster.call_deadline_s
         self._workers, secret = config.workers, config.secret()  # of the job's environment, which workers elsewhere do not have
         settings, imports = {} if config.resources.gpus else UNCOMPILED, ("ctrlrl.models.scorer",)
         if config.engine:  # of a judge
@@ -81,8 +98,13 @@ class Reward:
             return self.calibration(self._memory.raw(conversations).result()).astype(np.float32)
         size = max(1, -(-len(conversations) // self._workers))
         parts = [list(conversations[i : i + size]) for i in range(0, len(conversations), size)]
-        futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part), named(part)) for part in parts]
-        return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)
+        with self.turn():
+            futures = [self.pool.submit(lambda worker, part=part: worker.score.remote(part), named(part)) for part in parts]
+            return np.concatenate([future.result() for future in futures]) if futures else np.zeros(0, np.float32)
+
+    def rest(self) -> int:
+        """Have the workers set aside on their hosts what they have on their devices, until they are asked; bytes that moved."""
+        return have_rest(self.pool.name, self.pool.at_work(), self._patience_s)
 
     def raw(self, conversations: Sequence[tuple[Messages, str]]) -> Future:
         """Raw outputs, fp32 [B], before calibration, of one call to one worker: the same conversations always give the same outputs.

@@ -14,6 +14,7 @@ from actors.member import Entry
 from actors.placement import MODELS, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import Workers, fixed
+from actors.turns import Turn, at_once, have_rest
 from ctrlrl.config import Section
 from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.probe import Expectation
@@ -43,8 +44,10 @@ class RolloutConfig(Section):
         return [self.resources.bundle] * (self.workers.max - self.workers.min)
 
 
-def way_of(sync: Sync, config: RolloutConfig, cluster: ClusterConfig) -> Store | Broadcast:
+def way_of(sync: Sync, config: RolloutConfig, cluster: ClusterConfig, turn: Turn = at_once) -> Store | Broadcast:
     """How weights come to the workers; says what it is, if it was left open."""
+    if turn is not at_once:
+        return Store(in_turn=True)
     if sync == "auto":
         why = "nccl has not run yet on any GPU: choose it by name" if config.resources.gpus else "the rollout workers are on CPUs"
         print(f"sync: store ({why})", flush=True)
@@ -56,10 +59,13 @@ def way_of(sync: Sync, config: RolloutConfig, cluster: ClusterConfig) -> Store |
 class RolloutWorker:
     """Shell around one Sampler."""
 
-    def build(self, model, engine):
+    def build(self, model, engine, rests):
         proof = proof_of(model, engine)
-        self.sampler = Sampler(model, engine)
+        self.sampler = Sampler(model, engine, rests)
         proof.check(self.sampler.logprobs)
+
+    def rest(self):
+        return self.sampler.rest()
 
     def generate(self, requests, sampling):
         return self.sampler.generate(requests, sampling)
@@ -80,7 +86,8 @@ class RolloutWorker:
 
 
 class Rollout:
-    """Typed handle of the rollout pool. Its weights are the model directory's (version 0) until `load`."""
+    """Typed handle of the rollout pool. Its weights are the model directory's (version 0) until `load`. turn: in which its workers draw and
+    take weights; `generate_apart` knows of none."""
 
     def __init__(
         self,
@@ -90,8 +97,10 @@ class Rollout:
         cluster: ClusterConfig,
         name: str = "rollout",
         sync: Sync = "store",
+        turn: Turn = at_once,
     ):
-        self._config, self.way = config, way_of(sync, config, cluster)
+        self._config, self.way, self.turn = config, way_of(sync, config, cluster, turn), turn
+        self._patience_s, rests = cluster.call_deadline_s, turn is not at_once
         self._current: tuple[int, Source, Expectation] | None = None
         self._offered, self._taking = 0, {}  # the version that was begun last, and those who are taking it
         self._bytes = 0
@@ -100,7 +109,7 @@ class Rollout:
         def create(index: int) -> ActorHandle:
             return RolloutWorker.options(scheduling_strategy=placement.at(name, index), **options).remote()
 
-        self.pool = Pool(name, create, lambda w: w.build.remote(model, config.engine), config.workers, cluster, enter=self._enter)
+        self.pool = Pool(name, create, lambda w: w.build.remote(model, config.engine, rests), config.workers, cluster, enter=self._enter)
         self.wait_ready, self.pids, self.close = self.pool.wait_ready, self.pool.pids, self.pool.close
 
     @property
@@ -119,7 +128,16 @@ class Rollout:
         return self._current[2] if self._current else None
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[np.ndarray, Completions]]:
-        """Draw one response a request; yields (row numbers, completions) of a chunk as it finishes. VersionMismatch for stale samples."""
+        """Draw one response a request; yields (row numbers, completions) of a chunk as it finishes, or of all when the turn is over.
+        VersionMismatch for stale samples."""
+        if self.turn is at_once:
+            yield from self._drawn(requests, sampling)
+            return
+        with self.turn():
+            drawn = list(self._drawn(requests, sampling))
+        yield from drawn
+
+    def _drawn(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[np.ndarray, Completions]]:
         futures = {}
         for first in range(0, len(requests), self._config.chunk):
             part = list(requests[first : first + self._config.chunk])
@@ -156,8 +174,13 @@ class Rollout:
         VersionMismatch if a worker's logprobs are not the expected ones.
         """
         self._current, self._offered, self._taking = (version, source, expected), version, dict(taking)
-        self.pool.renew(version)
+        with self.turn():
+            self.pool.renew(version)
         return self._bytes
+
+    def rest(self) -> int:
+        """Have the workers give their devices' memory back, until they are called; bytes that moved, where that is known."""
+        return have_rest(self.pool.name, self.pool.at_work(), self._patience_s)
 
     def _enter(self, worker: ActorHandle) -> Entry | None:
         if self._current is None:

@@ -5,6 +5,7 @@ import numpy as np
 from actors.group import GroupConfig, TrainerGroup
 from actors.placement import ClusterConfig, Placement
 from actors.policy import Policy
+from actors.turns import Turn, at_once
 from ctrlrl.data.batches import TokenBatch
 
 
@@ -29,11 +30,13 @@ class ValueHead:
 class Value:
     """Typed handle of the value model's ranks; train, save, load and the rest are TrainerGroup's."""
 
-    def __init__(self, config: ValueConfig, placement: Placement, cluster: ClusterConfig, *, model: str, seed: int):
-        self._group = TrainerGroup("value", "value", model, config, placement, cluster, seed=seed)
+    def __init__(
+        self, config: ValueConfig, placement: Placement, cluster: ClusterConfig, *, model: str, seed: int, turn: Turn = at_once
+    ):
+        self._group = TrainerGroup("value", "value", model, config, placement, cluster, seed=seed, turn=turn)
         self.train, self.save, self.load = self._group.train, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
-        self.restart = self._group.restart
+        self.restart, self.rest = self._group.restart, self._group.rest
 
     def values(self, batch: TokenBatch) -> list[np.ndarray]:
         """Value of the state before each scored token, one fp32 array a row."""

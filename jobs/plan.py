@@ -25,6 +25,7 @@ from jobs.parts.rooms import (
     devices_of,
     gpus_of,
     too_full,
+    used,
     what_would_fit,
     what_would_fit_together,
     workers_of,
@@ -41,7 +42,7 @@ def plan(recipe: str, overrides: list[str], gpu_gib: float, gpus: int, beside_gi
     changed = partial(_changed, recipe, overrides, shapes, int(beside_gib * GIB))
     workers = changed([])
     print("\n".join(_table(workers)))
-    print("\n".join(_notes(config, shapes["policy.model"])))
+    print("\n".join([*_notes(config, shapes["policy.model"]), *_turns(workers)]))
     problems = [*_too_full(workers, config, room, gpus, changed), *_too_many(workers, gpus, room, changed)]
     print(f"\n{_devices(workers, room)}")
     print("\n".join(problems) if problems else "Everything fits.", flush=True)
@@ -98,12 +99,25 @@ def _notes(config: PPORecipe, policy: PretrainedConfig) -> list[str]:
     ]
 
 
+def _turns(workers: list[Worker]) -> list[str]:
+    """Where devices are shared: whose turns there are, and what lies on the hosts meanwhile."""
+    turns: dict[str, list[str]] = {}
+    for worker in workers:
+        if worker.turn:
+            turns.setdefault(worker.turn, []).append(worker.name)
+    if not turns:
+        return []
+    aside = sum(worker.count * worker.aside for worker in workers)
+    told = "; ".join(" + ".join(names) for names in turns.values())
+    return [f"They take turns: {told}. What rests takes up to {aside / GIB:.1f} GiB of the nodes' own memory, all devices together."]
+
+
 def _devices(workers: list[Worker], room: int) -> str:
     """Which GPUs there are and how full each is, equal ones in one line."""
     lines: dict[str, int] = {}
     for sharing in devices_of(workers):
-        used = sum(worker.bytes for worker in sharing)
-        line = f"{' + '.join(worker.name for worker in sharing)}: {used / GIB:.1f} of {room / GIB:.1f} GiB"
+        joined = " + " if not sharing[0].turn else ", "
+        line = f"{joined.join(worker.name for worker in sharing)}: {used(sharing) / GIB:.1f} of {room / GIB:.1f} GiB"
         lines[line] = lines.get(line, 0) + 1
     host = sum(worker.count * worker.bytes for worker in workers if not worker.gpus)
     told = [f"{number} GPU{'s' * (number > 1)} with {line}" for line, number in lines.items()]
@@ -114,14 +128,14 @@ def _too_full(workers: list[Worker], config: PPORecipe, room: int, gpus: int, ch
     """What does not fit its GPU, with changes that would make it fit."""
     told = []
     for sharing in too_full(workers, room):
-        used = sum(worker.bytes for worker in sharing)
+        needed = used(sharing)
         names = " + ".join(worker.name for worker in sharing)
         several = {worker.name: worker for worker in sharing}.values()
         found = [change for worker in several for change in what_would_fit(worker, sharing, config, room, gpus, changed)]
         ways = "; or ".join(f"{_sets(overrides)} ({size / GIB:.1f} GiB)" for overrides, size in found)
         if not ways and len(sharing) > 1:
             ways = _sets(what_would_fit_together(sharing, config, room, gpus, changed))
-        told.append(f"DOES NOT FIT: {names} needs {used / GIB:.1f} of {room / GIB:.1f} GiB: {ways or 'a larger GPU, or a smaller model'}")
+        told.append(f"DOES NOT FIT: {names} needs {needed / GIB:.1f} of {room / GIB:.1f} GiB: {ways or 'a larger GPU, or a smaller model'}")
     return told
 
 

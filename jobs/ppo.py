@@ -38,7 +38,7 @@ from jobs.parts.progress import Answers, Clock, Steps
 
 # May change at resume: they have no part in the steps that are done. (A schedule that is to outlive a change of steps names total_steps.)
 FREE = (
-    *("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "sync", "evaluation", "skip_bad_rows"),
+    *("steps", "cluster", "checkpoint_every", "keep_checkpoints", "rollout.workers", "sync", "placement", "evaluation", "skip_bad_rows"),
     *(f"{group}.{key}" for group in ("policy", "value") for key in CHANGEABLE),
 )
 

@@ -50,6 +50,12 @@ class OverlapRecipe(PPORecipe):
     correction: float = Field(2.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
+    def _draws_while_it_trains(self):
+        if self.placement == "shared":
+            raise ValueError('placement = "shared" has rollouts and trainers take turns, and here both work at once: use ctrlrl ppo')
+        return self
+
+    @model_validator(mode="after")
     def _old_is_the_policy_that_trains(self):
         if self.lag and self.algorithm.old_logprobs == "engine":
             raise ValueError(

@@ -96,9 +96,9 @@ class Completions:
 
 
 class Sampler:
-    """A vLLM engine with versioned weights (0 = the model directory's own)."""
+    """A vLLM engine with versioned weights (0 = the model directory's own). rests: `rest` will be called."""
 
-    def __init__(self, model: str, engine: EngineConfig):
+    def __init__(self, model: str, engine: EngineConfig, rests: bool = False):
         if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
             torch._C._cpu._init_amx()  # else small bf16 matrices die with SIGILL on CPUs with AMX
         from vllm import LLM
@@ -112,6 +112,7 @@ class Sampler:
             )
         register_transfer()
         self.version, self._receiver = 0, Receiver()
+        self._sleeps, self._asleep = rests and not current_platform.is_cpu(), set()  # on processors vLLM has no sleep
         self._ends = end_token_ids(model)
         settings = dict(
             model=existing(model),
@@ -129,6 +130,7 @@ class Sampler:
             enable_chunked_prefill=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
+            enable_sleep_mode=self._sleeps,
             disable_log_stats=True,
         )
         try:
@@ -147,9 +149,24 @@ class Sampler:
         self._llm.reset_prefix_cache()
         return self._draw(requests, sampling, logprobs=False)
 
+    def rest(self) -> int:
+        """Give the device's memory back until the next call: weights to the host, what is cached forgotten (vLLM's sleep level 1, which
+        has never run: there was no GPU). On processors nothing happens. Returns 0: vLLM does not say how much it was."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+        return 0
+
+    def _wake(self, *parts: str) -> None:
+        for part in parts:
+            if part in self._asleep:
+                self._llm.wake_up(tags=[part])
+                self._asleep.discard(part)
+
     def _draw(self, requests: Sequence[Request], sampling: SamplingConfig, *, logprobs: bool) -> Completions:
         from vllm import SamplingParams
 
+        self._wake("weights", "kv_cache")
         began = time.perf_counter()
         params = [
             SamplingParams(
@@ -178,6 +195,7 @@ class Sampler:
         """Logprobs, at temperature 1, of all tokens but the first of each sequence, one fp32 array a sequence."""
         from vllm import SamplingParams
 
+        self._wake("weights", "kv_cache")
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], params, use_tqdm=False)
         return [
@@ -191,6 +209,7 @@ class Sampler:
             raise VersionMismatch(f"weights of version {message.version} were published to a sampler that has version {self.version}")
         if self.version == 0:
             keep_freed_memory()
+        self._wake("weights")  # the cache when there is something to draw
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"message": [message]}})
         self._llm.finish_weight_update(str(message.version))

@@ -1,8 +1,10 @@
 """What a PPO run is made of: its recipe, its actors and their places, and what a checkpoint holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,6 +33,7 @@ from ctrlrl.models.vocabulary import check_same_vocabulary
 from ctrlrl.ppo.experience import AlgorithmConfig, minibatch_rows
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.runs import Run, absolute_out
+from jobs.parts import sharing
 from jobs.parts.interim import InterimConfig
 from jobs.parts.reading import askable
 
@@ -45,7 +48,8 @@ class FullSampling(SamplingConfig):
 
 
 class PPORecipe(Section):
-    """Everything a PPO run depends on. prompts: a file, a directory or a hub data set."""
+    """Everything a PPO run depends on. prompts: a file, a directory or a hub data set. placement: whether each worker has devices of its
+    own, or the kinds of workers take turns on the same ones."""
 
     out: str = "runs/ppo"
     seed: int = 0
@@ -63,6 +67,7 @@ class PPORecipe(Section):
     reward: RewardModels
     rollout: RolloutConfig = RolloutConfig()
     sync: Sync = "auto"
+    placement: Literal["separate", "shared"] = "separate"
     sampling: FullSampling = FullSampling()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     evaluation: InterimConfig = InterimConfig()
@@ -94,6 +99,14 @@ class PPORecipe(Section):
     def _ends_of_the_way(self):
         if self.sync == "nccl" and not (self.policy.resources.gpus and self.rollout.resources.gpus):
             raise ValueError('sync = "nccl" is between GPUs: give policy.resources and rollout.resources gpus, or set sync = "auto"')
+        return self
+
+    @model_validator(mode="after")
+    def _turns_can_be_taken(self):
+        looks, engines = self.evaluation.every > 0, [a for a, reward in self.reward.items() if reward.engine]
+        fault = sharing.why_not_shared(sharing.kinds_of(self), self.sync, self.rollout.workers.max, looks, engines)
+        if self.placement == "shared" and fault:
+            raise ValueError(f'placement = "shared": {fault}')
         return self
 
     @field_validator("value", "reference", mode="before")
@@ -162,44 +175,45 @@ class Cast:
 
 def demands_of(config: PPORecipe) -> Demands:
     """The places that the actors of a run need."""
-    return {
-        "policy": config.policy.bundles,
-        "value": config.value.bundles if config.has_value_model else [],
-        "rollout": config.rollout.bundles,
-        **{f"reward.{a}": [reward.resources.bundle] * reward.workers for a, reward in config.reward.items()},
-        "reference": [] if config.reference.adapter else [config.reference.resources.bundle] * config.reference.workers,
-    }
+    return sharing.demands_of(sharing.kinds_of(config), config.placement == "shared")
 
 
 def start_cast(config: PPORecipe) -> Cast:
-    """Reserve the places of all actors, start them at the same time, and return when all are ready."""
-    demands = demands_of(config)
+    """Reserve the places of all actors, start them at the same time (one kind after the other, where they share devices), and return when
+    all are ready."""
+    demands, kinds, shared = demands_of(config), sharing.kinds_of(config), config.placement == "shared"
     connect(config.cluster, {**demands, "spare": config.rollout.spare})
-    place, cluster, model = reserve(demands, config.cluster), config.cluster, config.policy.model
+    place, cluster, model, turns = reserve(demands, config.cluster), config.cluster, config.policy.model, sharing.Sharing(kinds, shared)
+    if shared:
+        place, config = sharing.placed(place, kinds), sharing.with_shares(config, kinds)
     policy, value = (group.scheduled(config.optimiser_steps) for group in (config.policy, config.value))
     started = []  # to be ended if the next one cannot be started
 
-    def start(handle):
-        started.append(handle)
-        return handle
+    def start(name: str, make: Callable):
+        turn = turns.turn(name)
+        with turn():
+            started.append(make(turn=turn))
+            turns.started(name, started[-1], cluster)
+        return started[-1]
 
     def start_reference(trained: Policy) -> Reference | AdapterReference:
         frozen, temperature = config.reference, config.sampling.temperature
         if frozen.adapter:
             return AdapterReference(trained)
-        return start(Reference(frozen, place, cluster, model=frozen.model or model, temperature=temperature))
+        return start("reference", partial(Reference, frozen, place, cluster, model=frozen.model or model, temperature=temperature))
 
     def start_value(trained: Policy) -> Value | ValueHead | None:
         if not config.has_value_model:
             return ValueHead(trained) if config.has_value else None
-        return start(Value(value, place, cluster, model=value.model or model, seed=config.seed))
+        return start("value", partial(Value, value, place, cluster, model=value.model or model, seed=config.seed))
 
     try:
         head, temperature, folder = config.value.head, config.sampling.temperature, absolute_out(config.out)
-        trained = start(Policy(policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
+        trained = start("policy", partial(Policy, policy, place, cluster, temperature=temperature, seed=config.seed, value_head=head))
+        names = {a: f"reward.{a}" for a in config.attributes.names}
         cast = Cast(
-            rollout=start(Rollout(config.rollout, model, place, cluster, sync=config.sync)),
-            rewards={a: start(Reward(f"reward.{a}", config.reward[a], place, cluster, folder)) for a in config.attributes.names},
+            rollout=start("rollout", partial(Rollout, config.rollout, model, place, cluster, sync=config.sync)),
+            rewards={a: start(name, partial(Reward, name, config.reward[a], place, cluster, folder)) for a, name in names.items()},
             reference=start_reference(trained),
             policy=trained,
             value=start_value(trained),

@@ -11,6 +11,7 @@ from ctrlrl.errors import RecipeError
 from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
 from ctrlrl.models.scorer_names import weights_of
 from jobs.parts.cast import PPORecipe
+from jobs.parts.sharing import kinds_of, turn_of
 
 GIB = 2**30
 _RANKS = (2, 4, 8, 16, 32, 64)
@@ -21,18 +22,34 @@ Changed = Callable[[list[str]], "list[Worker]"]  # the workers of the recipe und
 
 @dataclass(frozen=True)
 class Worker:
-    """Workers of one kind: their name in the recipe, how many are reserved and how many more may come, GPUs and memory of each."""
+    """Workers of one kind: their name in the recipe, how many are reserved and how many more may come, GPUs and memory of each.
+
+    turn: in which they are at work, where devices are shared; they rest in all others.
+    """
 
     name: str
     count: int
     spare: int
     gpus: float
     phases: Phases
+    turn: str = ""
 
     @property
     def bytes(self) -> int:
         """The most that one of them has at once."""
         return peak(self.phases)
+
+    @property
+    def kept(self) -> int:
+        """What stays on the device while it rests: CUDA itself, and an engine's graphs (under buffers)."""
+        own = next(iter(self.phases.values()))
+        return own.get("CUDA", 0) + (own.get("buffers", 0) if "generate" in self.phases else 0)
+
+    @property
+    def aside(self) -> int:
+        """What lies on its host while it rests: all that is there between two phases, but for an engine's cache, which is forgotten."""
+        own = next(iter(self.phases.values()))
+        return sum(own.get(part, 0) for part in ("weights", "gradients", "optimiser")) if self.turn else 0
 
     def beside(self, size: int) -> "Worker":
         """The same with `size` bytes more in every phase."""
@@ -58,7 +75,11 @@ def workers_of(config: PPORecipe, shapes: Mapping[str, PretrainedConfig], beside
         part = config.reference
         phases = frozen(shapes["reference.model"], "reference", part.dtype, part.batch_tokens)
         found.append(Worker("reference", part.workers, 0, part.resources.gpus, phases))
-    return [worker.beside(beside) if worker.gpus else worker for worker in found]
+    found = [worker.beside(beside) if worker.gpus else worker for worker in found]
+    if config.placement == "separate":
+        return found
+    kinds = kinds_of(config)
+    return [replace(worker, turn=turn_of(worker.name, kinds)) if worker.gpus else worker for worker in found]
 
 
 def _group(name: str, config: GroupConfig, kind: str, shape: PretrainedConfig) -> Worker:
@@ -66,8 +87,11 @@ def _group(name: str, config: GroupConfig, kind: str, shape: PretrainedConfig) -
 
 
 def devices_of(workers: list[Worker]) -> list[list[Worker]]:
-    """Who is on which GPU: a worker with a whole one or more uses one alone, parts of one are filled up in order, as Ray does. Workers
-    without a GPU are on none."""
+    """Who is on which GPU: a worker with a whole one or more uses one alone, parts of one are filled up in order, as Ray does; where
+    devices are shared, one of each kind is on each. Workers without a GPU are on none."""
+    shared = [worker for worker in workers if worker.turn]
+    if shared:
+        return [[worker for worker in shared if place < worker.count] for place in range(max(worker.count for worker in shared))]
     devices: list[tuple[float, list[Worker]]] = []
     for worker in workers:
         for _ in range(worker.count if worker.gpus else 0):
@@ -80,6 +104,14 @@ def devices_of(workers: list[Worker]) -> list[list[Worker]]:
     return [sharing for _, sharing in devices]
 
 
+def used(sharing: list[Worker]) -> int:
+    """Bytes that the workers of one device have on it at the most: all of them their peaks, or those of one turn, while the others rest."""
+    turns: dict[str, int] = {}
+    for worker in sharing:
+        turns[worker.turn] = turns.get(worker.turn, 0) + worker.bytes - worker.kept
+    return sum(worker.kept for worker in sharing) + max(turns.values(), default=0)
+
+
 def gpus_of(workers: list[Worker]) -> int:
     """GPUs that are taken from Ray: more than devices in use where one worker asks for several."""
     several = sum((math.ceil(worker.gpus) - 1) * worker.count for worker in workers if worker.gpus > 1)
@@ -88,7 +120,7 @@ def gpus_of(workers: list[Worker]) -> int:
 
 def too_full(workers: list[Worker], room: int) -> list[list[Worker]]:
     """The devices on which the workers need more than `room` bytes, those with the same workers once."""
-    full = [sharing for sharing in devices_of(workers) if sum(worker.bytes for worker in sharing) > room]
+    full = [sharing for sharing in devices_of(workers) if used(sharing) > room]
     return list({tuple(worker.name for worker in sharing): sharing for sharing in full}.values())
 
 

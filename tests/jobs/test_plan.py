@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 from ctrlrl.cli import app
 from ctrlrl.config import load
 from jobs.parts.cast import PPORecipe, demands_of
-from jobs.parts.rooms import Worker, devices_of, gpus_of
+from jobs.parts.rooms import Worker, devices_of, gpus_of, used
 from jobs.plan import plan
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
-SIZES = {"ppo": (8, 80), "ppo_node": (8, 80), "ppo_cluster": (20, 80), "ppo_one_gpu": (1, 24)}
+SIZES = {"ppo": (8, 80), "ppo_node": (8, 80), "ppo_node_shared": (8, 80), "ppo_cluster": (20, 80), "ppo_one_gpu": (1, 24)}
 SMALL = "hidden=2048,layers=2,heads=32,kv_heads=8,vocabulary=128256,intermediate=8192,tied=true"
 IDLE = {"ppo_node": 0.25}  # of the GPU that the frozen models share
 
@@ -72,6 +72,33 @@ def test_a_model_under_two_keys_has_one_size(capsys):
         ("policy.model", "0.38"), ("reference.model", "0.38"), ("value.model", "0.38"),
         ("reward.helpful.model", "8.03"), ("reward.harmless.model", "0.13"),
     ]  # fmt: skip
+
+
+def test_workers_that_take_turns_need_the_largest_turn_and_what_stays_of_the_others():
+    def worker(name, turn, count=1, phase="score", **parts):
+        return Worker(name, count, 0, 1, {phase: {**parts, "CUDA": 1}}, turn)
+
+    workers = [
+        worker("policy", "train", 2, weights=10, optimiser=20, buffers=3),
+        worker("value", "train", weights=5),
+        worker("reward", "judge", weights=30),
+        worker("rollout", "draw", 2, "generate", weights=12, cache=20, buffers=4),
+    ]
+    first, second = devices_of(workers)
+    assert [worker.name for worker in second] == ["policy", "rollout"] and len(first) == 4 and gpus_of(workers) == 2
+    assert used(first) == 33 + 5 + 4 + 4  # policy and value train; CUDA of all four; the graphs of the engine that rests
+    assert used(second) == 33 + 2 + 4
+    assert [worker.aside for worker in workers] == [30, 5, 30, 12]  # no cache: it is forgotten
+
+
+def test_a_shared_node_that_is_too_small_is_told_what_to_change(capsys):
+    recipe = str(RECIPES / "ppo_node_shared.toml")
+    assert plan(recipe, [], 80, 8, 1.5, []) == 0
+    told = capsys.readouterr().out
+    assert "They take turns: policy + value; rollout; reward.helpful + reward.harmless + reference." in told
+    assert plan(recipe, [], 60, 8, 1.5, []) == 1
+    changes = advice(capsys.readouterr().out)
+    assert changes and plan(recipe, changes[0], 60, 8, 1.5, []) == 0
 
 
 def test_parts_of_a_gpu_are_filled_up_in_order():

@@ -155,11 +155,17 @@ def test_a_run_goes_on_with_more_ranks(ppo_run, assert_resumes_on_two_ranks):
     assert_resumes_on_two_ranks(train, config, out, 1, "policy", "value", evaluation=InterimConfig())
 
 
-def test_values_may_be_a_head_of_the_policy_which_resumes_to_the_bit(ray_cluster, ppo_overrides, tmp_path):
+def test_values_may_be_a_head_of_the_policy_which_resumes_to_the_bit(ray_cluster, ppo_overrides, tmp_path, caplog):
     whole, parts = (load(PPORecipe, None, [*ppo_overrides, "value=head", f"out={tmp_path / name}"]) for name in ("whole", "parts"))
     assert whole.value.head and not [key for key in whole.models if key.startswith("value")] and demands_of(whole)["value"] == []
     assert train(whole) == 0
-    assert train(parts.model_copy(update={"steps": 1})) == 0 and train(parts, resume=True) == 0
+    assert train(parts.model_copy(update={"steps": 1})) == 0
+    caplog.set_level("INFO", "ctrlrl")
+    assert train(parts.model_copy(update={"placement": "shared"}), resume=True) == 0  # by turns it is the same
+    size = 4 * sum(p.numel() for p in load_policy(whole.policy.model, "float32").parameters()) / 1e6  # MB of the weights
+    turns = re.findall(r"turn to (\w+): the others have moved ([\d.]+) MB", caplog.text)
+    assert [turn for turn, _ in turns][-5:] == ["draw", "judge", "train", "draw", "train"]  # of its step, publish, and checkpoint
+    assert float(turns[-2][1]) > 2 * size - 0.1  # both moments, at least
     rows = read_metrics(tmp_path / "whole")
     assert rows[0]["value/value_loss"] > 0 and rows[0]["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
     assert rows[0]["value/explained_variance"] <= 0 < abs(rows[1]["value/value_mean"])  # the head starts at zero, and learns
@@ -358,7 +364,7 @@ def test_a_schedule_ends_with_the_run(ppo_overrides, monkeypatch):
 
     for name in ("Rollout", "Reference", "Policy", "Value"):
         monkeypatch.setattr(jobs.parts.cast, name, Started)
-    monkeypatch.setattr(jobs.parts.cast, "Reward", lambda name, *rest: Started(*rest))
+    monkeypatch.setattr(jobs.parts.cast, "Reward", lambda name, *rest, **_: Started(*rest))
     monkeypatch.setattr(jobs.parts.cast, "connect", lambda *_: None)
     monkeypatch.setattr(jobs.parts.cast, "reserve", lambda *_: None)
     more = ["steps=5", "algorithm.epochs=3", "policy.train.schedule=linear", "value.train.schedule=cosine", "value.train.total_steps=7"]
