@@ -39,7 +39,7 @@ test: install
 # What `pip install '.[cuda]'` asks for, in the versions of the image (cluster/Dockerfile), and pytest.
 $(CUDA)/installed: requirements/cuda.txt pyproject.toml
 	$(PYTHON) -m venv $(CUDA)
-	$(CUDA)/bin/pip install --quiet --no-deps --no-compile -r requirements/cuda.txt
+	$(CUDA)/bin/pip install --quiet --no-deps -r requirements/cuda.txt
 	$(CUDA)/bin/pip install --quiet --no-deps $(PYTEST)
 	$(CUDA)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
