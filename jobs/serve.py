@@ -1,6 +1,6 @@
 """`ctrlrl serve`: one model behind OpenAI's HTTP, its dials in the operator's hands.
 
-The engine has processes of its own, which are started first and end with this one; the HTTP and what is ours run here. SIGHUP reads the
+The engine has a process of its own, which is started first and ends with this one; the HTTP and what is ours run here. SIGHUP reads the
 file of dials again.
 """
 

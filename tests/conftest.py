@@ -30,6 +30,8 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_LOG_MONITOR_MANY_FILES_THRESHOLD="0",  # nobody reads workers' output; to look for it ten times a second costs seconds a minute
     LOG_NAME_UPDATE_INTERVAL_S="60",
+    REPORTER_UPDATE_INTERVAL_MS="60000",  # nor at a node's own figures
+    RAY_DASHBOARD_AGENT_LOOP_MONITOR_INTERVAL_S="60",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
