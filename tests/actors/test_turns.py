@@ -2,9 +2,12 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from actors.placement import ClusterConfig
+from actors.rollout import RolloutConfig, way_of
 from actors.turns import Turns, at_once
 from ctrlrl.errors import GroupLost
 
@@ -102,6 +105,24 @@ def test_who_cannot_rest_is_told_and_asked_again_by_the_next(kinds):
             raise AssertionError("it is not its turn")
     with turns.of("draw")():
         assert len(asked) == 2
+
+
+class Worker:
+    """What is asked of it is `taken`."""
+
+    def __init__(self):
+        self.taken = []
+        self.load_weights = SimpleNamespace(remote=lambda message: self.taken.append(message) or "a call")
+
+
+def test_weights_are_not_sent_to_those_whose_turn_it_is_not():
+    worker, policy = Worker(), SimpleNamespace(weights=lambda dtype, version: (dtype, version))
+    config, cluster = RolloutConfig(), ClusterConfig()
+    way = way_of("auto", config, cluster, Turns().of("draw"))
+    taking, source = way.send(policy, [worker], "float32", 3)
+    assert taking == {} and worker.taken == [] and source() == ("float32", 3)  # whoever enters in its turn gets them there
+    assert way_of("store", config, cluster).send(policy, [worker], "float32", 4)[0] == {worker: "a call"}
+    assert worker.taken == [("float32", 4)]
 
 
 def test_without_sharing_there_is_no_turn_to_wait_for():
