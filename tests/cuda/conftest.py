@@ -5,8 +5,12 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from actors.placement import ClusterConfig, Resources
+from ctrlrl.models.sizes import described
+
+PARAMETERS = 20_000_000  # at least, of a model that is seen on a device
 
 
 def pytest_addoption(parser):
@@ -39,3 +43,17 @@ def part(device):
 def patient() -> ClusterConfig:
     """Deadlines for workers that fork nothing, and compile at their first start."""
     return ClusterConfig(placement_deadline_s=60, call_deadline_s=300, start_deadline_s=600)
+
+
+@pytest.fixture(scope="session")
+def wide(device, tmp_path_factory, tokenizer) -> str:
+    """A random model large enough to be seen on the device."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = described("hidden=512,layers=9,heads=8,kv_heads=4,vocabulary=384,intermediate=1024")
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    model = LlamaForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) > PARAMETERS
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from actors.placement import reserve
 from actors.rollout import Rollout, RolloutConfig
@@ -13,29 +12,14 @@ from actors.sync import publish
 from ctrlrl.config import load
 from ctrlrl.models.probe import TOLERANCE
 from ctrlrl.models.sampler import EngineConfig
-from ctrlrl.models.sizes import described
 from ctrlrl.runs import read_metrics
 from jobs.ppo import PPORecipe, train
+from tests.cuda.conftest import PARAMETERS
 from tests.cuda.test_gpu_rollouts import disagreement
 from tests.models.test_sampler import REQUESTS, SAMPLING, draw
 from tests.models.test_trainer import LOSS, STEPS, ppo_batch, start_policy
 
 pytestmark = pytest.mark.cuda
-PARAMETERS = 20_000_000
-
-
-@pytest.fixture(scope="module")
-def wide(device, tmp_path_factory, tokenizer) -> str:
-    """A model large enough to be seen on the device: some twenty million parameters."""
-    folder = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(0)
-    config = described("hidden=512,layers=9,heads=8,kv_heads=4,vocabulary=384,intermediate=1024")
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
-    model = LlamaForCausalLM(config)
-    assert sum(p.numel() for p in model.parameters()) > PARAMETERS
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def free(device) -> int:
