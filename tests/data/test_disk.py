@@ -38,7 +38,8 @@ from jobs.parts.launch import mistakes_told
 from tests.data.test_distill import some_rows, written
 
 BIG = "x" * (1 << 20)
-TABLE = pa.table({"text": ["".join(chr(33 + (7 * i * i + 13 * k) % 90) for k in range(200)) for i in range(4000)]})
+_NUMBERS = np.arange(4000)[:, None]
+TABLE = pa.table({"text": [row.tobytes().decode() for row in (33 + (7 * _NUMBERS**2 + 13 * np.arange(200)) % 90).astype(np.uint8)]})
 
 
 class Recipe(Section):
