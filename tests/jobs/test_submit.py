@@ -16,6 +16,7 @@ import pytest
 from autoscaling import end_with_parent, free_port
 
 import jobs.submit as submitting
+from actors.nursery import executable
 from ctrlrl.runs import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,9 @@ def test_jobs_run_side_by_side_and_give_their_own_exit_codes(head, ppo_overrides
     recipe.write_text("seed = 3\n")
     ppo = ["--recipe", str(recipe), *(part for override in [*ppo_overrides, "steps=1"] for part in ("--set", override))]
     offline = [part for override in [*generate_overrides, "max_prompts=10"] for part in ("--set", override)]
-    by_ray = [*RAY, "job", "submit", "--address", head, "--working-dir", str(ROOT), "--", "python", "jobs/ppo.py"]
+    forking = json.dumps({"py_executable": executable()})  # its six workers; those of the other job start as on any cluster
+    by_ray = [*RAY, "job", "submit", "--address", head, "--working-dir", str(ROOT), "--runtime-env-json", forking]
+    by_ray += ["--", "python", "jobs/ppo.py"]
     first = start(*by_ray, *ppo, "--out", str(tmp_path / "run"))
     second = ctrlrl_submit(head, "generate", *offline, "--out", str(tmp_path / "generated"))
     code, output = end(first)
