@@ -5,8 +5,8 @@
         --helpful hh_helpful_pairs.jsonl --harmless hh_harmless_pairs.jsonl --other-helpful ultrafeedback_pairs.jsonl --out runs/paper
 
 Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of
-prompts have `prompt` and `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`. Without --other-harmless half of
-the harmless pairs, by prompt, train the held-out model. Which rows go where is a hash of their text.
+prompts have `prompt` and `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`.
+Without --other-harmless half of the harmless pairs, by prompt, train the held-out model. Which rows go where is a hash of their text.
 """
 
 import argparse
