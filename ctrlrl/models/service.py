@@ -6,12 +6,13 @@ pass is an error at once. The key is in the request's header and nowhere else: n
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 from pydantic import Field, field_validator, model_validator
@@ -22,6 +23,8 @@ from ctrlrl.errors import DataError, ModelError
 _FIRST_WAIT_S = 1.0
 # What has no part in what a service says.
 PATIENCE = ("key", "timeout_s", "attempts", "longest_wait_s", "at_once", "unscored")
+# How a parameter of an address is called that nobody else is to read: api_key, access_token, sig; not max_tokens, tokenizer.
+_SECRET = re.compile(r"key$|token$|secret|passw|^sig(nature)?$|^auth|credential", re.IGNORECASE)
 _SHOWN = 200  # characters of what a service says
 _DAY_S = 86_400
 _MOST = 2**26  # bytes of an answer
@@ -53,6 +56,9 @@ class ServiceConfig(Section):
             raise ValueError("key is the name of an environment variable that holds the key, such as SCORER_KEY, never the key itself")
         if isinstance(given, dict) and "@" in str(given.get("url", "")).partition("//")[2].partition("/")[0]:
             raise ValueError("url names a user: put the key into an environment variable, and its name into key")
+        query = parse_qsl(str(given.get("url", "")).partition("?")[2], keep_blank_values=True) if isinstance(given, dict) else []
+        if secret := [name for name, _ in query if _SECRET.search(name)]:
+            raise ValueError(f"url has {secret[0]!r} in its query, and recipes are kept: have the key sent as a bearer token (key)")
         return given
 
     @field_validator("url")
@@ -167,7 +173,7 @@ class Service:
 
         try:
             text = answer.content.decode(json.detect_encoding(answer.content))
-            return json.loads(self._clean(text), parse_constant=no_number)
+            return json.loads(self._clean(text), parse_constant=no_number, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             self._refuse(url, f"does not answer in JSON: {error}: {self._clean(answer.text)[:_SHOWN]!r}")
 
@@ -177,6 +183,15 @@ class Service:
     def _clean(self, text: str) -> str:
         """`text` without the key, which a service may say back."""
         return text.replace(self._secret, "…") if self._secret else text
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON; of two values of one name most readers would take the last, and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _shown(url: str) -> str:

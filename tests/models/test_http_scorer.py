@@ -58,9 +58,11 @@ def test_the_setting_is_an_address_or_a_section():
     reader_of(config.model)(CONVERSATIONS[0][0], "here")
     assert load(ScorerConfig, None, ["http=https://scores.example/v1/score"]) == config
     assert load(ScorerConfig, None, ["http.url=https://scores.example/v1/score", "http.batch=8"]).http.batch == 8
+    assert ScorerConfig(http="https://x/?tokenizer=a&max_tokens=5&keys_of=b").model == "https://x/?tokenizer=a&max_tokens=5&keys_of=b"
     assert "http" not in ScorerConfig(model="m").model_dump()
     for wrong, told in (
         ({"http": "ftp://x"}, "is not an address"), ({"http": "https://me@x/"}, "names a user"),
+        ({"http": "https://x/?a=1&API_Key=s3"}, "'API_Key' in its query"), ({"http": {"url": "https://x/?sig="}}, "'sig' in its query"),
         ({"http": "https://x/", "model": "m"}, "give model or http, one of both"), ({"model": "https://x/"}, "give an address as http"),
         ({"http": "https://x/", "python": "a.py:f"}, "give one of python and http"),
         ({"http": "https://x/", "label": "toxic"}, "leave it out"), ({"http": {"batch": 2}}, "url"),
@@ -112,6 +114,9 @@ def test_the_key_is_in_the_header_and_nowhere_else(listen, monkeypatch):
     with pytest.raises(RecipeError, match="names a user") as told:
         load(ScorerConfig, None, settings={"http": {"url": "https://me:abc123@x/"}})
     assert "abc123" not in str(told.value)
+    with pytest.raises(RecipeError, match="'key' in its query") as told:
+        load(ScorerConfig, None, settings={"http": "https://x/?key=abc123"})
+    assert "abc123" not in str(told.value)
 
 
 def test_what_may_pass_is_tried_again_after_growing_waits_or_as_long_as_asked(listen):
@@ -139,6 +144,7 @@ def test_what_does_not_pass_ends_after_the_attempts(listen):
         ((200, {}, {"scores": [0.5, 1.5]}), "gave 1.5 for the answer 'Another answer.' to 'A question.'"),
         ((200, {}, {"scores": [0.5, True]}), "gave True for"),
         ((200, {}, b'{"scores": [0.5, NaN]}'), "does not answer in JSON: NaN is no number"),
+        ((200, {}, b'{"scores": [0.5, 0.5], "scores": [0.1, 0.1]}'), "does not answer in JSON: 'scores' is there twice"),
         ((200, {}, b"<html>Please sign in</html>"), "does not answer in JSON"),
         ((200, {}, [0.5, 0.5]), "must answer with an object that has a list of scores"),
         ((200, {}, {"scores": [0.5, None], "reasons": {"1": "too odd"}}), "does not score a small conversation: too odd"),
@@ -198,7 +204,7 @@ def test_an_answer_that_drips_is_given_up_in_time_and_one_that_never_ends(listen
 def test_where_a_service_has_gone_is_told_and_no_query_is(listen):
     service = listen(lambda *_: (307, {"Location": "https://elsewhere.example/"}, b""))
     with pytest.raises(ModelError, match="307 Temporary Redirect, to https://elsewhere.example/: if that is the service, give") as told:
-        ScorerConfig(http=f"{service.url}?api_key=secret123").check()
+        ScorerConfig(http=f"{service.url}?k=secret123").check()
     assert "secret123" not in str(told.value)
     for wrong in ({"timeout_s": "inf"}, {"longest_wait_s": 1e10}):
         with pytest.raises(ValidationError):
