@@ -18,7 +18,7 @@ from ctrlrl.config import dump
 from ctrlrl.data.atomic import write_json, write_text
 from ctrlrl.data.rejects import Reject
 from ctrlrl.data.sources import read_pairs, read_prompts
-from ctrlrl.errors import RunError
+from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
 from ctrlrl.models.loading import check_backbone, check_policy
 from ctrlrl.runs import absolute_out, only_writer
@@ -40,12 +40,14 @@ from jobs.reward_model import RewardModelRecipe, check_reused_reward_model, trai
 
 StudyName = Annotated[str, typer.Argument(help="A TOML file, or: synthesis, scale, models, reward, baseline, attributes, paper.")]
 WorldFolder = Annotated[str, typer.Option("--world", help="Run on this demo world instead, with the demo's recipes.")]
+Only = Annotated[list[str] | None, typer.Option(help="Do this variant alone (may be repeated), or one seed's row of it; the others later.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it will cost at this machine's measured speed, and end.")]
 
 
-def run_study(study: StudyRecipe, dry_run: bool = False) -> int:
-    """Do what is not finished yet, one variant after the other, and print the table; returns the exit code."""
-    planned = plan(study)
+def run_study(study: StudyRecipe, dry_run: bool = False, only: list[str] | None = None) -> int:
+    """Do what is not finished yet, one variant after the other, and print the table; returns the exit code. only: these rows."""
+    rows = plan(study)
+    planned = chosen(rows, only) if only else rows
     steps = list({step.folder: step for chain in planned.values() for step in chain}.values())
     check(steps)
     if dry_run:
@@ -56,13 +58,22 @@ def run_study(study: StudyRecipe, dry_run: bool = False) -> int:
     with only_writer(study.out) as out:
         if any((out / name).exists() for name in (TRAINING, METRICS_FILE)):  # its recipe.json would be overwritten
             raise RunError(f"{study.out!r} holds a training run or an evaluation: give another out")
-        return run_variants(study, planned, steps, out)
+        # A report shows the variants of later calls, too: as not evaluated yet, or as they are.
+        named = [{"name": name, "run": str(chain[-1].folder.relative_to(out))} for name, chain in rows.items()]
+        return run_variants(study, planned, steps, named, out)
 
 
-def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list[Step], out: Path) -> int:
-    """The steps that are not finished, in the study's directory; returns the exit code."""
+def chosen(rows: dict[str, list[Step]], only: list[str]) -> dict[str, list[Step]]:
+    """The rows of these names, or of variants of these names, in the study's order; RecipeError for a name that no row has."""
+    found = {name: [row for row in rows if row == name or row.startswith(f"{name}, seed ")] for name in only}
+    if unknown := [name for name, those in found.items() if not those]:
+        raise RecipeError(f"--only {unknown[0]!r} is no variant: {'; '.join(rows)}")
+    return {row: chain for row, chain in rows.items() if any(row in those for those in found.values())}
+
+
+def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list[Step], rows: list[dict], out: Path) -> int:
+    """The steps that are not finished, in the study's directory; returns the exit code. rows: of the study's table."""
     write_text(out / RECIPE, dump(study) + "\n")
-    rows = [{"name": name, "run": str(chain[-1].folder.relative_to(out))} for name, chain in planned.items()]
     # Before the first step: a report on a study that is under way shows the variants that are evaluated, and names the others.
     write_json(out / STUDY, {"title": study.title, "note": study.note, "rows": rows})
     if not all(step.finished for step in steps):
@@ -190,13 +201,14 @@ def main(
     out: Out = "",
     world: WorldFolder = "",
     skip_bad_rows: SkipBadRows = False,
+    only: Only = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run every variant of a study, and print its table."""
     shipped = RECIPES / "studies" / f"{recipe}.toml"
     file = str(shipped) if shipped.is_file() else recipe
     options = {"world": world, "skip_bad_rows": skip_bad_rows}
-    raise typer.Exit(run_job(StudyRecipe, run_study, file, overrides, out, options, dry_run=dry_run))
+    raise typer.Exit(run_job(StudyRecipe, run_study, file, overrides, out, options, dry_run=dry_run, only=only))
 
 
 if __name__ == "__main__":

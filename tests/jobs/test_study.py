@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 from ctrlrl.cli import app
 from ctrlrl.config import dump, load
 from ctrlrl.control import ATTRIBUTES
-from ctrlrl.errors import RunError
+from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.origins import record_origins
 from jobs.evaluate import EvaluateRecipe
 from jobs.finetune import FinetuneRecipe, origins_of
 from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
-from jobs.study import most_demanded, reused, run_study
+from jobs.study import chosen, most_demanded, reused, run_study
 
 STUDIES = sorted(path.stem for path in (RECIPES / "studies").glob("*.toml"))
 INPUTS = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"} | {a: a for a in ATTRIBUTES}
@@ -205,7 +205,7 @@ def test_what_was_made_of_another_table_or_model_is_not_reused(models, finetune_
 def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tmp_path):
     path = RECIPES / "studies" / f"{name}.toml"
     planned = plan(load(StudyRecipe, path))
-    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5, "attributes": 3, "paper": 16}[name]
+    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5, "attributes": 3, "paper": 17}[name]
     assert len({steps[-1].folder for steps in planned.values()}) == len(planned)  # no two variants are the same
     if name == "paper":  # which begins with preference pairs; a world has none
         return
@@ -231,6 +231,10 @@ def test_a_variant_is_trained_with_each_seed_on_the_same_data(tmp_path):
     assert [row["finetune"].config.seed for row in (zero, one, seven)] == [0, 1, 7] and before["evaluate"].config.seed == 0
     assert len({row["evaluate"].folder for row in (zero, one, seven, before)}) == 4
     assert [row["evaluate"].config.name for row in (zero, before)] == ["clm, seed 0", "before"]
+    assert list(chosen(found, ["before", "clm"])) == ["clm, seed 0", "clm, seed 1", "before"]
+    assert chosen(found, ["one, seed 7"]) == {"one, seed 7": found["one, seed 7"]}
+    with pytest.raises(RecipeError, match="--only 'on' is no variant: clm, seed 0; clm, seed 1; one, seed 7; before"):
+        chosen(found, ["clm", "on"])
 
 
 def test_a_job_may_be_several_steps_by_names_of_their_own(tmp_path):
@@ -306,6 +310,9 @@ def test_a_study_shares_its_steps_is_reported_when_partly_done_and_reused(real, 
     assert f"{first.folder.name}, reused" in said and f"[2/2] three levels: {second.folder.name}\n" in said
     assert len(list((first.folder.parent).iterdir())) == 4 and called == ["corners", "three levels", "three levels"]
 
+    assert run_study(real, only=["three levels"]) == 0
+    said = capsys.readouterr().out
+    assert "[1/1] three levels: " in said and "corners" not in said
     made = {path: path.stat().st_mtime_ns for path in first.folder.parent.rglob("*")}
     monkeypatch.setattr(jobs.study, "connect", None)  # nothing is to be done, so there is no need for a cluster
     assert run_study(real) == 0 and {path: path.stat().st_mtime_ns for path in first.folder.parent.rglob("*")} == made
