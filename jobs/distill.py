@@ -11,8 +11,8 @@ from pydantic import Field
 
 from ctrlrl.attributes import Attributes
 from ctrlrl.config import Section
-from ctrlrl.data.calibration import fit_to_store
-from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples, shards_of
+from ctrlrl.data.calibration import fit_to_store, fit_within_prompts
+from ctrlrl.data.distill import REPORT, TABLE, ScoredSamples, calibrated_by, shards_of
 from ctrlrl.data.distill import distill as distil_shards
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.data.outlook import few_kept
@@ -23,14 +23,15 @@ from ctrlrl.runs import absolute_out, only_writer
 from jobs.parts.launch import Data, Out, Recipe, Set, run_job
 
 Method = Annotated[str, typer.Option(help="vanilla, oversampling or moec.")]
-Calibrate = Annotated[str, typer.Option(help="quantile: spread the stored outputs of the reward models over [0, 1] first.")]
+Calibrate = Annotated[str, typer.Option(help="Spread the stored outputs of the reward models over [0, 1] first: quantile, or prompt.")]
 PICTURE = "scores.png"
 LEAST = 0.01  # of the prompts: a table of fewer teaches nothing
 
 
 class DistillRecipe(Section):
-    """What is distilled, how, and where to. scores: which set of scores. memory_gib: what grouping by prompt may use. calibrate: "quantile"
-    takes, in place of the scores, the raw outputs that are stored with them, each attribute's calibrated by its own quantiles."""
+    """What is distilled, how, and where to. scores: which set of scores. memory_gib: what grouping by prompt may use. calibrate: takes, in
+    place of the scores, the raw outputs that are stored with them: "quantile", each attribute's calibrated by its own quantiles; "prompt",
+    by their place among the answers to the same prompt, 0 the lowest and 1 the highest."""
 
     data: str
     out: str = "runs/distilled"
@@ -40,7 +41,7 @@ class DistillRecipe(Section):
     per_cell: int = Field(1, gt=0)
     precision: int = Field(4, ge=1, le=6)
     memory_gib: float = Field(1.0, gt=0)
-    calibrate: Literal["", "quantile"] = ""
+    calibrate: Literal["", "quantile", "prompt"] = ""
 
 
 def distill(config: DistillRecipe) -> int:
@@ -70,7 +71,8 @@ def calibrated(source: ScoredSamples, config: DistillRecipe) -> ScoredSamples:
     """The samples with the scores that the recipe asks for; DataError if their raw outputs are not stored, or all the same."""
     if not config.calibrate:
         return source
-    maps = {a: fit_to_store(store) for a, store in source.stores.items() if a != "samples"}
+    fit = fit_to_store if config.calibrate == "quantile" else fit_within_prompts
+    maps = {a: fit(store) for a, store in source.stores.items() if a != "samples"}
     for attribute, fitted in maps.items():
         if fitted is None:
             folder = source.stores[attribute].directory
@@ -90,7 +92,7 @@ def is_finished(config: DistillRecipe) -> bool:
     """Whether the table is there, and made from the shards that are there (a report of an older version does not say of which)."""
     report = read_json(absolute_out(config.out) / REPORT)
     source = source_of(config)
-    if report is None or not all(store.finished for store in source.stores.values()) or bool(config.calibrate) != ("calibration" in report):
+    if report is None or not all(store.finished for store in source.stores.values()) or config.calibrate != calibrated_by(report):
         return False
     return report.get("shards", shards_of(source)) == shards_of(source)
 

@@ -8,9 +8,11 @@ python jobs/examine.py runs/generated
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 import typer
 
 from ctrlrl.attributes import Attributes
@@ -19,6 +21,7 @@ from ctrlrl.data.critique import CritiqueLayout
 from ctrlrl.data.generation import Layout
 from ctrlrl.data.selection import classes
 from ctrlrl.data.shards import ShardStore, Verification
+from ctrlrl.evaluation.metrics import correlation
 from ctrlrl.runs import absolute_out
 from jobs.parts.launch import Data, mistakes_told
 
@@ -83,6 +86,8 @@ def inspect_data(data: str, examples: int) -> int:
         judged = [scores[name, a] for a in attributes.names if (name, a) in scores]
         if len(judged) == len(attributes):
             print("\n".join(class_lines(name, judged, attributes)))
+    if scores:
+        print("\n".join(spread_lines(scores)))
     print("\n".join(example_lines(samples, scores, prompts, examples)))
     damaged = any(finding.damaged for finding in (samples, *scores.values()))
     print("damaged: see above" if damaged else "every shard that is there is sound")
@@ -124,6 +129,34 @@ def class_lines(name: str, judged: list[Finding], attributes: Attributes) -> Ite
     yield f"classes by {name}: " + ", ".join(f"{c.name} {n:,}" for c, n in zip(cells(attributes), counts.tolist(), strict=True))
     if unscored:
         yield f"  without a score, set aside: {unscored:,}"
+
+
+def spread_lines(scores: dict[tuple[str, str], Finding]) -> Iterator[str]:
+    """How far the answers to one prompt differ, by each set of scores, and whether two sets see the same differences: what control can
+    be learned from, and how much of it others would notice."""
+    shards = sorted(set.intersection(*(finding.sound - set(finding.foreign) for finding in scores.values())))
+    apart = {}
+    for (name, attribute), finding in scores.items() if shards else ():
+        table = pa.concat_tables(finding.store.read(shard, ["prompt_id", "score"]) for shard in shards)
+        found = table["score"].to_numpy().astype(np.float64)
+        within = apart[name, attribute] = from_the_mean(table["prompt_id"].to_pylist(), found)
+        if np.isfinite(within).any():
+            spread, whole = np.nanstd(within), np.nanstd(found)
+            yield f"answers to one prompt differ by {spread:.3f} in {name}.{attribute} (standard deviation; {whole:.3f} over all)"
+    for (one, a), (other, b) in combinations(apart, 2):
+        both = np.isfinite(apart[one, a]) & np.isfinite(apart[other, b])
+        if a == b and both.any():
+            agreed = correlation(apart[one, a][both], apart[other, b][both])
+            yield f"{one} and {other} agree on these differences in {a} by {agreed:.2f} (Pearson)"
+
+
+def from_the_mean(prompts: list[str], scores: np.ndarray) -> np.ndarray:
+    """Scores less the mean of their prompt's, NaN where there is no score or no other of the prompt. float64 [N]."""
+    known = np.isfinite(scores)
+    _, place = np.unique(prompts, return_inverse=True)
+    count = np.bincount(place, known)
+    total = np.bincount(place, np.where(known, scores, 0))
+    return np.where(known & (count[place] > 1), scores - total[place] / np.maximum(count[place], 1), np.nan)
 
 
 def example_lines(samples: Finding, scores: dict, prompts: dict[str, list[dict]], wanted: int) -> Iterator[str]:

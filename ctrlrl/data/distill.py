@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.control import cells
 from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
+from ctrlrl.data.calibration import WithinPrompts
 from ctrlrl.data.disk import disk_told
 from ctrlrl.data.joint import JointScores
 from ctrlrl.data.prompt_index import PromptIndex
@@ -95,6 +96,8 @@ def distill(
             report["shards"] = shards_of(source)
             report |= {} if attributes == PAPER else {"attributes": attributes.dumped()}
             if source.maps:
+                kinds = {"prompt" if isinstance(fitted, WithinPrompts) else "quantile" for fitted in source.maps.values()}
+                report["calibrate"] = " and ".join(sorted(kinds))
                 report["calibration"] = {attribute: source.maps[attribute].content_hash for attribute in attributes.names}
             write_json(out / REPORT, report)
             return report
@@ -106,6 +109,11 @@ def shards_of(source: ScoredSamples) -> dict[str, str]:
     """For each store a hash of its shards: what tells a table of these rows from one of others."""
     stores = {name: store.manifest()["shards"] for name, store in source.stores.items()}
     return {name: hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest() for name, shards in stores.items()}
+
+
+def calibrated_by(report: dict) -> str:
+    """How the scores of a table were calibrated; reports of older versions do not say it, and knew one way."""
+    return report.get("calibrate", "quantile" if "calibration" in report else "")
 
 
 class _Counts:

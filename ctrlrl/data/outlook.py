@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.control import cells
-from ctrlrl.data.calibration import Calibration, fit_to_store
+from ctrlrl.data.calibration import Calibration, WithinPrompts, fit_to_store, fit_within_prompts
+from ctrlrl.data.distill import calibrated_by
 from ctrlrl.data.keys import prompt_keys
 from ctrlrl.data.selection import HIGH_START, LOW_END, classes, extremes
 from ctrlrl.data.shards import ShardStore
@@ -29,17 +30,18 @@ class Outlook:
 
 
 def outlook(
-    stores: Mapping[str, ShardStore], maps: Mapping[str, Calibration] | None = None, attributes: Attributes = PAPER
+    stores: Mapping[str, ShardStore], maps: Mapping[str, Calibration | WithinPrompts] | None = None, attributes: Attributes = PAPER
 ) -> Outlook:
     """What the finished score stores, by attribute, promise; with `maps`, if their raw outputs were calibrated by these."""
     seen, pairs, there = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(len(cells(attributes)), bool)
     low = np.uint64((1 << (len(there) - 1).bit_length()) - 1)
-    column, unscored = "raw" if maps else "score", 0
+    column, unscored, start = "raw" if maps else "score", 0, 0
     for record in stores[attributes.names[0]].manifest()["shards"]:
         tables = [stores[a].read(record["index"], ["prompt_id", column]) for a in attributes.names]
         scores = np.stack([t[column].to_numpy() for t in tables], 1)
         if maps:
-            scores = np.stack([maps[a](scores[:, i]) for i, a in enumerate(attributes.names)], 1)
+            scores = np.stack([maps[a].at(start, scores[:, i]) for i, a in enumerate(attributes.names)], 1)
+        start += len(scores)
         whole = ~np.isnan(scores).any(1)
         scores, unscored = scores[whole], unscored + int((~whole).sum())
         ids = tables[0]["prompt_id"].filter(pa.array(whole)).combine_chunks().dictionary_encode()
@@ -54,17 +56,20 @@ def outlook(
 
 
 def outlook_lines(stores: Mapping[str, ShardStore], attributes: Attributes = PAPER) -> list[str]:
-    """How many prompts would survive each distillation, as the scores are and calibrated by quantiles."""
+    """How many prompts would survive each distillation, as the scores are and calibrated, by quantiles and within prompts."""
     found = outlook(stores, attributes=attributes)
     lines = [
         f"  would be kept: vanilla all {found.prompts:,} prompts; oversampling {sum(found.classes)} of {len(found.classes)} classes; moec "
         f"{found.moec:,} prompts ({found.moec / max(found.prompts, 1):.0%})"
     ]
     lines += [f"  {found.unscored:,} samples without all their scores would be left out"] if found.unscored else []
-    maps = {a: fitted for a in attributes.names if (fitted := fit_to_store(stores[a])) is not None}
-    if len(maps) == len(attributes) and (spread := outlook(stores, maps, attributes)).moec > found.moec:
-        share = spread.moec / max(spread.prompts, 1)
-        lines.append(f"  with ctrlrl distill --calibrate quantile: moec {spread.moec:,} prompts ({share:.0%})")
+    most = found.moec
+    for kind, fit in {"quantile": fit_to_store, "prompt": fit_within_prompts}.items():
+        maps = {a: fitted for a in attributes.names if (fitted := fit(stores[a])) is not None}
+        if len(maps) == len(attributes) and (spread := outlook(stores, maps, attributes)).moec > most:
+            most = spread.moec
+            share = most / max(spread.prompts, 1)
+            lines.append(f"  with ctrlrl distill --calibrate {kind}: moec {most:,} prompts ({share:.0%})")
     return lines
 
 
@@ -78,11 +83,12 @@ def few_kept(report: dict) -> str:
         none = " (none is extreme)" if low >= LOW_END and high <= HIGH_START else ""
         ranges.append(f"{attribute} from {low:.2f} to {high:.2f}{none}")
     rows, prompts = report["rows"], report["prompts"]
-    spread = (
-        "Add --calibrate quantile, which spreads the stored outputs of the reward models over [0, 1] (no model runs again); or draw"
-        if "calibration" not in report
-        else "Draw"
-    )
+    spread = {
+        "": "Add --calibrate quantile, which spreads the stored outputs of the reward models over [0, 1], or --calibrate prompt, which "
+        "does so among the answers to each prompt (no model runs again); or draw",
+        "quantile": "Take --calibrate prompt, which goes by an answer's place among those to its prompt; or draw",
+        "prompt": "Draw",
+    }[calibrated_by(report)]
     return (
         f"{report['method']} keeps {rows['after']:,} of {rows['before']:,} samples, of {prompts['after']:,} of {prompts['before']:,} "
         f"prompts: it needs prompts with answers in at least two corners of scores up to {LOW_END:g} and from {HIGH_START:g}, and the "

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlrl.attributes import PAPER, Attributes
-from ctrlrl.data.calibration import Calibration
+from ctrlrl.data.calibration import Calibration, WithinPrompts
 from ctrlrl.data.keys import prompt_keys, sample_ranks
 from ctrlrl.data.prompt_index import PromptIndex
 from ctrlrl.data.selection import ScoredRows
@@ -36,14 +36,14 @@ class ScoredSamples:
     samples: ShardStore
     scores: tuple[ShardStore, ...]
     prompts: Path
-    maps: Mapping[str, Calibration] | None
+    maps: Mapping[str, Calibration | WithinPrompts] | None
     attributes: Attributes
 
     def __init__(
         self,
         samples: ShardStore,
         *scores_and_prompts: ShardStore | Path,
-        maps: Mapping[str, Calibration] | None = None,
+        maps: Mapping[str, Calibration | WithinPrompts] | None = None,
         attributes: Attributes = PAPER,
     ):
         *scores, prompts = scores_and_prompts
@@ -144,7 +144,7 @@ def scored_rows(source: ScoredSamples, bundle: Bundle, index: PromptIndex, seed:
             check_aligned(rank, other, np.arange(bundle.rows), seed, store, source.scores[0])
     scores = np.stack([table[column].to_numpy() for table in tables], axis=1)
     if source.maps:
-        scores = np.stack([source.maps[a](scores[:, i]) for i, a in enumerate(source.attributes.names)], axis=1)
+        scores = np.stack([source.maps[a].at(bundle.start, scores[:, i]) for i, a in enumerate(source.attributes.names)], axis=1)
     none = np.stack([table[column].is_null().to_numpy() for table in tables], axis=1)
     bad = np.argwhere(~((scores >= 0) & (scores <= 1) | none))
     if len(bad):

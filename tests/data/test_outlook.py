@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ctrlrl.control import ATTRIBUTES
-from ctrlrl.data.calibration import fit_quantile, fit_to_store
+from ctrlrl.data.calibration import fit_quantile, fit_to_store, fit_within_prompts, within_prompts
 from ctrlrl.data.distill import distill
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.data.outlook import cut_line, few_kept, outlook, outlook_lines
@@ -16,9 +17,11 @@ from ctrlrl.data.scored import ScoredSamples
 from tests.data.test_distill import some_rows, written
 
 
-def narrow(folder, prompts=12, samples=5):
-    """Samples whose scores lie near 0.5, with raw outputs between -0.3 and 0.3."""
-    raw = np.random.default_rng(0).uniform(-0.3, 0.3, (prompts * samples, 2))
+def narrow(folder, prompts=12, samples=5, apart=0.0):
+    """Samples whose scores lie near 0.5, with raw outputs between -0.3 and 0.3; apart: how far prompts lie from each other, of that."""
+    rng = np.random.default_rng(0)
+    of_prompts = np.random.default_rng(1).uniform(-apart, apart, (prompts, 2)).repeat(samples, 0)
+    raw = rng.uniform(apart - 0.3, 0.3 - apart, (prompts * samples, 2)) + of_prompts
     scores = 1 / (1 + np.exp(-raw))
     cells = {(n // samples, 0, n % samples): tuple(scores[n]) for n in range(len(raw))}
     rows = some_rows(cells)
@@ -35,7 +38,7 @@ def narrow(folder, prompts=12, samples=5):
 
 
 def test_the_outlook_is_what_distillation_then_keeps(tmp_path):
-    source, raw = narrow(tmp_path)
+    source, raw = narrow(tmp_path, samples=6, apart=0.1)
     stores = dict(zip(ATTRIBUTES, (source.scores[0], source.scores[1]), strict=True))
     found = outlook(stores)
     assert (found.prompts, found.moec) == (12, 0)
@@ -45,9 +48,18 @@ def test_the_outlook_is_what_distillation_then_keeps(tmp_path):
     calibrated = ScoredSamples(source.samples, *source.scores, source.prompts, maps=maps)
     report = distill(calibrated, tmp_path / "spread", method="moec", seed=0)
     assert 0 < outlook(stores, maps).moec == report["prompts"]["after"] < 12
-    first, second = outlook_lines(stores)
+    first, second, third = outlook_lines(stores)
     assert "vanilla all 12 prompts; oversampling 4 of 4 classes; moec 0 prompts (0%)" in first
     assert f"--calibrate quantile: moec {report['prompts']['after']} prompts" in second
+    places = {a: fit_within_prompts(store) for a, store in stores.items()}
+    report = distill(ScoredSamples(source.samples, *source.scores, source.prompts, maps=places), tmp_path / "places", method="moec", seed=0)
+    assert outlook(stores, maps).moec < outlook(stores, places).moec == report["prompts"]["after"] and report["calibrate"] == "prompt"
+    assert f"--calibrate prompt: moec {report['prompts']['after']} prompts" in third
+    for row in pq.read_table(tmp_path / "places" / "train.parquet").to_pylist():  # of six places the first and the last two are extreme
+        prompt, _, at = map(int, row["response"].removeprefix("answer ").split("/"))
+        for column, attribute in enumerate(ATTRIBUTES):
+            others = raw[prompt * 6 : prompt * 6 + 6, column]
+            assert row[attribute] == {0: 0.2, 1: 0.2, 4: 1, 5: 1}[int((others < others[at]).sum())]
 
 
 def test_why_nothing_is_left_names_the_ranges_and_what_mends_it(tmp_path):
@@ -57,8 +69,27 @@ def test_why_nothing_is_left_names_the_ranges_and_what_mends_it(tmp_path):
     assert "moec keeps 0 of 60 samples, of 0 of 12 prompts" in said
     assert "helpful from 0.42 to 0.58 (none is extreme), harmless from 0.42 to 0.58 (none is extreme)" in said
     assert "Add --calibrate quantile" in said and "; or draw more answers" in said
-    again = few_kept(report | {"calibration": {}})
+    for calibrated in ({"calibration": {}}, {"calibration": {}, "calibrate": "quantile"}):
+        assert ". Take --calibrate prompt" in few_kept(report | calibrated) and "Add" not in few_kept(report | calibrated)
+    again = few_kept(report | {"calibration": {}, "calibrate": "prompt"})
     assert "calibrate" not in again and ". Draw more answers" in again
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_places_within_prompts_are_those_of_a_slow_rival(seed):
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, 12, 60).astype(np.uint64) * np.uint64(2**59)
+    raw = np.where(rng.random(60) < 0.15, np.nan, rng.integers(-3, 4, 60) / 2)
+    found = within_prompts(prompts, raw)
+    for row, own in enumerate(raw):
+        others = raw[(prompts == prompts[row]) & ~np.isnan(raw)]
+        if np.isnan(own):
+            assert np.isnan(found[row])
+        elif len(others) == 1:
+            assert found[row] == 0.5
+        else:
+            assert found[row] == pytest.approx(((others < own).sum() + ((others == own).sum() - 1) / 2) / (len(others) - 1))
+    assert within_prompts(np.zeros(0, np.uint64), np.zeros(0)).shape == (0,)
 
 
 def test_a_store_without_raw_outputs_promises_what_its_scores_do(tmp_path):

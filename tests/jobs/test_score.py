@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from ctrlrl.cli import app
 from ctrlrl.data.generation import OPTIMISATION, Layout
 from ctrlrl.data.schemas import DISTILLED
+from jobs.examine import from_the_mean
 from tests.models.listening import Listening
 
 
@@ -31,6 +32,14 @@ def cli(*arguments):
 
 def column(layout, name, attribute, what="score"):
     return np.concatenate([layout.scores(name, attribute).read(i)[what] for i in range(40)])
+
+
+def apart(layout, name, attribute):
+    """Each score less the mean of the six of its prompt, prompt by prompt."""
+    prompts, scores = column(layout, name, attribute, "prompt_id"), column(layout, name, attribute).astype(np.float64)
+    of_each = [scores[prompts == prompt] for prompt in sorted(set(prompts))]
+    assert {len(six) for six in of_each} == {6}
+    return np.concatenate([six - six.mean() for six in of_each])
 
 
 def test_another_reward_model_scores_the_same_answers_in_its_own_store(copy, models, tmp_path, ray_cluster):
@@ -61,6 +70,9 @@ def test_another_reward_model_scores_the_same_answers_in_its_own_store(copy, mod
     code, output = cli("score", copy.directory, *swapped, "--set", "name=swapped")
     assert code == 0 and output.count("score 40/40") == 1 and "score 39/40" not in output  # only what is missing
     assert np.array_equal(column(copy, "swapped", "helpful"), column(copy, OPTIMISATION, "harmless"))
+    code, output = cli("inspect", copy.directory)
+    agreed = np.corrcoef(apart(copy, OPTIMISATION, "helpful"), apart(copy, "swapped", "helpful"))[0, 1]
+    assert code == 0 and f"optimisation and swapped agree on these differences in helpful by {agreed:.2f} (Pearson)" in output
 
 
 def test_distillation_writes_table_report_and_picture(generated, tmp_path):
@@ -89,6 +101,16 @@ def test_inspection_of_a_whole_directory(generated):
     counted = output[output.index("classes by optimisation") :].splitlines()[0]
     high = [column(layout, OPTIMISATION, a) >= 0.5 for a in ("helpful", "harmless")]
     assert f"helpful=1,harmless=0.2 {int((high[0] & ~high[1]).sum())}" in counted
+    for a in ("helpful", "harmless"):
+        spread, whole = apart(layout, OPTIMISATION, a).std(), column(layout, OPTIMISATION, a).std()
+        assert f"differ by {spread:.3f} in optimisation.{a} (standard deviation; {whole:.3f} over all)" in output
+    assert "agree on these" not in output  # there is one set of scores
+
+
+def test_two_sets_are_compared_from_the_mean():
+    prompts, one = ["a", "a", "b", "b", "b", "c", "d", "d"], np.array([0.1, 0.3, 0.9, 0.5, np.nan, 0.7, np.nan, 0.2])
+    expected = [-0.1, 0.1, 0.2, -0.2, np.nan, np.nan, np.nan, np.nan]
+    assert np.allclose(from_the_mean(prompts, one), expected, equal_nan=True)
 
 
 def test_inspection_finds_what_is_wrong(copy):
