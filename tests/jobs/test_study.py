@@ -343,7 +343,8 @@ def paper(models, encoder, pair_file, prompt_file, tmp_path_factory) -> StudyRec
         "common.reward_model.steps": 2, "common.generate.samples_per_prompt": 2, "common.generate.rollout.engine": engine,
         "common.generate.sampling.max_new_tokens": 8, "common.finetune.steps": 2, "common.ppo.steps": 1,
         "common.ppo.rollout.engine": engine, "common.ppo.sampling.max_new_tokens": 8, "common.ppo.algorithm.queries_per_step": 4,
-        "common.ppo.algorithm.minibatches": 2, "common.evaluate.max_prompts": 2, "common.evaluate.rollout.engine": engine, "common.evaluate.sampling.max_new_tokens": 8,
+        "common.ppo.algorithm.minibatches": 2, "common.evaluate.max_prompts": 2,
+        "common.evaluate.rollout.engine": engine, "common.evaluate.sampling.max_new_tokens": 8,
         "common.evaluate.measure.draws": 10, "cluster.start_deadline_s": 240, "cluster.placement_deadline_s": 30,
     }  # fmt: skip
     given = {"inputs": inputs, "variants": variants, "seeds": [0], "out": str(tmp_path_factory.mktemp("paper") / "run")} | tiny
