@@ -5,6 +5,8 @@ told to start workers with this file (`executable`). One that names its imports 
 them, of the same job, with the same environment, on the same node: the first who asks starts it, and it ends with the node's raylet. What
 kinds of workers have in common they import once: the process to fork from is then a fork itself. Any other worker is started as if this
 file were Python itself. For workers without GPUs alone: CUDA does not survive a fork. (Nor would threads; no import here begins any.)
+
+A worker, which is full of Ray's threads, can have further processes forked from where it was forked itself: those of its engine (kin.py).
 """
 
 import fcntl
@@ -17,13 +19,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+MOTHER = "CTRLRL_MOTHER"  # set in a forked worker: the place of the process that it was forked from
 IMPORTS = "CTRLRL_IMPORTS"  # modules, separated by commas; first those that other kinds of workers import, too, and a semicolon
 _OWN = ("RAY_", "_", "SHLVL", "PWD", "OLDPWD")  # variables that may differ between workers with the same imports
 _LATE = (IMPORTS, "CTRLRL_", "VLLM_")  # variables that nothing looks at before the semicolon
 _LOOK_S = 0.5
 _PATIENCE_S = 300.0
+_MOST_FDS = 32  # that can be handed to a forked process
 
 
 def executable() -> str:
@@ -48,8 +53,9 @@ def _common() -> str:
     return os.environ[IMPORTS].rpartition(";")[0]
 
 
-def _ask(place: str, wanted: dict, start: Callable[[], None]) -> int:
-    """Have the process that listens at `place` fork one in this environment and folder; its process id. start: have one listen there."""
+def ask(place: str, wanted: dict, start: Callable[[], None], files: Sequence[int] = ()) -> int:
+    """Have the process that listens at `place` fork one in this environment and folder; its process id. start: have one listen there.
+    files: descriptors that it is to have."""
     here = {"environment": dict(os.environ), "folder": os.getcwd(), "asker": os.getpid()}
     end, asked = time.monotonic() + _PATIENCE_S, json.dumps(here | wanted).encode()
     with open(f"{place}.lock", "w") as lock:
@@ -58,7 +64,8 @@ def _ask(place: str, wanted: dict, start: Callable[[], None]) -> int:
             try:
                 with socket.socket(socket.AF_UNIX) as line:
                     line.connect(f"{place}.s")
-                    line.sendall(asked)
+                    sent = socket.send_fds(line, [asked], files)
+                    line.sendall(asked[sent:])
                     line.shutdown(socket.SHUT_WR)
                     if child := line.recv(32):
                         return int(child)
@@ -80,7 +87,7 @@ def _start_mother(place: str, raylet: int, command: list[str]) -> None:
         _tidy(first)
         _start_new(first, raylet, plain)
 
-    child = _ask(first, {"serve": place}, start)
+    child = ask(first, {"serve": place}, start)
     while not os.path.exists(f"{place}.s"):
         if not os.path.exists(f"/proc/{child}"):
             raise SystemExit(f"the process that imports {os.environ[IMPORTS]} ended")
@@ -128,14 +135,16 @@ def _serve(place: str, raylet: int) -> dict | None:
                 continue
             with line:
                 line.settimeout(_PATIENCE_S)
-                asked = json.loads(line.makefile().read())
-                if not os.path.exists(f"/proc/{asked['asker']}"):
-                    continue  # Ray waits a minute for a worker, then asks for another
-                if child := os.fork():
-                    with suppress(OSError):
-                        line.sendall(str(child).encode())
-                else:
+                first, files, *_ = socket.recv_fds(line, 1 << 16, _MOST_FDS)
+                asked = json.loads(first + line.makefile("rb").read()) | {"files": files, "mother": place}
+                # Ray waits a minute for a worker, then asks for another.
+                child = os.fork() if os.path.exists(f"/proc/{asked['asker']}") else -1
+                if not child:
                     return asked
+                for file in files:
+                    os.close(file)
+                with suppress(OSError):
+                    line.sendall(str(child).encode() if child > 0 else b"")
     with suppress(FileNotFoundError):  # of a session whose folder is gone
         os.unlink(f"{place}.s")
     return None
@@ -147,18 +156,38 @@ def _become(asked: dict) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    os.environ[MOTHER] = asked["mother"]
+
+
+def _begin() -> None:
+    """What a process needs that has just been forked: Ray ends a worker with its whole process group, and it does not have the same random
+    numbers as all its siblings."""
+    import random
+
+    import numpy as np
+
+    os.setpgid(0, 0)
+    random.seed()
+    np.random.seed()
+
+
+def _be_kin(worker: int, files: list[int]) -> NoReturn:
+    """Be a process of a worker's that was begun by kin.py: what multiprocessing's own server of forks does in one of its own."""
+    from multiprocessing import forkserver, resource_tracker, spawn
+
+    import ray
+
+    _begin()
+    ray._raylet.setproctitle(f"ray::part of {worker}")
+    told, resource_tracker._resource_tracker._fd, *forkserver._forkserver._inherited_fds = files
+    os._exit(spawn._main(told, os.dup(told)))
 
 
 def _work(command: list[str]) -> None:
     """Be the worker that was asked for."""
-    import random
     import runpy
 
-    import numpy as np
-
-    os.setpgid(0, 0)  # Ray ends a worker with its whole process group
-    random.seed()
-    np.random.seed()  # not the same numbers as all its siblings
+    _begin()
     script, *sys.argv = command[0], *command
     sys.path.insert(0, os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")
@@ -174,14 +203,14 @@ def main() -> None:
             asked = _serve(asked["serve"], int(os.environ["RAY_RAYLET_PID"]))
         if asked:
             _become(asked)
-            _work(asked["command"])
+            _work(asked["command"]) if "command" in asked else _be_kin(asked["asker"], asked["files"])
         return
     raylet = os.environ.get("RAY_RAYLET_PID", "")
     if not os.environ.get(IMPORTS) or not raylet:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     command = sys.argv[1:]
     place = _place(int(raylet), command)
-    _ask(place, {"command": command}, lambda: _start_mother(place, int(raylet), command))
+    ask(place, {"command": command}, lambda: _start_mother(place, int(raylet), command))
 
 
 if __name__ == "__main__":

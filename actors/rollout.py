@@ -6,9 +6,10 @@ from typing import Literal
 
 import numpy as np
 import ray
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.actor import ActorHandle
 
+from actors import kin
 from actors.broadcast import Broadcast, Source, Store, Taking
 from actors.member import Entry
 from actors.placement import MODELS, ClusterConfig, Placement, Resources
@@ -26,12 +27,20 @@ Sync = Literal["auto", "store", "gloo", "nccl"]
 
 
 class RolloutConfig(Section):
-    """chunk: requests of one engine call; its content does not depend on the number of workers, so neither do the samples."""
+    """chunk: requests of one engine call; its content does not depend on the number of workers, so neither do the samples. resources: of
+    one worker, all devices of its engine included; its place is on one node."""
 
     workers: Workers = fixed(1)
     chunk: int = Field(64, gt=0)
     engine: EngineConfig = EngineConfig()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _a_device_for_each_part(self):
+        parts, gpus = self.engine.tensor_parallel, self.resources.gpus
+        if parts > 1 and gpus not in (0, parts):
+            raise ValueError(f"engine.tensor_parallel = {parts} takes {parts} GPUs of one node: set resources.gpus = {parts}, not {gpus:g}")
+        return self
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -61,7 +70,8 @@ class RolloutWorker:
 
     def build(self, model, engine, rests):
         proof = proof_of(model, engine)
-        self.sampler = Sampler(model, engine, rests)
+        self.sampler = Sampler(model, engine, rests, kin.context())
+        kin.end_with(self.sampler.pids)
         proof.check(self.sampler.logprobs)
 
     def rest(self):

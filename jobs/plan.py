@@ -75,7 +75,8 @@ def _table(workers: list[Worker]) -> list[str]:
     for worker in workers:
         more = f" (to {worker.count + worker.spare})" if worker.spare else ""
         for place, (phase, parts) in enumerate(worker.phases.items()):
-            name = f"{worker.count}{more} x {worker.name}" if not place else ""
+            part = f" (1/{worker.parts})" if worker.parts > 1 else ""
+            name = f"{worker.count}{more} x {worker.name}{part}" if not place else ""
             gpus = f"{worker.gpus:g}" if not place else ""
             figures = "".join(f"{parts[part] / GIB:13.1f}" if parts.get(part) else f"{'-':>13}" for part in PARTS)
             lines.append(f"{name:26}{phase:9}{gpus:>5}{figures}{total(parts) / GIB:9.1f}")
@@ -85,16 +86,20 @@ def _table(workers: list[Worker]) -> list[str]:
 def _notes(config: PPORecipe, policy: PretrainedConfig) -> list[str]:
     """What the cache holds, and what a publish takes of the nodes' own memory."""
     engine = config.rollout.engine
-    token = cache_bytes_a_token(policy, engine.dtype)
+    token = cache_bytes_a_token(policy, engine)
     held = int(engine.kv_cache_gib * GIB) // token
     published = parameters_of(policy) * (4 if engine.dtype == "float32" else 2)
     by_broadcast = "memory of the policy's rank 0 and of each rollout worker, beside their devices'"
     where = by_broadcast if config.sync in ("gloo", "nccl") else "shared memory on a node of the policy and on each node of rollout workers"
+    parts = engine.tensor_parallel
+    split = [f"(1/{parts}) is what each of the {parts} devices of a rollout worker has."] if parts > 1 else []
+    again = " A worker with several devices has them once more in memory while they are read." if parts > 1 else ""
     return [
         "",
+        *split,
         f"The cache has {token / 1024:g} KiB a token: room for {held:,} tokens, {held // engine.max_model_tokens:,} answers at once that "
         f"fill max_model_tokens ({engine.max_model_tokens:,}).",
-        f"A publish takes {published / GIB:.1f} GiB of {where}.",
+        f"A publish takes {published / GIB:.1f} GiB of {where}.{again}",
         "Activations include logits. Those of rollout engines, and their CUDA graphs (under buffers), are estimates.",
     ]
 
@@ -119,7 +124,7 @@ def _devices(workers: list[Worker], room: int) -> str:
         joined = " + " if not sharing[0].turn else ", "
         line = f"{joined.join(worker.name for worker in sharing)}: {used(sharing) / GIB:.1f} of {room / GIB:.1f} GiB"
         lines[line] = lines.get(line, 0) + 1
-    host = sum(worker.count * worker.bytes for worker in workers if not worker.gpus)
+    host = sum(worker.count * worker.parts * worker.bytes for worker in workers if not worker.gpus)
     told = [f"{number} GPU{'s' * (number > 1)} with {line}" for line, number in lines.items()]
     return "\n".join(told + [f"on the processors: {host / GIB:.1f} GiB of the nodes' memory"] * bool(host))
 

@@ -79,6 +79,17 @@ def joining(ray_cluster):
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="session")
+def engine_pids():
+    """A function: process ids of the parts of the engines that a rollout pool's workers have, which answer when they have nothing to do."""
+    import ray
+
+    def pids(rollout) -> list[int]:
+        return sum(ray.get([w.__ray_call__.remote(lambda worker: worker.sampler.pids) for w in rollout.pool.at_work()], timeout=60), [])
+
+    return pids
+
+
 @pytest.fixture
 def cluster_config():
     """Deadlines that suit tiny models on a busy machine."""

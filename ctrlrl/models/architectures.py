@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ctrlrl.errors import ModelError
+from ctrlrl.errors import ModelError, RecipeError
 from ctrlrl.models.reading import existing, load_config
 from ctrlrl.models.weight_files import check_weight_files
 
@@ -31,7 +31,11 @@ _RIGHT = frozenset(
     gemma4_text llama4_text
     mamba2 falcon_h1 granitemoehybrid""".split()
 )
+# ... and also with an engine in two parts (families.py --measure --parts 2).
+_RIGHT_IN_PARTS = frozenset("llama".split())
 _STATEFUL = {"HasInnerState", "IsHybrid", "IsAttentionFree"}  # vLLM's interfaces of models with convolutions, state spaces and the like
+_SPLIT = ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")  # keys of what is split among devices
+_MOST_DEVICES = 16  # of a node
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -65,6 +69,36 @@ def check_engine_takes(model: str) -> None:
     check_weight_files(model)
 
 
+def check_split(model: str, devices: int, key: str) -> None:
+    """RecipeError unless the engine can split `model` among so many devices; `key` is what the recipe calls that number."""
+    check_even(model, load_config(model), devices, key)
+    if devices == 1:
+        return
+    if carries_state(model):
+        raise RecipeError(f"{key} = {devices}, but layers of {model!r} carry a state along the sequence, which is not split: set it to 1")
+    kind = getattr(transformers, architecture_of(model), None)
+    if architecture_of(model) not in engine_architectures() and not getattr(kind, "base_model_tp_plan", None):
+        raise RecipeError(f"{key} = {devices}, but nothing says how a {architecture_of(model)} is split among devices: set it to 1")
+
+
+def check_even(model: str, config: PretrainedConfig, devices: int, key: str) -> None:
+    """RecipeError if a model of this configuration does not come out even in so many parts, with the numbers of parts in which it does."""
+    text = config.get_text_config()
+    if uneven := _uneven(text, devices):
+        possible = [n for n in range(1, min(text.num_attention_heads, _MOST_DEVICES) + 1) if not _uneven(text, n)]
+        raise RecipeError(
+            f"{key} = {devices}, but {model!r} has {', '.join(uneven)}, which it does not divide: set {key} to "
+            f"{' or '.join(map(str, possible))}"
+        )
+
+
+def _uneven(config: PretrainedConfig, devices: int) -> list[str]:
+    """The sizes that so many devices do not divide. Key-value heads may be fewer than devices and divide them: then some have the same."""
+    sizes, groups = {key: getattr(config, key, None) for key in _SPLIT}, getattr(config, "num_key_value_heads", None)
+    found = [f"{key} = {size}" for key, size in sizes.items() if size and size % devices]
+    return [*found, *([f"num_key_value_heads = {groups}"] if groups and groups % devices and devices % groups else [])]
+
+
 def architecture_of(model: str) -> str:
     """The class that a model's configuration names."""
     config = load_config(model)
@@ -80,14 +114,15 @@ def carries_state(model: str) -> bool:
     return kind is not None and kind._is_stateful or bool(layers - _ATTENTION) or bool(engines and _STATEFUL & _made_from(*engines))
 
 
-def compared(model: str) -> bool:
+def compared(model: str, devices: int = 1) -> bool:
     """Whether the engine was found to compute what transformers does for models of this architecture with these keys: one that
-    transformers' configuration does not have, and so ignores, the engine may obey (num_key_value_heads in a gpt_neox)."""
+    transformers' configuration does not have, and so ignores, the engine may obey (num_key_value_heads in a gpt_neox). devices: of the
+    engine; one that is split is compared by itself."""
     config = load_config(model)
     kind = type(config)
     known = {*kind().to_dict(), *getattr(kind, "__dataclass_fields__", ()), *kind.attribute_map}
     ignored = [key for key, value in config.to_dict().items() if key not in known and key[0] != "_" and isinstance(value, int | float)]
-    return config.model_type in _RIGHT and not ignored
+    return config.model_type in (_RIGHT if devices == 1 else _RIGHT_IN_PARTS) and not ignored
 
 
 @lru_cache

@@ -85,26 +85,27 @@ def frozen(config: PretrainedConfig, kind: str, dtype: str, tokens: int) -> Phas
 
 
 def rollout(config: PretrainedConfig, engine: EngineConfig) -> Phases:
-    """A rollout engine; all of it is kept from its start on."""
+    """A rollout engine, on each of its devices; all of it is kept from its start on. Activations and logits are not less with several."""
+    parts = engine.tensor_parallel
     w = DTYPES[engine.dtype].itemsize
     shape = _shape(config.to_json_string(), type(config), "engine", engine.dtype, _PREFILL, False, None)
     logits = _LOGITS * 4 * engine.max_concurrent * config.get_text_config().vocab_size
     return {
         "generate": {
-            "weights": w * shape.parameters,
-            "cache": int(engine.kv_cache_gib * 2**30),
+            "weights": w * shape.parameters // parts,
+            "cache": int(engine.kv_cache_gib * 2**30 / parts),
             "activations": shape.forward + logits,
             "buffers": 0 if engine.eager else _GRAPHS,
         }
     }
 
 
-def cache_bytes_a_token(config: PretrainedConfig, dtype: str) -> int:
-    """Of the key-value cache: layers x 2 x key-value heads x head size x bytes."""
+def cache_bytes_a_token(config: PretrainedConfig, engine: EngineConfig) -> int:
+    """Of the key-value cache, on all devices: layers x 2 x key-value heads x head size x bytes. Each device has one such head at least."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers * 2 * heads * size * DTYPES[dtype].itemsize
+    return text.num_hidden_layers * 2 * max(heads, engine.tensor_parallel) * size * DTYPES[engine.dtype].itemsize
 
 
 def parameters_of(config: PretrainedConfig) -> int:

@@ -75,6 +75,8 @@ class JudgeConfig(ServiceConfig):
     def _is_read_as_it_can_be(self):
         if not self.url and (self.read == "text" or self.key or self.version):
             raise ValueError('read = "text", key and version are of a judge behind a url: leave them out, or give its url')
+        if self.engine.tensor_parallel > 1:
+            raise ValueError("engine.tensor_parallel is of rollout workers: put a judge of that size behind a url")
         plain = sorted(map(_plain, self.answers))
         begun = next((pair for pair in zip(plain, plain[1:], strict=False) if pair[1].startswith(pair[0])), None)
         if self.url and self.read == "probability" and begun:

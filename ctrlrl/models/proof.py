@@ -54,7 +54,7 @@ class Compared:
 
 def proof_of(model: str, engine: EngineConfig) -> Proof | Compared:
     """What an engine with this model has to pass at its start."""
-    return Compared(model, engine) if compared(model) else Proof(model, engine)
+    return Compared(model, engine) if compared(model, engine.tensor_parallel) else Proof(model, engine)
 
 
 def _answer(model: str, logprobs: Callable, probe: list[Sequence[int]]) -> list[np.ndarray]:

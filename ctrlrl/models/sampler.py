@@ -1,24 +1,27 @@
-"""Sampling with vLLM: token ids in, token ids out. Only this file and reload.py name vLLM.
+"""Sampling with vLLM: token ids in, token ids out. Only this file, ranks.py, engine_rank.py and reload.py name vLLM.
 
 One engine lives in its own process, without vLLM's second process (VLLM_ENABLE_V1_MULTIPROCESSING=0): the same tokens/s for half
 the CPU, and weights can be handed over in memory. New weights go through vLLM's weight-transfer protocol with a backend that reads
-a WeightMessage; the same call works on CPU and CUDA (untested on CUDA here).
+a WeightMessage; the same call works on CPU and CUDA (untested on CUDA here). With several devices the model is in a process for each
+(ranks.py), and vLLM's scheduler alone in this one.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ctrlrl.config import Section
 from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
-from ctrlrl.models.architectures import carries_state, check_engine_takes
+from ctrlrl.models.architectures import carries_state, check_engine_takes, check_split
 from ctrlrl.models.broadcast import Meeting, Receiver
 from ctrlrl.models.loading import end_token_ids, existing, load_config, within_positions
-from ctrlrl.models.reload import TRANSFER, keep_freed_memory, leave_transformers_usable, register_transfer
+from ctrlrl.models.ranks import Ranks
+from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
 from ctrlrl.models.weights import WeightMessage
 
 # What vLLM raises for a model or settings that it cannot take.
@@ -35,7 +38,8 @@ class SamplingConfig(Section):
 
 
 class EngineConfig(Section):
-    """One vLLM engine. max_model_tokens: prompt and response together. kv_cache_gib: memory of the key-value cache."""
+    """One vLLM engine. max_model_tokens: prompt and response together. kv_cache_gib: memory of the key-value cache. tensor_parallel: of how
+    many devices, with a part of the model and of the cache each."""
 
     dtype: str = Field("bfloat16", pattern="^(float32|bfloat16)$")
     max_model_tokens: int = Field(2048, gt=0)
@@ -44,17 +48,12 @@ class EngineConfig(Section):
     tensor_parallel: int = Field(1, gt=0)
     eager: bool = True
 
-    @model_validator(mode="after")
-    def _one_process(self):
-        if self.tensor_parallel > 1:
-            raise ValueError("tensor_parallel above 1 is not supported by the in-process engine yet: use more rollout workers")
-        return self
-
 
 def prompt_room(model: str, engine: EngineConfig, sampling: SamplingConfig, section: str = "rollout") -> int:
     """Tokens that a prompt may have beside its answer; RecipeError if the engine, of this section of the recipe, has more tokens than
     the model has positions, ModelError if it cannot take the model at all."""
     check_engine_takes(model)
+    check_split(model, engine.tensor_parallel, f"{section}.engine.tensor_parallel".lstrip("."))
     positions, key = within_positions(model, engine.max_model_tokens), f"{section}.engine.max_model_tokens".lstrip(".")
     rope = getattr(load_config(model), "rope_parameters", None) or {}
     stretched = rope.get("rope_type") in ("linear", "dynamic")  # to more positions than the configuration names; vLLM knows how many
@@ -96,9 +95,13 @@ class Completions:
 
 
 class Sampler:
-    """A vLLM engine with versioned weights (0 = the model directory's own). rests: `rest` will be called."""
+    """A vLLM engine with versioned weights (0 = the model directory's own). rests: `rest` will be called. begin: what begins its processes,
+    if it has several.
 
-    def __init__(self, model: str, engine: EngineConfig, rests: bool = False):
+    pids: of these processes; without one of them it is of no use.
+    """
+
+    def __init__(self, model: str, engine: EngineConfig, rests: bool = False, begin: BaseContext | None = None):
         if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
             torch._C._cpu._init_amx()  # else small bf16 matrices die with SIGILL on CPUs with AMX
         from vllm import LLM
@@ -113,14 +116,14 @@ class Sampler:
         register_transfer()
         self.version, self._receiver = 0, Receiver()
         self._sleeps, self._asleep = rests and not current_platform.is_cpu(), set()  # on processors vLLM has no sleep
-        self._ends = end_token_ids(model)
+        self._ends, self._ranks = end_token_ids(model), Ranks(model, engine.tensor_parallel, begin)
         settings = dict(
             model=existing(model),
             load_format="safetensors",
             skip_tokenizer_init=True,
             dtype=engine.dtype,
             max_model_len=engine.max_model_tokens,
-            kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
+            kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30 / engine.tensor_parallel),  # on each device
             gpu_memory_utilization=0.01,  # with the cache's size given it decides one thing: whether other workers may be on the GPU before
             max_num_seqs=engine.max_concurrent,
             enforce_eager=engine.eager,
@@ -132,13 +135,16 @@ class Sampler:
             weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
             enable_sleep_mode=self._sleeps,
             disable_log_stats=True,
+            **self._ranks.settings,
         )
-        try:
-            self._llm = LLM(**settings)
-        except ENGINE_ERRORS as error:
-            raise ModelError(f"the rollout engine cannot start with {model!r}: {reason_of(error)}") from None
+        with self._ranks:
+            try:
+                self._llm = LLM(**settings)
+            except ENGINE_ERRORS as error:
+                raise ModelError(f"the rollout engine cannot start with {model!r}: {reason_of(error)}") from error
         self._llm.apply_model(leave_transformers_usable)
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        self.pids = self._ranks.ids(self._llm)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Completions:
         """Draw one response for each request. Each depends only on its own prompt, seed and the weights (exactly so in fp32)."""
@@ -207,12 +213,8 @@ class Sampler:
         """Replace all weights and forget cached prefixes; raises VersionMismatch if some are missing or the version does not grow."""
         if message.version <= self.version:
             raise VersionMismatch(f"weights of version {message.version} were published to a sampler that has version {self.version}")
-        if self.version == 0:
-            keep_freed_memory()
         self._wake("weights")  # the cache when there is something to draw
-        self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"message": [message]}})
-        self._llm.finish_weight_update(str(message.version))
+        self._ranks.load(self._llm, message)
         self._llm.reset_prefix_cache()
         self.version = message.version
 

@@ -82,10 +82,10 @@ class PPORecipe(Section):
     @model_validator(mode="after")
     def _reference_is_there(self):
         train, reference = self.policy.train, self.reference
-        if reference.adapter and (reference.model or not train.lora.rank or train.zero_stage == 3):
+        if reference.adapter and (reference.model or not train.lora.rank):
             raise ValueError(
-                "reference.adapter = true takes the policy without its adapter: it needs policy.train.lora.rank above 0, "
-                "policy.train.zero_stage 0 to 2, and no reference.model"
+                "reference.adapter = true takes the policy without its adapter: it needs policy.train.lora.rank above 0, and no "
+                "reference.model"
             )
         return self
 

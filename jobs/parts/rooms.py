@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from actors.group import GroupConfig
 from ctrlrl.errors import RecipeError
+from ctrlrl.models.architectures import check_even
 from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
 from ctrlrl.models.scorer_names import weights_of
 from jobs.parts.cast import PPORecipe
@@ -15,6 +16,7 @@ from jobs.parts.sharing import kinds_of, turn_of
 
 GIB = 2**30
 _RANKS = (2, 4, 8, 16, 32, 64)
+_PARTS = (2, 4, 8)  # of a rollout engine
 _LORA_RANK = 16
 
 Changed = Callable[[list[str]], "list[Worker]"]  # the workers of the recipe under overrides
@@ -22,9 +24,10 @@ Changed = Callable[[list[str]], "list[Worker]"]  # the workers of the recipe und
 
 @dataclass(frozen=True)
 class Worker:
-    """Workers of one kind: their name in the recipe, how many are reserved and how many more may come, GPUs and memory of each.
+    """Workers of one kind: their name in the recipe, how many are reserved and how many more may come, GPUs of each, and memory.
 
-    turn: in which they are at work, where devices are shared; they rest in all others.
+    turn: in which they are at work, where devices are shared; they rest in all others. parts: in how many a worker is split; the memory is
+    that of one, on a device of its own.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Worker:
     gpus: float
     phases: Phases
     turn: str = ""
+    parts: int = 1
 
     @property
     def bytes(self) -> int:
@@ -63,7 +67,9 @@ def workers_of(config: PPORecipe, shapes: Mapping[str, PretrainedConfig], beside
     if config.has_value_model:
         found.append(_group("value", config.value, "value", shapes["value.model"]))
     engine, resources = config.rollout.engine, config.rollout.resources
-    found.append(Worker("rollout", config.rollout.workers.min, len(config.rollout.spare), resources.gpus, rollout(policy, engine)))
+    check_even(config.policy.model, policy, engine.tensor_parallel, "rollout.engine.tensor_parallel")
+    count, spare = config.rollout.workers.min, len(config.rollout.spare)
+    found.append(Worker("rollout", count, spare, resources.gpus, rollout(policy, engine), parts=engine.tensor_parallel))
     for attribute, reward in config.reward.items():
         phases: Phases = {"score": {}}  # of a function or a service
         if reward.engine:
@@ -94,7 +100,7 @@ def devices_of(workers: list[Worker]) -> list[list[Worker]]:
         return [[worker for worker in shared if place < worker.count] for place in range(max(worker.count for worker in shared))]
     devices: list[tuple[float, list[Worker]]] = []
     for worker in workers:
-        for _ in range(worker.count if worker.gpus else 0):
+        for _ in range(worker.count * worker.parts if worker.gpus else 0):
             place = next((i for i, (free, _) in enumerate(devices) if worker.gpus < 1 and free >= worker.gpus), None)
             if place is None:
                 devices.append((1 - worker.gpus if worker.gpus < 1 else 0, [worker]))
@@ -114,7 +120,7 @@ def used(sharing: list[Worker]) -> int:
 
 def gpus_of(workers: list[Worker]) -> int:
     """GPUs that are taken from Ray: more than devices in use where one worker asks for several."""
-    several = sum((math.ceil(worker.gpus) - 1) * worker.count for worker in workers if worker.gpus > 1)
+    several = sum((math.ceil(worker.gpus) - worker.parts) * worker.count for worker in workers if worker.gpus > 1)
     return len(devices_of(workers)) + several
 
 
@@ -143,6 +149,8 @@ def _of_its_settings(worker: Worker, config: PPORecipe) -> Iterator[list[str]]:
             yield ["rollout.engine.dtype=bfloat16"]
         caches = (gib for gib in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1, 0.5) if gib < config.rollout.engine.kv_cache_gib)
         yield from ([f"rollout.engine.kv_cache_gib={gib:g}"] for gib in caches)
+        more = (parts for parts in _PARTS if config.rollout.engine.tensor_parallel < parts and worker.gpus)
+        yield from ([f"rollout.engine.tensor_parallel={parts}", f"rollout.resources.gpus={parts}"] for parts in more)
         return
     frozen_model = config.reference if name == "reference" else config.reward[name.removeprefix("reward.")]
     smaller = [[f"{name}.dtype=bfloat16"]] if frozen_model.dtype == "float32" else []

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import model_validator
+
 from ctrlrl.attributes import PAPER, unlike
 from ctrlrl.chat import OWN_TEMPLATE
 from ctrlrl.config import load
@@ -23,6 +25,12 @@ class ServeConfig(Policies):
     """The file of dials, with the engine's settings."""
 
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _one_device(self):
+        if self.engine.tensor_parallel > 1:
+            raise ValueError("engine.tensor_parallel is of rollout workers: a server has one device; serve a larger model with vLLM itself")
+        return self
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 
+from actors import kin
 from actors.group import _IMPORTS as RANK
 from actors.placement import MODELS, Resources
 from ctrlrl.models.sampler import IMPORTS as ROLLOUT
@@ -35,11 +36,25 @@ def tellers(ray_cluster):
             grandmother = int(Path(f"/proc/{mother}/stat").read_text().rpartition(")")[2].split()[1])
             return grandmother, mother, os.environ["CTRLRL_MARK"], COMMON in sys.modules and MODULE in sys.modules
 
-    def ask(count, resources, mark="a", common=(), call="tell", **more):
+        def kin(self, code, watched=False):
+            """What a process of its own sends that runs `code`; it begins when this one has been at work, with what this one has."""
+            context = kin.context()
+            (here, there), lock = context.Pipe(), context.Lock()
+            os.environ["LATE"] = "now"
+            child = context.Process(target=exec, args=(code, {"told": there, "lock": lock}), daemon=True)
+            child.start()
+            there.close()
+            found = here.recv()
+            if watched:
+                kin.end_with([child.pid])
+            child.join(20)
+            return os.getppid(), child.pid, child.exitcode, found
+
+    def ask(count, resources, mark="a", common=(), call="tell", given=(), **more):
         options = resources.environment({"CTRLRL_MARK": mark, **more}, (MODULE,), common)
         new = [ray.remote(max_restarts=0)(Told).options(**options).remote() for _ in range(count)]
         actors.extend(new)
-        return ray.get([getattr(actor, call).remote() for actor in new], timeout=300)
+        return ray.get([getattr(actor, call).remote(*given) for actor in new], timeout=300)
 
     yield ask
     for actor in actors:
@@ -70,6 +85,14 @@ def test_kinds_of_workers_share_what_they_import_both(tellers):
     os.kill(second[1], signal.SIGKILL)
     ((grandmother, mother, *_),) = tellers(1, Resources(), "d", (COMMON,), "family")
     assert grandmother not in (first[0], third[0]) and mother not in (first[1], second[1], third[1])
+
+
+def test_a_worker_has_processes_of_its_own_forked_from_where_it_was(tellers):
+    code = f"import os, sys; told.send((os.getpid(), os.getppid(), {MODULE!r} in sys.modules, os.environ['LATE'], lock.acquire()))"
+    ((mother, child, ended, found),) = tellers(1, Resources(), call="kin", given=(code,))
+    assert found == (child, mother, True, "now", True) and ended is not None
+    with pytest.raises(ray.exceptions.RayActorError):  # which ends with it
+        tellers(1, Resources(), call="kin", given=("import os; told.send(0); os._exit(1)", True))
 
 
 def test_threads_do_not_keep_a_worker_from_being_forked(tellers):

@@ -90,7 +90,7 @@ def tiny_model(kind: str):
     return model
 
 
-def measure(kind: str) -> dict:
+def measure(kind: str, parts: int = 1) -> dict:
     """The largest differences of logprobs, at the start, of tokens drawn one by one, and after a publish; how far the publish moved the
     model; and whether the proof that an unknown architecture has to give would let it in."""
     import numpy as np
@@ -114,7 +114,7 @@ def measure(kind: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         _tokenizer().save_pretrained(folder)
-        engine = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05)
+        engine = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05, tensor_parallel=parts)
         proof, sampler = Proof(folder, engine), Sampler(folder, engine)
         try:
             proof.check(sampler.logprobs)
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*")
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--parts", type=int, default=1, help="of an engine, with --measure")
     options = parser.parse_args()
     kinds = options.families or FAMILIES
     if options.table:
@@ -193,7 +194,7 @@ def main() -> None:
     elif options.measure:
         for kind in kinds:
             try:
-                print(json.dumps({"family": kind, **measure(kind)}), flush=True)
+                print(json.dumps({"family": kind, **measure(kind, options.parts)}), flush=True)
             except Exception as error:
                 print(json.dumps({"family": kind, "error": f"{type(error).__name__}: {str(error)[:300]}"}), flush=True)
     else:

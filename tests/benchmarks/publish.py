@@ -118,13 +118,13 @@ def parts_of(policy: Policy, rollout: Rollout, model: str, repetitions: int) -> 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("layers", 11), ("workers", 1), ("ranks", 1), ("stage", 0), ("repetitions", 7)):
+    for name, default in (("layers", 11), ("workers", 1), ("ranks", 1), ("stage", 0), ("parts", 1), ("repetitions", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sync", default="store", choices=("store", "gloo"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, given.layers)
-        engine = EngineConfig(dtype="float32", max_model_tokens=256, kv_cache_gib=0.1)
+        engine = EngineConfig(dtype="float32", max_model_tokens=256, kv_cache_gib=0.1, tensor_parallel=given.parts)
         config = RolloutConfig(workers=given.workers, engine=engine)
         train = PolicyConfig(model=folder, ranks=given.ranks, train=TrainerConfig(dtype="float32", zero_stage=given.stage))
         demands = {"rollout": config.bundles, "policy": train.bundles}

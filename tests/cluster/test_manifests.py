@@ -101,6 +101,17 @@ def test_the_placement_of_ppo_fits(name):
     assert plan(config, [*gang, gang[0]], [])[1] == 1  # a ninth policy rank would not
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_the_placement_of_a_policy_that_no_gpu_holds_fits(name):
+    recipe = load(PPORecipe, ROOT / "jobs/recipes/ppo_70b.toml")
+    demands = demands_of(recipe)
+    gang = [bundle for bundles in demands.values() for bundle in bundles]
+    assert [bundle["GPU"] for bundle in demands["rollout"]] == [recipe.rollout.engine.tensor_parallel] == [8]  # one place, on one node
+    assert plan(node_types(name), gang, []) == ({"trainer": 2, "judge": 2}, 0)
+    larger = {key: amount + 1 for key, amount in demands["rollout"][0].items()}
+    assert plan(node_types(name), [*gang[:-3], larger, *gang[-2:]], [])[1] == 1  # which is more than a node has
+
+
 @pytest.mark.parametrize(("name", "gpus"), [("ppo", 8), ("ppo_node", 8), ("ppo_one_gpu", 1)])
 def test_the_placements_for_one_node_fit_one(name, gpus):
     types = {"head": {"resources": {}, "max_workers": 0}, "node": {"resources": {"CPU": 64, "GPU": gpus}, "max_workers": 1}}

@@ -44,7 +44,7 @@ def run(ppo_overrides, tmp_path):
         ("prompts=./gone.jsonl", "gone.jsonl"),
         ("algorithm.advantage=rloo", "set samples_per_query to 2 or more"),
         ("sampling.max_new_tokens=120", "raise rollout.engine.max_model_tokens"),
-        ("rollout.engine.tensor_parallel=2", "use more rollout workers"),
+        ("rollout.engine.tensor_parallel=4", "num_attention_heads = 2.* divide: set rollout.engine.tensor_parallel to 1 or 2$"),
         ("rollout.engine.max_model_tokens=513", "has 512 positions: set rollout.engine.max_model_tokens = 512 or less"),
         ("reference.model={helpful}", "reference '.*helpful' is a LlamaForSequenceClassification: give a causal language model"),
         ("policy.ranks=0", "policy.ranks.*greater than 0"),

@@ -8,12 +8,14 @@ from typer.testing import CliRunner
 
 from ctrlrl.cli import app
 from ctrlrl.config import load
+from ctrlrl.errors import RecipeError
 from jobs.parts.cast import PPORecipe, demands_of
 from jobs.parts.rooms import Worker, devices_of, gpus_of, used
 from jobs.plan import plan
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
-SIZES = {"ppo": (8, 80), "ppo_node": (8, 80), "ppo_node_shared": (8, 80), "ppo_cluster": (20, 80), "ppo_one_gpu": (1, 24)}
+SIZES = {"ppo": (8, 80), "ppo_node": (8, 80), "ppo_node_shared": (8, 80), "ppo_cluster": (20, 80), "ppo_70b": (18, 80),
+         "ppo_one_gpu": (1, 24)}
 SMALL = "hidden=2048,layers=2,heads=32,kv_heads=8,vocabulary=128256,intermediate=8192,tied=true"
 IDLE = {"ppo_node": 0.25}  # of the GPU that the frozen models share
 
@@ -101,6 +103,20 @@ def test_a_shared_node_that_is_too_small_is_told_what_to_change(capsys):
     assert changes and plan(recipe, changes[0], 60, 8, 1.5, []) == 0
 
 
+def test_an_engine_on_several_devices_has_a_part_of_the_model_on_each(capsys):
+    recipe, several = str(RECIPES / "ppo_node.toml"), ["rollout.engine.tensor_parallel=2", "rollout.resources.gpus=2", "rollout.workers=1"]
+    assert plan(recipe, several, 40, 0, 1.5, []) == 1
+    output = capsys.readouterr().out
+    assert "1 x rollout (1/2)" in output and "(1/2) is what each of the 2 devices of a rollout worker has." in output
+    assert re.search(r"rollout \(1/2\) +generate +2 +7.5 +- +- +[\d.]+ +20.0 ", output)  # half of 15.0 of weights, and of 40 of cache
+    assert "2 GPUs with rollout: " in output
+    alone = ["rollout.engine.kv_cache_gib=1", "policy.ranks=8", "value.ranks=8"]
+    assert plan(recipe, alone, 18, 0, 1.5, ["policy.model=8b"]) == 1
+    assert "--set rollout.engine.tensor_parallel=2 --set rollout.resources.gpus=2" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match=r"num_attention_heads = 32, intermediate_size = 14336, .*_heads = 8, which it does not divide"):
+        plan(recipe, ["rollout.engine.tensor_parallel=3", "rollout.resources.gpus=3"], 80, 0, 1.5, [])
+
+
 def test_parts_of_a_gpu_are_filled_up_in_order():
     def worker(name, gpus, count=1):
         return Worker(name, count, 0, gpus, {"score": {"weights": 1}})
@@ -109,3 +125,5 @@ def test_parts_of_a_gpu_are_filled_up_in_order():
     names = [[member.name for member in sharing] for sharing in devices_of(workers)]
     assert names == [["a", "c", "c"], ["b"], ["c"], ["e"]]
     assert gpus_of(workers) == 5
+    split = Worker("f", 2, 0, 4, {"generate": {"weights": 1}}, parts=4)
+    assert [member.name for sharing in devices_of([split]) for member in sharing] == ["f"] * 8 and gpus_of([split]) == 8

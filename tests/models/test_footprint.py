@@ -109,10 +109,13 @@ def test_frozen_models_and_engines():
     reward = frozen(TINY, "reward", "bfloat16", 64)["score"]
     assert reward["weights"] == 2 * (P - HEAD + 64)  # one output in place of the head
     assert frozen(TINY, "reference", "float32", 64)["score"]["weights"] == 4 * P
-    assert cache_bytes_a_token(TINY, "bfloat16") == 2 * 2 * 2 * 16 * 2  # layers, keys and values, heads, size of a head, bytes
+    assert cache_bytes_a_token(TINY, EngineConfig()) == 2 * 2 * 2 * 16 * 2  # layers, keys and values, heads, size of a head, bytes
     engine = rollout(TINY, EngineConfig(kv_cache_gib=2, max_concurrent=10, eager=False))["generate"]
     assert engine["weights"] == 2 * P and engine["cache"] == 2**31 and engine["buffers"] == 2**30
     assert engine["activations"] > _LOGITS * 4 * 10 * 100
+    half = rollout(TINY, EngineConfig(kv_cache_gib=2, max_concurrent=10, tensor_parallel=2))["generate"]
+    assert half["weights"] == P and half["cache"] == 2**30 and half["activations"] == engine["activations"]
+    assert cache_bytes_a_token(TINY, EngineConfig(tensor_parallel=4)) == 2 * cache_bytes_a_token(TINY, EngineConfig())  # two have each head
 
 
 def test_a_size_is_described_or_read_or_refused(models):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from ctrlrl.models.trainer import TrainerConfig
 from ctrlrl.objectives.likelihood import likelihood
 
 ENGINE = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05)
+TWO = ENGINE.model_copy(update={"tensor_parallel": 2})
 SAMPLING = SamplingConfig(temperature=0.7, top_p=1.0, max_new_tokens=12)
 REQUESTS = [Request(tuple(range(3, 8 + i % 5)), seed=100 + i) for i in range(20)]
 
@@ -51,20 +53,45 @@ def trainer_logprobs(model, requests, responses):
     return [grid[i, : len(response)] for i, response in enumerate(responses)]
 
 
+@contextmanager
+def started(model, cluster, workers, engine, sync):
+    """A rollout pool that is ready."""
+    config = RolloutConfig(workers=workers, chunk=6, engine=engine, resources=Resources(cpus=0.5))
+    place = reserve({"rollout": config.bundles}, cluster)
+    handle = Rollout(config, model, place, cluster, sync=sync)
+    handle.model_name = model
+    try:
+        handle.wait_ready()
+        yield handle
+    finally:
+        handle.close()
+        place.release()
+
+
+@contextmanager
+def taught_policy(model, cluster):
+    """A policy whose weights are no longer those of the model's directory."""
+    config = PolicyConfig(model=model, train=TrainerConfig(learning_rate=3e-2, dtype="float32", zero_stage=0))
+    place = reserve({"policy": [config.resources.bundle]}, cluster)
+    policy = Policy(config, place, cluster, temperature=SAMPLING.temperature, seed=0)
+    try:
+        policy.wait_ready()
+        policy.train(TokenBatch([np.arange(3, 30)], np.array([1]), {}, {}), likelihood, [np.arange(1)] * 3)
+        yield policy
+    finally:
+        policy.close()
+        place.release()
+
+
 @pytest.fixture(scope="module", params=["tied", "policy"])
 def rollout(request, ray_cluster, models):
-    """A rollout pool: one worker for the tied model, which gets its weights by broadcast, two for the other."""
+    """A rollout pool: for the tied model one worker, an engine of two processes, which gets its weights by broadcast; else two workers."""
     from actors.placement import ClusterConfig
 
     cluster = ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
-    config = RolloutConfig(workers=1 if request.param == "tied" else 2, chunk=6, engine=ENGINE, resources=Resources(cpus=0.5))
-    place = reserve({"rollout": config.bundles}, cluster)
-    handle = Rollout(config, models[request.param], place, cluster, sync="gloo" if request.param == "tied" else "store")
-    handle.model_name = models[request.param]
-    handle.wait_ready()
-    yield handle
-    handle.close()
-    place.release()
+    settings = (1, TWO, "gloo") if request.param == "tied" else (2, ENGINE, "store")
+    with started(models[request.param], cluster, *settings) as handle:
+        yield handle
 
 
 def test_samples_depend_on_prompt_and_seed_alone(rollout):
@@ -82,15 +109,50 @@ def test_samples_depend_on_prompt_and_seed_alone(rollout):
         assert own == pytest.approx(expected, abs=2e-5)
 
 
-def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluster, cluster_config):
-    config = PolicyConfig(model=rollout.model_name, train=TrainerConfig(learning_rate=3e-2, dtype="float32", zero_stage=0))
-    place = reserve({"policy": [config.resources.bundle]}, cluster_config)
-    policy = Policy(config, place, cluster_config, temperature=SAMPLING.temperature, seed=0)
-    try:
-        policy.wait_ready()
+def gone(pids, patience_s=20):
+    """Whether all of these processes end in time."""
+    end = time.monotonic() + patience_s
+    alive = lambda pid: Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()  # noqa: E731
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("rollout", ["policy"], indirect=True)
+def test_two_devices_draw_what_one_draws_and_end_together(rollout, engine_pids, cluster_config):
+    responses, logprobs, _ = draw(rollout, REQUESTS)
+    with started(rollout.model_name, cluster_config, 1, TWO, "store") as two, taught_policy(rollout.model_name, cluster_config) as policy:
+        same, own, _ = draw(two, REQUESTS)
+        assert all(np.array_equal(a, b) for a, b in zip(responses, same, strict=True))
+        assert np.concatenate(own) == pytest.approx(np.concatenate(logprobs), abs=1e-5)
+        publish(policy, two, 1)  # whose probe tells a part that has kept its old weights
+        shard = [Request(REQUESTS[0].prompt_ids, seed) for seed in range(40)], SAMPLING.model_copy(update={"max_new_tokens": 110})
+        wanted = two.generate_apart(*shard).result(120)
+        for victim in (1, 2):  # a part of the engine in the middle of a shard, then the worker itself
+            pids = [*engine_pids(two), *two.pids()]
+            assert len(set(pids)) == 3
+            shared = {line.split()[-1] for pid in pids[:2] for line in open(f"/proc/{pid}/maps") if "/dev/shm/" in line}
+            again = two.generate_apart(*shard)
+            time.sleep(0.1)
+            assert not again.done()
+            os.kill(pids[victim], signal.SIGKILL)
+            found = again.result(240)
+            assert all(np.array_equal(a, b) for a, b in zip(found.response_ids, wanted.response_ids, strict=True)) and found.version == 1
+            assert two.pool.replaced == victim and gone(pids)
+            assert len(shared) > 1 and not [name for name in shared if Path(name).exists()]
+
+
+def test_a_part_that_cannot_load_the_model_says_why(ray_cluster, cluster_config, models, tmp_path):
+    shutil.copytree(models["policy"], tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(ModelError, match="cannot start with .* on 2 devices: SafetensorError"):
+        with started(str(tmp_path), cluster_config, 1, TWO, "store"):
+            pass
+
+
+def test_published_weights_are_in_use_also_by_a_later_worker(rollout, engine_pids, cluster_config):
+    with taught_policy(rollout.model_name, cluster_config) as policy:
         before, _, _ = draw(rollout, REQUESTS)
-        batch = TokenBatch([np.arange(3, 30)], np.array([1]), {}, {})
-        policy.train(batch, likelihood, [np.arange(1)] * 3)
         published = publish(policy, rollout, rollout.version + 1)
         assert published.bytes == 4 * sum(p.numel() for p in load_policy(rollout.model_name, "float32").parameters())
         after = []
@@ -103,7 +165,8 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluste
             assert np.concatenate(logprobs) == pytest.approx(np.concatenate(exact), abs=5e-5)
             assert np.abs(np.concatenate(logprobs) - np.concatenate(stale)).mean() > 0.1
             if len(after) == 1:
-                os.kill(rollout.pids()[0], signal.SIGKILL)  # its replacement must have the published weights too
+                lost = [*engine_pids(rollout), *rollout.pids()][0]
+                os.kill(lost, signal.SIGKILL)  # its replacement must have the published weights too
         assert all(np.array_equal(a, b) for a, b in zip(*after, strict=True))
         assert any(not np.array_equal(a, b) for a, b in zip(before, responses, strict=True))
         probe = rollout.expected
@@ -117,9 +180,6 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, ray_cluste
         with pytest.raises(VersionMismatch, match="its weights are wrong"):  # what the trainer expects is not what the workers answer
             wrong = replace(probe, published=[row - 1 for row in probe.published], before=None)
             rollout.load(partial(policy.weights, "float32", 3), 3, wrong, {})
-    finally:
-        policy.close()
-        place.release()
 
 
 class Asked(Exception):

@@ -214,7 +214,7 @@ def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, refer
 
 
 def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray_cluster, cluster_config, models, tmp_path):
-    train = {"zero_stage": 1, "lora": {"rank": 4}}
+    train = {"zero_stage": 3, "lora": {"rank": 4}}
     policy, place = start_policy(models["policy"], cluster_config, **train)
     base = dict(load_policy(models["policy"], "float32").named_parameters())
     batch = ppo_batch()
@@ -236,7 +236,7 @@ def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray
     merged = module(lay_out(batch, "padded", torch.device("cpu")))[0]
     assert merged[0, : len(logprobs[0])].detach().numpy() == pytest.approx(logprobs[0], abs=2e-5)
 
-    again, place_again = start_policy(models["policy"], cluster_config, zero_stage=1, lora={"rank": 4, "export": "adapter"})
+    again, place_again = start_policy(models["policy"], cluster_config, zero_stage=3, lora={"rank": 4, "export": "adapter"})
     try:
         again.load(tmp_path / "checkpoint")
         again.train(batch, LOSS, STEPS[1:])

@@ -1,0 +1,66 @@
+"""Imported by each process of an engine with several devices before it loads its part of the model, and by no other: vLLM is told its name.
+
+It has a share of the processors, ends when the process ends that has the engine, and tells that one why it could not start.
+"""
+
+import logging
+import multiprocessing
+import os
+import re
+import select
+import signal
+import threading
+from pathlib import Path
+
+import torch
+
+from ctrlrl.models.ranks import OWNER, RANKS, SAYS, shares
+from ctrlrl.models.reload import register_transfer
+from ctrlrl.models.sampler import reason_of
+
+_SHARED = re.compile(r" (/dev/shm/\S+)$", re.MULTILINE)  # in /proc/self/maps
+
+
+class InRank:
+    """What vLLM wants the name to be: a class that it makes a base of its worker."""
+
+
+class _Told(logging.Handler):
+    """Writes the error with which a rank ends, as vLLM logs it, to where the engine's owner looks for it; the first one counts."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        says, error = Path(os.environ[SAYS]), record.exc_info and record.exc_info[1]
+        if error and not says.read_bytes():
+            says.write_text(reason_of(error))
+
+
+def settle(rank: int, ranks: int) -> None:
+    """Keep to a share of the processors: ranks spin while they wait for each other, and so must not be in each other's way."""
+    from vllm.platforms import current_platform
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    if not current_platform.is_cpu():
+        return
+    if hasattr(torch._C, "_cpu") and hasattr(torch._C._cpu, "_init_amx"):
+        torch._C._cpu._init_amx()  # else small bf16 matrices die with SIGILL on CPUs with AMX
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // ranks))
+    cores = [(core.numa_node, core.physical_core, core.id) for core in get_allowed_cpu_list()]
+    os.sched_setaffinity(0, shares(cores, ranks)[rank])
+
+
+def end_with(owner: int) -> None:
+    """Wait for the engine's owner to end; then remove the memory that they share, which nobody else would, and end."""
+    try:
+        select.select([os.pidfd_open(owner)], [], [])
+    except ProcessLookupError:
+        pass  # it had ended before this one looked
+    for name in set(_SHARED.findall(Path("/proc/self/maps").read_text())):
+        Path(name).unlink(missing_ok=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+os.setpgid(0, 0)  # Ray ends the whole process group of a worker, and would leave the shared memory
+threading.Thread(target=end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
+logging.getLogger("vllm").addHandler(_Told(logging.ERROR))
+settle(int(multiprocessing.current_process().name.rpartition("-")[2]), int(os.environ[RANKS]))
+register_transfer()

@@ -1,0 +1,93 @@
+"""An engine with several devices: it has a process for each, which hold a part of the model each and compute together.
+
+This is the side of the process that has the engine; engine_rank.py is what each of the others does first.
+"""
+
+import os
+from contextlib import nullcontext
+from multiprocessing.context import BaseContext
+
+from ctrlrl.errors import ModelError, VersionMismatch, WorkerLost
+from ctrlrl.models.reload import keep_freed_memory
+from ctrlrl.models.shared_message import Shelf, shared
+from ctrlrl.models.weights import WeightMessage
+
+OWNER, RANKS, SAYS = "CTRLRL_ENGINE_OWNER", "CTRLRL_ENGINE_RANKS", "CTRLRL_ENGINE_SAYS"  # variables of a rank's environment
+_LONGEST = 300  # characters of a reason
+# What vLLM says where one of the processes has ended; before that, while it waits for all to be ready, it raises an Exception of no kind.
+_ENDED = ("cancelled", "Executor failed.")
+
+
+class Ranks:
+    """The processes of an engine's. begin: what begins them; None: as vLLM does, with all their imports.
+
+    As a context: while they are begun. ModelError with a rank's own words if it cannot be one, WorkerLost if it ended without any.
+    """
+
+    def __init__(self, model: str, count: int, begin: BaseContext | None):
+        self._model, self._count, self._begin = model, count, begin
+        self._says = os.memfd_create("ctrlrl-engine") if count > 1 else -1
+
+    @property
+    def settings(self) -> dict:
+        """Arguments of vLLM's engine."""
+        several = dict(distributed_executor_backend="mp", worker_extension_cls="ctrlrl.models.engine_rank.InRank")
+        return dict(tensor_parallel_size=self._count, **several) if self._count > 1 else {}
+
+    def __enter__(self) -> None:
+        if self._count == 1:
+            return
+        says = f"/proc/{os.getpid()}/fd/{self._says}"
+        # They keep to processors of their own (engine_rank.py), not to those that vLLM would choose: one NUMA node for each.
+        os.environ.update({OWNER: str(os.getpid()), RANKS: str(self._count), SAYS: says, "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+        if self._begin:
+            from vllm.v1.executor import multiproc_executor
+
+            multiproc_executor.get_mp_context = lambda: self._begin
+
+    def __exit__(self, kind, error, _) -> None:
+        if error is None or self._count == 1:
+            return
+        told = os.pread(self._says, _LONGEST, 0).decode(errors="ignore")
+        if told:
+            raise ModelError(f"the rollout engine cannot start with {self._model!r} on {self._count} devices: {told}") from None
+        if kind is Exception or str(error.__cause__) in _ENDED:
+            raise WorkerLost(f"one of the engine's {self._count} processes ended while it loaded its part of {self._model!r}") from error
+
+    def load(self, llm, message: WeightMessage) -> None:
+        """Have the engine replace its weights, on every rank; VersionMismatch if one cannot."""
+        with shared(message) if self._count > 1 else nullcontext(message) as there:
+            told = [reason for reason in llm.collective_rpc(take, args=(there,)) if reason]
+        if told:
+            raise VersionMismatch(told[0])
+
+    def ids(self, llm) -> list[int]:
+        """Their process ids; none where the engine is in this process."""
+        return llm.collective_rpc(own_id) if self._count > 1 else []
+
+
+def own_id(_rank) -> int:
+    """On a rank: its process id."""
+    return os.getpid()
+
+
+def take(rank, there: Shelf | WeightMessage) -> str:
+    """On a rank: replace its part of the weights; empty, or why it cannot. The engine is of no use then."""
+    message = there.message() if isinstance(there, Shelf) else there
+    keep_freed_memory()
+    rank.start_weight_update()
+    try:
+        rank.update_weights({"message": [message]})
+    except VersionMismatch as error:
+        return str(error)
+    rank.finish_weight_update()
+    return ""
+
+
+def shares(cores: list[tuple[int, int, int]], ranks: int) -> list[set[int]]:
+    """Of cores (NUMA node, physical core, number) those of each rank: neighbours together; all to everyone where they are too few."""
+    if len(cores) < ranks:
+        return [{core[-1] for core in cores}] * ranks
+    ends = [len(cores) * rank // ranks for rank in range(ranks + 1)]
+    ordered = [core[-1] for core in sorted(cores)]
+    return [set(ordered[begin:end]) for begin, end in zip(ends, ends[1:], strict=False)]

@@ -1,0 +1,50 @@
+"""A WeightMessage where other processes of this machine read it without a copy of their own: in a file that has no name and ends with its
+owner."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctrlrl.models.weights import WeightMessage
+
+_ALIGNED = 64  # bytes: where each tensor begins
+
+Row = tuple[str, tuple[int, ...], str, int, int]  # name, shape, numpy's name of the dtype, first byte, bytes
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where a message lies. path: valid while its owner keeps it there."""
+
+    path: str
+    version: int
+    dtype: str
+    rows: tuple[Row, ...]
+
+    def message(self) -> WeightMessage:
+        """The message, over the shared memory: nobody writes to it."""
+        content = np.memmap(self.path, np.uint8, "r")
+        arrays = tuple(np.frombuffer(content[first : first + size], kind) for _, _, kind, first, size in self.rows)
+        return WeightMessage(self.version, self.dtype, tuple(row[0] for row in self.rows), tuple(row[1] for row in self.rows), arrays)
+
+
+@contextmanager
+def shared(message: WeightMessage) -> Iterator[Shelf]:
+    """The message for others, while the context lasts; those who have it open keep it."""
+    rows, size = [], 0
+    for name, shape, array in zip(message.names, message.shapes, message.arrays, strict=True):
+        rows.append((name, shape, array.dtype.str, size, array.nbytes))
+        size += -(-array.nbytes // _ALIGNED) * _ALIGNED
+    file = os.memfd_create("ctrlrl-weights")
+    try:
+        os.ftruncate(file, size)
+        path = f"/proc/{os.getpid()}/fd/{file}"
+        content = np.memmap(path, np.uint8, "r+")
+        for (_, _, kind, first, taken), array in zip(rows, message.arrays, strict=True):
+            content[first : first + taken].view(kind)[:] = array
+        yield Shelf(path, message.version, message.dtype, tuple(rows))
+    finally:
+        os.close(file)
