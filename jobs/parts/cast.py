@@ -103,9 +103,7 @@ class PPORecipe(Section):
 
     @model_validator(mode="after")
     def _turns_can_be_taken(self):
-        looks, engines = self.evaluation.every > 0, [a for a, reward in self.reward.items() if reward.engine]
-        fault = sharing.why_not_shared(sharing.kinds_of(self), self.sync, self.rollout.workers.max, looks, engines)
-        if self.placement == "shared" and fault:
+        if self.placement == "shared" and (fault := sharing.why_not_shared(self)):
             raise ValueError(f'placement = "shared": {fault}')
         return self
 

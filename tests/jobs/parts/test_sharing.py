@@ -59,6 +59,7 @@ def test_where_some_have_gpus_the_others_need_no_turn():
         (PPORecipe, ["sync=gloo"], 'sync = "gloo" has trainers and rollout workers at work at once: set sync = "auto"'),
         (PPORecipe, ["rollout.workers={min=1,max=2}"], "come and go have no device to share: give rollout.workers one number"),
         (PPORecipe, ["evaluation.every=1", "evaluation.prompts=x"], "set evaluation.every = 0, and evaluate the model afterwards"),
+        (PPORecipe, ["rollout.engine.tensor_parallel=2"], "tensor_parallel = 2: an engine shares one device: set it to 1"),
         (PPORecipe, ["policy.resources.gpus=0.5"], "policy.resources.gpus = 0.5: where a device is shared, give 1"),
         (PPORecipe, [f"reward.helpful.judge.{key}" for key in ("model=m", "rubric={answer}?")], "judge is an engine, which does not rest"),
         (OverlapRecipe, [], "here both work at once: use ctrlrl ppo"),
