@@ -4,6 +4,7 @@ The environment is set before Ray is imported; logical CPUs are over-committed, 
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -221,6 +222,7 @@ def write_evaluation(make_answers):
 def pytest_collection_modifyitems(items):
     """In the order of schedule.py; tests of one file stay together, in theirs."""
     items[:] = in_order(items)
+    gc.freeze()  # imports and tests stay: garbage collections, which some engines and pytest ask for, pass over them
 
 
 @pytest.hookimpl(optionalhook=True)

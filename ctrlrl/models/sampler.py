@@ -6,6 +6,7 @@ a WeightMessage; the same call works on CPU and CUDA (untested on CUDA here). Wi
 (ranks.py), and vLLM's scheduler alone in this one.
 """
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class Sampler:
                 "this vLLM is built for GPUs, and its worker has none: give the section's resources gpus (a half, if the GPU is shared), "
                 "or install the build for CPUs (pip install '.[cpu]')"
             )
+        leave_imports_alone()
         register_transfer()
         self.version, self._receiver = 0, Receiver()
         self._sleeps, self._asleep = rests and not current_platform.is_cpu(), set()  # on processors vLLM has no sleep
@@ -230,6 +232,12 @@ class Sampler:
 
         self._llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def leave_imports_alone() -> None:
+    """Have garbage collections pass over what is here by now: as it starts, vLLM makes five, and each would look through all imports."""
+    if not gc.get_freeze_count():  # vLLM does the same when an engine stands, so that another finds it done
+        gc.freeze()
 
 
 def reason_of(error: BaseException) -> str:

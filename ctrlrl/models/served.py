@@ -22,7 +22,7 @@ from ctrlrl.errors import ModelError
 from ctrlrl.models.architectures import carries_state
 from ctrlrl.models.loading import end_token_ids, existing
 from ctrlrl.models.proof import proof_of
-from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, environment, reason_of
+from ctrlrl.models.sampler import ENGINE_ERRORS, EngineConfig, environment, leave_imports_alone, reason_of
 
 # Text that stands where vLLM's schema wants messages; the prompt is the ids.
 _NO_MESSAGES = [{"role": "user", "content": ""}]
@@ -81,6 +81,7 @@ class ServedModel:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+        leave_imports_alone()
         self.name, self.max_model_tokens = name, engine.max_model_tokens
         settings = dict(
             model=existing(model),

@@ -1,5 +1,6 @@
 """vLLM through the rollout handle: seeded sampling, new weights that are proven to be in use, and a pool that loses no item."""
 
+import gc
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
 from ctrlrl.models.forward import PolicyModule, lay_out
 from ctrlrl.models.loading import load_config, load_policy
-from ctrlrl.models.sampler import EngineConfig, Request, Sampler, SamplingConfig, prompt_room
+from ctrlrl.models.sampler import EngineConfig, Request, Sampler, SamplingConfig, leave_imports_alone, prompt_room
 from ctrlrl.models.trainer import TrainerConfig
 from ctrlrl.objectives.likelihood import likelihood
 
@@ -32,6 +33,14 @@ ENGINE = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05)
 TWO = ENGINE.model_copy(update={"tensor_parallel": 2})
 SAMPLING = SamplingConfig(temperature=0.7, top_p=1.0, max_new_tokens=12)
 REQUESTS = [Request(tuple(range(3, 8 + i % 5)), seed=100 + i) for i in range(20)]
+
+
+def test_garbage_collections_pass_over_imports_and_look_at_what_comes_later():
+    gc.unfreeze()
+    leave_imports_alone()
+    first, later = gc.get_freeze_count(), [[] for _ in range(1000)]
+    leave_imports_alone()
+    assert first > 100_000 and gc.get_freeze_count() <= first and sum(map(gc.is_tracked, later)) == 1000
 
 
 def draw(rollout, requests, sampling=SAMPLING):
