@@ -34,13 +34,14 @@ def figures(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in read_metrics(folder)]
 
 
-def test_a_job_goes_on_through_faults_of_several_kinds(ray_cluster, finetune_overrides, small_disk, tmp_path, monkeypatch):
+def test_a_job_goes_on_through_faults_of_several_kinds(ray_cluster, finetune_overrides, small_disk, joining, tmp_path, monkeypatch):
     overrides = [*finetune_overrides, f"steps={STEPS}", "epochs=200", "checkpoint_every=20", "keep_checkpoints=2", "validation.every=1000"]
     calm, out = tmp_path / "calm", small_disk / "run"
     assert finetune(load(FinetuneRecipe, None, [*overrides, f"out={calm}"])) == 0
     settings = dict(override.split("=", 1) for override in overrides)
     (tmp_path / "recipe.toml").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.get_runtime_context().gcs_address)
+    for name, value in joining.items():
+        monkeypatch.setenv(name, value)
     command = ["finetune", "--recipe", str(tmp_path / "recipe.toml"), "--out", str(out)]
     kinds = ("kill:rank", "torn", "full")
     job = Job("finetune", command, out, STEPS - 40, lambda: lines(out / "metrics.jsonl"), kinds, lambda: None, ("--resume",))
