@@ -1,5 +1,7 @@
 """`ctrlrl serve` at its start and at its end: a model that cannot answer is refused before anybody can ask, and no engine is left over."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrlrl.models.sampler import EngineConfig, environment
 from jobs import serve
 
 SETTINGS = ("engine.dtype=float32", "engine.kv_cache_gib=0.05")
@@ -35,10 +38,20 @@ def unfit(models, tokenizer, tmp_path_factory) -> dict[str, str]:
     return {name: str(root / name) for name in ("narrow", "broken")}
 
 
-def started(model: str, log: Path) -> subprocess.Popen:
+def started(servers: dict[str, str], folder: Path) -> subprocess.Popen:
+    """A process whose forks serve these models, by name; what it tells of them is in the folder, and what each says."""
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-m", "ctrlrl.cli", "serve", model, "--port", "0", *settings]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open("w"), env={**os.environ})
+    commands = {name: [str(folder / name), ["serve", model, "--port", "0", *settings]] for name, model in servers.items()}
+    script = str(Path(__file__).with_name("several.py"))
+    known = os.environ | environment(EngineConfig()) | serve._ENVIRONMENT  # as `ctrlrl serve` has it before its imports
+    with (folder / "told").open("w") as told, (folder / "beginning").open("w") as rest:
+        return subprocess.Popen([sys.executable, script, json.dumps(commands)], stdout=told, stderr=rest, env=known)
+
+
+def told(folder: Path) -> dict[tuple[str, str], int]:
+    """The process id and, once it has ended, the exit code of each server."""
+    lines = (folder / "told").read_text().rpartition("\n")[0].splitlines()  # some imports print, too
+    return {(name, what): number for name, what, number in (json.loads(line) for line in lines if line.startswith('["'))}
 
 
 def processes_of(parent: int) -> list[int]:
@@ -64,27 +77,33 @@ def alive(pid: int) -> bool:
 
 def test_who_cannot_answer_is_refused_and_a_killed_server_leaves_no_engine(unfit, models, tmp_path):
     """Three at once, since starting is what takes the time."""
-    logs = {name: tmp_path / name for name in (*unfit, "fit")}
-    servers = {name: started({**unfit, "fit": models["policy"]}[name], logs[name]) for name in logs}
+    mother, end = started({**unfit, "fit": models["policy"]}, tmp_path), time.monotonic() + 400
+
+    def said(name: str) -> str:
+        return "".join(path.read_text() for path in (tmp_path / "beginning", tmp_path / name) if path.exists())
+
     try:
-        end = time.monotonic() + 400
-        while " on http://" not in logs["fit"].read_text():
-            assert servers["fit"].poll() is None and time.monotonic() < end, logs["fit"].read_text()
+        while " on http://" not in said("fit"):
+            assert mother.poll() is None and ("fit", "code") not in told(tmp_path) and time.monotonic() < end, said("fit")
             time.sleep(0.1)
-        (engine,) = processes_of(servers["fit"].pid)  # a fork, without what starts and tends processes that import for themselves
+        fit = told(tmp_path)["fit", "pid"]
+        (engine,) = processes_of(fit)  # a fork, without what starts and tends processes that import for themselves
         assert processes_of(engine) == []
-        servers["fit"].kill()
+        os.kill(fit, signal.SIGKILL)
         end = time.monotonic() + 60
         while alive(engine):
             assert time.monotonic() < end, "the engine outlives its server"
             time.sleep(0.05)
+        mother.wait(400)
         for name, words in (("narrow", "cannot run"), ("broken", "are not finite")):
-            assert servers[name].wait(400) == 2, logs[name].read_text()
-            said = logs[name].read_text()
-            assert words in said and unfit[name] in said and " on http://" not in said, said
+            assert told(tmp_path)[name, "code"] == 2, said(name)
+            assert words in said(name) and unfit[name] in said(name) and " on http://" not in said(name), said(name)
     finally:
-        for server in servers.values():
-            server.kill()
+        mother.kill()
+        for (name, what), number in told(tmp_path).items():
+            if what == "pid" and (name, "code") not in told(tmp_path):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
 
 
 def test_an_engine_that_is_forked_leaves_the_server_its_port_and_its_signals():
