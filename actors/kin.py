@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, set_spawning_popen
 
 from actors.nursery import MOTHER, ask
+from ctrlrl.shared_memory import remove_shared_memory
 
 _UNKNOWN = 255  # exit code: a process's own parent alone is told, and that is not this one
 _log = logging.getLogger("ctrlrl")
@@ -72,7 +73,8 @@ def _gone() -> None:
 
 
 def end_with(pids: Sequence[int]) -> None:
-    """Have this process end as soon as one of `pids` does: what is left of them is of no use, and the loss of a worker is dealt with."""
+    """Have this process end, with the memory that it shares with them, as soon as one of `pids` does: what is left of them is of no use,
+    and the loss of a worker is dealt with."""
     if not pids:
         return
     threading.Thread(target=_watch, args=(tuple(pids),), daemon=True, name="kin").start()
@@ -85,4 +87,5 @@ def _watch(pids: Sequence[int]) -> None:
         _log.error("process %d of this worker's own (%s) has ended: the worker ends, too", first, ", ".join(map(str, pids)))
     except ProcessLookupError:
         pass  # one had ended before this one looked
+    remove_shared_memory()
     os.kill(os.getpid(), signal.SIGKILL)

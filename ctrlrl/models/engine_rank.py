@@ -6,7 +6,6 @@ It has a share of the processors, ends when the process ends that has the engine
 import logging
 import multiprocessing
 import os
-import re
 import select
 import signal
 import threading
@@ -17,8 +16,7 @@ import torch
 from ctrlrl.models.ranks import OWNER, RANKS, SAYS, shares
 from ctrlrl.models.reload import register_transfer
 from ctrlrl.models.sampler import reason_of
-
-_SHARED = re.compile(r" (/dev/shm/\S+)$", re.MULTILINE)  # in /proc/self/maps
+from ctrlrl.shared_memory import remove_shared_memory
 
 
 class InRank:
@@ -49,13 +47,12 @@ def settle(rank: int, ranks: int) -> None:
 
 
 def end_with(owner: int) -> None:
-    """Wait for the engine's owner to end; then remove the memory that they share, which nobody else would, and end."""
+    """Wait for the engine's owner to end; then remove the memory that they share, and end."""
     try:
         select.select([os.pidfd_open(owner)], [], [])
     except ProcessLookupError:
         pass  # it had ended before this one looked
-    for name in set(_SHARED.findall(Path("/proc/self/maps").read_text())):
-        Path(name).unlink(missing_ok=True)
+    remove_shared_memory()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -28,6 +28,7 @@ from ctrlrl.models.loading import load_config, load_policy
 from ctrlrl.models.sampler import EngineConfig, Request, Sampler, SamplingConfig, leave_imports_alone, prompt_room
 from ctrlrl.models.trainer import TrainerConfig
 from ctrlrl.objectives.likelihood import likelihood
+from ctrlrl.shared_memory import shared_memory
 
 ENGINE = EngineConfig(dtype="float32", max_model_tokens=128, kv_cache_gib=0.05)
 TWO = ENGINE.model_copy(update={"tensor_parallel": 2})
@@ -140,7 +141,7 @@ def test_two_devices_draw_what_one_draws_and_end_together(rollout, engine_pids, 
         for victim in (1, 2):  # a part of the engine in the middle of a shard, then the worker itself
             pids = [*engine_pids(two), *two.pids()]
             assert len(set(pids)) == 3
-            shared = {line.split()[-1] for pid in pids[:2] for line in open(f"/proc/{pid}/maps") if "/dev/shm/" in line}
+            shared = shared_memory(pids[0]) | shared_memory(pids[1]) | shared_memory(pids[2])
             again = two.generate_apart(*shard)
             time.sleep(0.1)
             assert not again.done()
@@ -148,7 +149,7 @@ def test_two_devices_draw_what_one_draws_and_end_together(rollout, engine_pids, 
             found = again.result(240)
             assert all(np.array_equal(a, b) for a, b in zip(found.response_ids, wanted.response_ids, strict=True)) and found.version == 1
             assert two.pool.replaced == victim and gone(pids)
-            assert len(shared) > 1 and not [name for name in shared if Path(name).exists()]
+            assert len(shared) > 2 and not [file for file in shared if file.exists()]
 
 
 def test_a_part_that_cannot_load_the_model_says_why(ray_cluster, cluster_config, models, tmp_path):

@@ -1,0 +1,18 @@
+"""Shared memory of processes that are about to be killed: nobody else would remove it."""
+
+import re
+from pathlib import Path
+
+# In /proc/PID/maps; of Python's multiprocessing, and not yet removed.
+_NAMED = re.compile(r" (/dev/shm/psm_\S+)$", re.MULTILINE)
+
+
+def shared_memory(pid: int | str = "self") -> set[Path]:
+    """The files of what a process has open."""
+    return {Path(name) for name in _NAMED.findall(Path(f"/proc/{pid}/maps").read_text())}
+
+
+def remove_shared_memory() -> None:
+    """Remove what this process has open; those who have it open, too, keep it until they end."""
+    for file in shared_memory():
+        file.unlink(missing_ok=True)
