@@ -32,7 +32,7 @@ _RIGHT = frozenset(
     mamba2 falcon_h1 granitemoehybrid""".split()
 )
 # ... and also with an engine in two parts (families.py --measure --parts 2).
-_RIGHT_IN_PARTS = frozenset("llama qwen2 qwen3 mistral".split())
+_RIGHT_IN_PARTS = frozenset("llama qwen2 qwen3 mistral gemma3_text".split())
 _STATEFUL = {"HasInnerState", "IsHybrid", "IsAttentionFree"}  # vLLM's interfaces of models with convolutions, state spaces and the like
 _SPLIT = ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")  # keys of what is split among devices
 _MOST_DEVICES = 16  # of a node
