@@ -4,16 +4,19 @@ This is the side of the process that has the engine; engine_rank.py is what each
 """
 
 import os
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.context import BaseContext
 
-from ctrlrl.errors import ModelError, VersionMismatch, WorkerLost
+from ctrlrl.errors import CtrlrlError, ModelError, VersionMismatch, WorkerLost
 from ctrlrl.models.reload import keep_freed_memory
 from ctrlrl.models.shared_message import Shelf, shared
 from ctrlrl.models.weights import WeightMessage
 
 OWNER, RANKS, SAYS = "CTRLRL_ENGINE_OWNER", "CTRLRL_ENGINE_RANKS", "CTRLRL_ENGINE_SAYS"  # variables of a rank's environment
 _LONGEST = 300  # characters of a reason
+_COMPLAINT_S = 5.0
 # What vLLM says where one of the processes has ended; before that, while it waits for all to be ready, it raises an Exception of no kind.
 _ENDED = ("cancelled", "Executor failed.")
 
@@ -27,6 +30,7 @@ class Ranks:
     def __init__(self, model: str, count: int, begin: BaseContext | None):
         self._model, self._count, self._begin = model, count, begin
         self._says = os.memfd_create("ctrlrl-engine") if count > 1 else -1
+        self._pids: list[int] = []
 
     @property
     def settings(self) -> dict:
@@ -56,14 +60,34 @@ class Ranks:
 
     def load(self, llm, message: WeightMessage) -> None:
         """Have the engine replace its weights, on every rank; VersionMismatch if one cannot."""
-        with shared(message) if self._count > 1 else nullcontext(message) as there:
+        with self.at_work(), shared(message) if self._count > 1 else nullcontext(message) as there:
             told = [reason for reason in llm.collective_rpc(take, args=(there,)) if reason]
         if told:
             raise VersionMismatch(told[0])
 
     def ids(self, llm) -> list[int]:
         """Their process ids; none where the engine is in this process."""
-        return llm.collective_rpc(own_id) if self._count > 1 else []
+        self._pids = llm.collective_rpc(own_id) if self._count > 1 else []
+        return self._pids
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around what the engine does: WorkerLost if that fails because one of the processes is gone, of which others may complain before
+        the end of this one, which follows from it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._pids and not isinstance(error, CtrlrlError) and _one_ends(self._pids):
+                raise WorkerLost(f"one of the engine's {self._count} processes has ended: {str(error)[:_LONGEST]}") from None
+            raise
+
+
+def _one_ends(pids: list[int]) -> bool:
+    """Whether one of these processes has ended, or does within a few seconds."""
+    end = time.monotonic() + _COMPLAINT_S
+    while all(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not all(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
 def own_id(_rank) -> int:

@@ -188,7 +188,8 @@ class Sampler:
             )
             for r in requests
         ]
-        outputs = self._llm.generate([{"prompt_token_ids": list(r.prompt_ids)} for r in requests], params, use_tqdm=False)
+        with self._ranks.at_work():
+            outputs = self._llm.generate([{"prompt_token_ids": list(r.prompt_ids)} for r in requests], params, use_tqdm=False)
         drawn = [o.outputs[0] for o in outputs]
         return Completions(
             [np.array(d.token_ids, dtype=np.int32) for d in drawn],
@@ -205,7 +206,8 @@ class Sampler:
 
         self._wake("weights", "kv_cache")
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], params, use_tqdm=False)
+        with self._ranks.at_work():
+            outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], params, use_tqdm=False)
         return [
             np.array([step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)], np.float32)
             for o, ids in zip(outputs, sequences, strict=True)

@@ -1,12 +1,17 @@
 """An engine with several devices: how a model, the processors and a message of weights are shared. test_sampler.py runs one."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from ctrlrl.errors import RecipeError
+from actors.faults import Failure
+from actors.waiting import classify
+from ctrlrl.errors import RecipeError, WorkerLost
 from ctrlrl.models.architectures import check_even, check_split
-from ctrlrl.models.ranks import shares
+from ctrlrl.models.ranks import Ranks, shares
 from ctrlrl.models.shared_message import shared
 from ctrlrl.models.weights import WeightMessage
 
@@ -17,6 +22,19 @@ def test_each_rank_has_neighbouring_cores_of_its_own():
     assert shares([(0, 0, 0), (1, 1, 1), (0, 2, 2), (1, 3, 3)], 2) == [{0, 2}, {1, 3}]  # two NUMA nodes
     assert shares([(0, core, core) for core in range(5)], 2) == [{0, 1}, {2, 3, 4}]
     assert shares([(0, 0, 0)], 2) == [{0}, {0}]
+
+
+def test_a_complaint_of_a_process_that_is_gone_is_a_lost_worker(monkeypatch):
+    monkeypatch.setattr("ctrlrl.models.ranks._COMPLAINT_S", 0.2)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pids, found in (([os.getpid(), gone.pid], WorkerLost), ([os.getpid()], RuntimeError), ([], RuntimeError)):
+        ranks = Ranks("m", 1, None)
+        ranks._pids = pids
+        with pytest.raises(RuntimeError) as error, ranks.at_work():
+            raise RuntimeError("Connection reset by peer")
+        assert type(error.value) is found
+    assert classify(WorkerLost("as a worker says")) is Failure.WORKER_DIED
 
 
 def test_a_message_is_read_in_place_and_leaves_nothing():
