@@ -13,6 +13,7 @@ from ctrlrl.errors import CtrlrlError, ModelError, VersionMismatch, WorkerLost
 from ctrlrl.models.reload import keep_freed_memory
 from ctrlrl.models.shared_message import Shelf, shared
 from ctrlrl.models.weights import WeightMessage
+from ctrlrl.shared_memory import remove_shared_memory
 
 OWNER, RANKS, SAYS = "CTRLRL_ENGINE_OWNER", "CTRLRL_ENGINE_RANKS", "CTRLRL_ENGINE_SAYS"  # variables of a rank's environment
 _LONGEST = 300  # characters of a reason
@@ -52,6 +53,7 @@ class Ranks:
     def __exit__(self, kind, error, _) -> None:
         if error is None or self._count == 1:
             return
+        remove_shared_memory()  # what was made for processes that will not be
         told = os.pread(self._says, _LONGEST, 0).decode(errors="ignore")
         if told:
             raise ModelError(f"the rollout engine cannot start with {self._model!r} on {self._count} devices: {told}") from None
