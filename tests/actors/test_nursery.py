@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ def tellers(ray_cluster):
             if watched:
                 kin.end_with([child.pid])
             child.join(20)
+            if watched:
+                time.sleep(60)  # the end comes by another thread, after the child's
             return os.getppid(), child.pid, child.exitcode, found
 
     def ask(count, resources, mark="a", common=(), call="tell", given=(), **more):
