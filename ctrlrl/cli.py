@@ -52,13 +52,11 @@ def ppo_overlap(
 
 @app.command()
 def evaluate(
-    recipe: Recipe = "",
-    overrides: Set = None,
-    out: Out = "",
+    recipe: Recipe = "", overrides: Set = None, out: Out = "",
     table: Annotated[str, typer.Option(help="Measure this table.parquet again, without models and without Ray.")] = "",
     levels: Annotated[str, typer.Option(help="Levels of a finer grid, such as 0.2,0.4,0.6,0.8,1 (the recipe's `levels`).")] = "",
     skip_bad_rows: SkipBadRows = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure how far a model's answers follow the requested control."""
     if table:
         from jobs.parts.measure import main as measure
@@ -114,12 +112,13 @@ def study(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or: synthesis, scale, models, reward, baseline, attributes, paper.")],
     overrides: Set = None, out: Out = "", skip_bad_rows: SkipBadRows = False,
     world: Annotated[str, typer.Option(help="Run on this demo world instead, with the demo's recipes.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Do this variant alone (may be repeated), or one seed's row of it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost at this machine's measured speed, and end.")] = False,
 ) -> None:  # fmt: skip
     """Run one chain of jobs in several variants, and compare them in one table."""
     from jobs.study import main as job
 
-    job(recipe, overrides, out, world, skip_bad_rows, dry_run)
+    job(recipe, overrides, out, world, skip_bad_rows, only, dry_run)
 
 
 @app.command()

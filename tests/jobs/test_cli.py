@@ -1,12 +1,17 @@
 """Wrong input is answered with one clear message and exit code 2: no traceback, nothing half-written; and what doctor says."""
 
+import ast
+import importlib
+import inspect
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from ctrlrl import cli
 from ctrlrl.cli import app
 from ctrlrl.data.generation import Layout
 from ctrlrl.data.sources import read_prompts
@@ -187,3 +192,20 @@ def test_doctor_says_when_nothing_is_installed(monkeypatch):
     monkeypatch.setattr(ctrlrl.doctor, "requires", absent)
     lines, healthy = examine()
     assert not healthy and any("ctrlrl is not installed" in line and "make install" in line for line in lines)
+
+
+def test_a_command_hands_its_job_every_argument_in_its_place():
+    """The command line restates what a job takes, so that it starts without it."""
+    found = {}
+    for function in ast.walk(ast.parse(Path(cli.__file__).read_text())):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        imported = [node.module for node in ast.walk(function) if isinstance(node, ast.ImportFrom) and node.names[0].asname == "job"]
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "job"]
+        if imported:
+            ((module,), (call,)) = imported, calls
+            assert not call.keywords
+            found[module] = [argument.id for argument in call.args]
+    assert len(found) >= 20
+    for module, given in found.items():
+        assert given == list(inspect.signature(importlib.import_module(module).main).parameters), module
