@@ -10,12 +10,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 from scipy.special import expit
 
 from ctrlrl.data.atomic import write_json
-from ctrlrl.data.keys import prompt_keys
+from ctrlrl.data.keys import row_keys
 from ctrlrl.data.shards import ShardStore
 from ctrlrl.errors import DataError
 
@@ -114,6 +116,7 @@ class WithinPrompts:
     """Scores of the rows of one store, float64 [N] in [0, 1], by the place of each raw output among those of its prompt."""
 
     scores: np.ndarray
+    kind: ClassVar[str] = "prompt"
 
     def at(self, start: int, raw: np.ndarray) -> np.ndarray:
         """The scores of the rows from `start`, in the place of their raw outputs [n]."""
@@ -155,23 +158,24 @@ def _runs(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_within_prompts(store: ShardStore) -> WithinPrompts | None:
     """The places of all raw outputs of a finished store of scores; None if it does not keep them. Takes some 60 bytes of memory a row."""
-    if raw_outputs(store) is None:
+    if (shards := _with_raw(store, "prompt_id")) is None:
         return None
-    keys, raw = [], []
-    for record in store.manifest()["shards"]:
-        shard = store.read(record["index"], ["prompt_id", "raw"])
-        ids = shard["prompt_id"].combine_chunks().dictionary_encode()
-        keys.append(prompt_keys(ids.dictionary)[ids.indices.to_numpy()])
-        raw.append(shard["raw"].to_numpy().astype(np.float64))
-    return WithinPrompts(within_prompts(np.concatenate(keys), np.concatenate(raw)))
+    keys = np.concatenate([row_keys(shard["prompt_id"]) for shard in shards])
+    return WithinPrompts(within_prompts(keys, np.concatenate([shard["raw"].to_numpy().astype(np.float64) for shard in shards])))
 
 
 def raw_outputs(store: ShardStore) -> np.ndarray | None:
     """Every raw output of a finished store of scores, without the answers that have no score; None if it does not keep them."""
-    shards = [store.read(record["index"], ["score", "raw"]) for record in store.manifest()["shards"]]
+    shards = _with_raw(store)
+    return None if shards is None else np.concatenate([shard["raw"].drop_null().to_numpy() for shard in shards])
+
+
+def _with_raw(store: ShardStore, *more: str) -> list[pa.Table] | None:
+    """The shards of a finished store, with score, raw and `more` columns; None if it has none, or keeps no raw output for each score."""
+    shards = [store.read(record["index"], [*more, "score", "raw"]) for record in store.manifest()["shards"]]
     if not shards or any(not shard["raw"].is_null().equals(shard["score"].is_null()) for shard in shards):
         return None
-    return np.concatenate([shard["raw"].drop_null().to_numpy() for shard in shards])
+    return shards
 
 
 def _rising(values: tuple[float, ...]) -> bool:

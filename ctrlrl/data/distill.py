@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.control import cells
 from ctrlrl.data.atomic import file_sha256, write_atomically, write_json
-from ctrlrl.data.calibration import WithinPrompts
 from ctrlrl.data.disk import disk_told
 from ctrlrl.data.joint import JointScores
 from ctrlrl.data.prompt_index import PromptIndex
@@ -96,8 +95,7 @@ def distill(
             report["shards"] = shards_of(source)
             report |= {} if attributes == PAPER else {"attributes": attributes.dumped()}
             if source.maps:
-                kinds = {"prompt" if isinstance(fitted, WithinPrompts) else "quantile" for fitted in source.maps.values()}
-                report["calibrate"] = " and ".join(sorted(kinds))
+                report["calibrate"] = source.maps[attributes.names[0]].kind
                 report["calibration"] = {attribute: source.maps[attribute].content_hash for attribute in attributes.names}
             write_json(out / REPORT, report)
             return report

@@ -28,6 +28,12 @@ def prompt_keys(ids: pa.Array) -> np.ndarray:
     return np.frombuffer(numbers, ">u8").astype(np.uint64)
 
 
+def row_keys(ids: pa.ChunkedArray) -> np.ndarray:
+    """The same of a column with few different ids, each read once."""
+    distinct = ids.combine_chunks().dictionary_encode()
+    return prompt_keys(distinct.dictionary)[distinct.indices.to_numpy()]
+
+
 def sample_ranks(prompt: np.ndarray, unit: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
     """A pseudo-random uint64 for each sample (prompt key, unit, index), [rows]: which of several samples is drawn.
 

@@ -11,7 +11,7 @@ from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.control import cells
 from ctrlrl.data.calibration import Calibration, WithinPrompts, fit_to_store, fit_within_prompts
 from ctrlrl.data.distill import calibrated_by
-from ctrlrl.data.keys import prompt_keys
+from ctrlrl.data.keys import row_keys
 from ctrlrl.data.selection import HIGH_START, LOW_END, classes, extremes
 from ctrlrl.data.shards import ShardStore
 
@@ -44,8 +44,7 @@ def outlook(
         start += len(scores)
         whole = ~np.isnan(scores).any(1)
         scores, unscored = scores[whole], unscored + int((~whole).sum())
-        ids = tables[0]["prompt_id"].filter(pa.array(whole)).combine_chunks().dictionary_encode()
-        prompt, of = prompt_keys(ids.dictionary)[ids.indices.to_numpy()], classes(scores, attributes)
+        prompt, of = row_keys(tables[0]["prompt_id"].filter(pa.array(whole))), classes(scores, attributes)
         extreme = extremes(scores, attributes)
         there |= np.bincount(of, minlength=len(there)) > 0
         seen = np.union1d(seen, prompt)
