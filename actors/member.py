@@ -75,6 +75,11 @@ class Member:
         """Whether it has a process."""
         return self.life.where is not None
 
+    @property
+    def stands(self) -> bool:
+        """Whether it has its model, and has entered or would if it could."""
+        return self.version is not None or self.barred is not None
+
     def expect(self, doing: str, limit_s: float = float("inf")) -> None:
         """It is `doing` something from now on, for `limit_s` seconds at most."""
         self._doing, self.since, self._limit_s = doing, time.monotonic(), limit_s

@@ -12,6 +12,7 @@ from actors.turns import Turn, at_once
 from ctrlrl.attributes import PAPER, Attributes
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.models.broadcast import Meeting, again, kept
+from ctrlrl.models.handover import Bucket, device_of, gave, give
 from ctrlrl.models.loading import save_control_tokenizer
 from ctrlrl.models.probe import Probe, probe_batch
 from ctrlrl.models.trainer import Trainer
@@ -42,7 +43,7 @@ class Policy:
         self.train, self.export, self.save, self.load = self._group.train, self._group.export, self._group.save, self._group.load
         self.wait_ready, self.pids, self.close = self._group.wait_ready, self._group.pids, self._group.close
         self.restart, self.dtype, self.model = self._group.restart, config.train.dtype, config.model
-        self.rest = self._group.rest
+        self.rest, self.turn = self._group.rest, turn
 
     def export_controllable(self, tokenizer, directory: Path, attributes: Attributes = PAPER) -> None:
         """Write an ordinary transformers directory whose chat template takes the control and makes control-like text of users inert."""
@@ -79,6 +80,18 @@ class Policy:
     def broadcast(self, dtype: str, version: int, meeting: Meeting) -> str:
         """Send all current weights to the members of a group, and keep them; empty, or why not all got them."""
         return self._group.call(Trainer.broadcast, dtype, version, meeting)[0]
+
+    def give(self, dtype: str, version: int, size: int, *, begin: bool) -> list[Bucket]:
+        """The next bucket of all current weights from each rank, or the first one, to those on its device."""
+        return self._group.call(give, dtype, version, size, begin)
+
+    def gave(self) -> None:
+        """All have taken what they were given."""
+        self._group.call(gave)
+
+    def devices(self) -> list[str]:
+        """The names of the ranks' devices."""
+        return self._group.call(device_of)
 
     def broadcast_again(self, meeting: Meeting) -> str:
         """Send what was sent last to another group; empty, or why not all got it."""

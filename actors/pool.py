@@ -92,8 +92,8 @@ class Pool:
         self._all_ready.result()
 
     def at_work(self) -> list[ActorHandle]:
-        """The workers that get items."""
-        working = lambda: [w.actor for w in self._workers if w.version is not None and not w.leaving]  # noqa: E731
+        """The workers that get items, and those that wait for other weights to do so."""
+        working = lambda: [w.actor for w in self._workers if w.stands and not w.leaving]  # noqa: E731
         return self._owner.promise(lambda found: self._owner.answer(found, working())).result()
 
     def renew(self, version: int) -> None:
@@ -181,7 +181,7 @@ class Pool:
 
     def _begin_renewal(self, version: int, done: Future) -> None:
         self._version = version
-        again = [w for w in self._workers if w.version is not None or w.barred is not None]
+        again = [w for w in self._workers if w.stands]
         self._renewals.begin(done, again)
         for worker in again:
             worker.version = None
@@ -194,7 +194,7 @@ class Pool:
             while self._todo:
                 self._owner.answer(self._todo.popleft().future, error=gone)
         self._renewals.settle(self._workers)
-        if not self._least_ready and sum(w.version is not None or w.barred is not None for w in self._workers) >= self._size.min:
+        if not self._least_ready and sum(w.stands for w in self._workers) >= self._size.min:
             self._least_ready = True
             self._owner.answer(self._all_ready)
 

@@ -11,19 +11,22 @@ from ray.actor import ActorHandle
 
 from actors import kin
 from actors.broadcast import Broadcast, Source, Store, Taking
+from actors.handover import Handover
 from actors.member import Entry
 from actors.placement import MODELS, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import Workers, fixed
 from actors.turns import Turn, at_once, have_rest
 from ctrlrl.config import Section
-from ctrlrl.errors import VersionMismatch
+from ctrlrl.errors import GroupLost, VersionMismatch, WorkerLost
+from ctrlrl.models.handover import device_name
 from ctrlrl.models.probe import Expectation
 from ctrlrl.models.proof import proof_of
 from ctrlrl.models.sampler import IMPORTS, Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
 
-# How weights come to the workers: through Ray's object store, or by broadcast (gloo: on CPUs, nccl: between GPUs).
-Sync = Literal["auto", "store", "gloo", "nccl"]
+# How weights come to the workers: through Ray's object store, by broadcast (gloo: on CPUs, nccl: between GPUs), or on the device that they
+# share with the policy's ranks.
+Sync = Literal["auto", "store", "gloo", "nccl", "ipc"]
 
 
 class RolloutConfig(Section):
@@ -53,8 +56,10 @@ class RolloutConfig(Section):
         return [self.resources.bundle] * (self.workers.max - self.workers.min)
 
 
-def way_of(sync: Sync, config: RolloutConfig, cluster: ClusterConfig, turn: Turn = at_once) -> Store | Broadcast:
+def way_of(sync: Sync, config: RolloutConfig, cluster: ClusterConfig, turn: Turn = at_once) -> Store | Broadcast | Handover:
     """How weights come to the workers; says what it is, if it was left open."""
+    if sync == "ipc":
+        return Handover(cluster.call_deadline_s / 4)
     if turn is not at_once:
         return Store(in_turn=True)
     if sync == "auto":
@@ -88,10 +93,21 @@ class RolloutWorker:
         self.message = message  # keeps it in this node's store too, for those that join after the publisher's node has died
         return message.nbytes
 
+    def device(self):
+        return device_name()
+
+    def take(self, bucket):
+        return self.sampler.take(bucket)
+
+    def go_without(self, version):
+        raise GroupLost(f"the weights of version {version} went from device to device: nobody kept them")
+
     def receive(self, *arguments):
         return self.sampler.receive_weights(*arguments)
 
     def answer(self, size, probe):
+        if not size:
+            raise WorkerLost("new weights have not come whole")
         return size, self.sampler.logprobs(probe)
 
 
@@ -111,7 +127,7 @@ class Rollout:
     ):
         self._config, self.way, self.turn = config, way_of(sync, config, cluster, turn), turn
         self._patience_s, rests = cluster.call_deadline_s, turn is not at_once
-        self._current: tuple[int, Source, Expectation] | None = None
+        self._current: tuple[int, Source | None, Expectation] | None = None
         self._offered, self._taking = 0, {}  # the version that was begun last, and those who are taking it
         self._bytes = 0
         options = config.resources.environment(environment(config.engine), IMPORTS, MODELS)
@@ -177,10 +193,11 @@ class Rollout:
         self._offered = version
         return self.pool.at_work()
 
-    def load(self, source: Source, version: int, expected: Expectation, taking: Taking) -> int:
+    def load(self, source: Source | None, version: int, expected: Expectation, taking: Taking) -> int:
         """Give every worker the weights of `source`, now and when it joins later, and check each against `expected` before it gets work.
 
-        taking: the calls of those that were told to take them already. Returns their size in bytes when all that were at work have them.
+        source: None where nobody keeps them: who comes later waits for the next ones. taking: the calls of those that were told to take
+        them already. Returns their size in bytes when all that were at work have them.
         VersionMismatch if a worker's logprobs are not the expected ones.
         """
         self._current, self._offered, self._taking = (version, source, expected), version, dict(taking)
@@ -201,5 +218,7 @@ class Rollout:
             self._bytes, logprobs = answer
             expected.check(logprobs, version)
 
-        size = self._taking.pop(worker, None) or worker.load_weights.remote(source())
+        size = self._taking.pop(worker, None)
+        if size is None:
+            size = worker.load_weights.remote(source()) if source else worker.go_without.remote(version)
         return version, worker.answer.remote(size, expected.probe), check

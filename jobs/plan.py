@@ -91,6 +91,7 @@ def _notes(config: PPORecipe, policy: PretrainedConfig) -> list[str]:
     published = parameters_of(policy) * (4 if engine.dtype == "float32" else 2)
     by_broadcast = "memory of the policy's rank 0 and of each rollout worker, beside their devices'"
     where = by_broadcast if config.sync in ("gloo", "nccl") else "shared memory on a node of the policy and on each node of rollout workers"
+    in_place = "In a publish the policy's device has the engine's weights and four buckets, beside its own (publish, under buffers)."
     parts = engine.tensor_parallel
     split = [f"(1/{parts}) is what each of the {parts} devices of a rollout worker has."] if parts > 1 else []
     again = " A worker with several devices has them once more in memory while they are read." if parts > 1 else ""
@@ -99,7 +100,7 @@ def _notes(config: PPORecipe, policy: PretrainedConfig) -> list[str]:
         *split,
         f"The cache has {token / 1024:g} KiB a token: room for {held:,} tokens, {held // engine.max_model_tokens:,} answers at once that "
         f"fill max_model_tokens ({engine.max_model_tokens:,}).",
-        f"A publish takes {published / GIB:.1f} GiB of {where}.{again}",
+        in_place if config.sync == "ipc" else f"A publish takes {published / GIB:.1f} GiB of {where}.{again}",
         "Activations include logits. Those of rollout engines, and their CUDA graphs (under buffers), are estimates.",
     ]
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from ctrlrl.errors import GroupLost, WorkerLost
 from ctrlrl.models.weights import Packed, WeightMessage
 
 BUCKET = 64 << 20  # bytes that are sent at once, if no single tensor has more
-_ALIGNED = 64  # bytes: where each tensor of a bucket begins
+ALIGNED = 64  # bytes: where each tensor of a bucket begins
 _LOOK_S = 0.005
 _MEET_S = 30.0  # for all that have come to connect to each other
 _STOP = "stop"  # at the store: why the group will not be
 
+Values = TypeVar("Values", np.ndarray, torch.Tensor)
 Row = tuple[str, tuple[int, ...], str, int]  # name, shape, numpy's name of the dtype, first byte in the bucket
 
 
@@ -95,7 +97,7 @@ class Sender:
         """Broadcast `weights`; empty, or why not all members got them. They are read to their end all the same: other ranks take part."""
         line, reason = self._joined(meeting)
         used, self._kept, tensors = self._kept, [], []
-        for number, rows in enumerate(_bucketfuls(weights)):
+        for number, rows in enumerate(bucketfuls(weights, BUCKET)):
             before = used[number][1] if number < len(used) else None
             head, content, arrays = _bucket(rows, before, version)
             self._kept.append((head, content))
@@ -208,10 +210,11 @@ class _losses_told:
             raise WorkerLost(f"a member of the group of {self._meeting.size} is gone or late: {reason[:300]}") from error
 
 
-def _bucketfuls(weights: Packed) -> Iterator[list[tuple[str, tuple[int, ...], np.ndarray]]]:
+def bucketfuls(weights: Iterable[tuple[str, tuple[int, ...], Values]], most: int) -> Iterator[list[tuple]]:
+    """Rows (name, shape, values) that have up to `most` bytes together, or one that has more."""
     rows, size = [], 0
     for row in weights:
-        if rows and size + row[2].nbytes > BUCKET:
+        if rows and size + row[2].nbytes > most:
             yield rows
             rows, size = [], 0
         rows.append(row)
@@ -225,7 +228,7 @@ def _bucket(rows: list[tuple[str, tuple[int, ...], np.ndarray]], used: np.ndarra
     told, size = [], 0
     for name, shape, array in rows:
         told.append((name, shape, array.dtype.str, size))
-        size += -(-array.nbytes // _ALIGNED) * _ALIGNED
+        size += -(-array.nbytes // ALIGNED) * ALIGNED
     content, tensors = _buffer(used, size), []
     for (name, shape, kind, first), (_, _, array) in zip(told, rows, strict=True):
         tensors.append((name, shape, _view(content, kind, shape, first)))

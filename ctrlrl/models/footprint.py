@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from ctrlrl.models.broadcast import BUCKET as HANDED_OVER
 from ctrlrl.models.forward import PolicyModule, PolicyValueModule, ValueModule
 from ctrlrl.models.loading import DTYPES
 from ctrlrl.models.lora import LoraConfig, with_adapters
@@ -100,6 +101,15 @@ def rollout(config: PretrainedConfig, engine: EngineConfig) -> Phases:
     }
 
 
+def with_handover(policy: Phases, config: PretrainedConfig, engine: EngineConfig) -> Phases:
+    """A rank of the policy that also gives its weights to the engine on its device: that one's weights lie there meanwhile, and four
+    buckets: the one that the rank fills, the engine's copy, and tensors made whole, or in another dtype, for this one and the next."""
+    own, w = next(iter(policy.values())), DTYPES[engine.dtype].itemsize
+    kept = {part: own[part] for part in ("weights", "gradients", "optimiser")}
+    sizes = _sizes(config)
+    return {**policy, "publish": {**kept, "buffers": w * sum(sizes) + 4 * max(HANDED_OVER, w * max(sizes))}}
+
+
 def cache_bytes_a_token(config: PretrainedConfig, engine: EngineConfig) -> int:
     """Of the key-value cache, on all devices: layers x 2 x key-value heads x head size x bytes. Each device has one such head at least."""
     text = config.get_text_config()
@@ -110,8 +120,12 @@ def cache_bytes_a_token(config: PretrainedConfig, engine: EngineConfig) -> int:
 
 def parameters_of(config: PretrainedConfig) -> int:
     """Parameters of a causal language model of this configuration, tied ones once."""
+    return sum(_sizes(config))
+
+
+def _sizes(config: PretrainedConfig) -> list[int]:
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
 
 
 def total(parts: dict[str, int]) -> int:

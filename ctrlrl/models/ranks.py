@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing.context import BaseContext
+from pathlib import Path
 
 from ctrlrl.errors import CtrlrlError, ModelError, VersionMismatch, WorkerLost
+from ctrlrl.models.handover import Part
 from ctrlrl.models.reload import keep_freed_memory
 from ctrlrl.models.shared_message import Shelf, shared
 from ctrlrl.models.weights import WeightMessage
-from ctrlrl.shared_memory import remove_shared_memory
+from ctrlrl.shared_memory import remember, remove_shared_memory, shared_memory
 
 OWNER, RANKS, SAYS = "CTRLRL_ENGINE_OWNER", "CTRLRL_ENGINE_RANKS", "CTRLRL_ENGINE_SAYS"  # variables of a rank's environment
 _LONGEST = 300  # characters of a reason
@@ -67,9 +69,19 @@ class Ranks:
         if told:
             raise VersionMismatch(told[0])
 
+    def load_part(self, llm, part: Part) -> bool:
+        """Have an engine of one process load a part of new weights: see `take_part`. VersionMismatch if it cannot."""
+        with self.at_work():
+            told = llm.collective_rpc(take_part, args=(part,))[0]
+        if isinstance(told, str):
+            raise VersionMismatch(told)
+        return told
+
     def ids(self, llm) -> list[int]:
         """Their process ids; none where the engine is in this process."""
-        self._pids = llm.collective_rpc(own_id) if self._count > 1 else []
+        known = llm.collective_rpc(own_id_and_memory) if self._count > 1 else []
+        self._pids = [pid for pid, _ in known]
+        remember(Path(file) for _, files in known for file in files)  # when one is killed vLLM closes it and leaves it there
         return self._pids
 
     @contextmanager
@@ -80,6 +92,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             if self._pids and not isinstance(error, CtrlrlError) and _one_ends(self._pids):
+                remove_shared_memory()
                 raise WorkerLost(f"one of the engine's {self._count} processes has ended: {str(error)[:_LONGEST]}") from None
             raise
 
@@ -92,9 +105,27 @@ def _one_ends(pids: list[int]) -> bool:
     return not all(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def own_id(_rank) -> int:
-    """On a rank: its process id."""
-    return os.getpid()
+def own_id_and_memory(_rank) -> tuple[int, list[str]]:
+    """On a rank: its process id, and the files of its shared memory."""
+    files = shared_memory()
+    remember(files)
+    return os.getpid(), sorted(map(str, files))
+
+
+def take_part(rank, part: Part) -> bool | str:
+    """On the only rank: load a part of new weights; whether all of them are in use now, or why that cannot be. After the last part, not to
+    be in use means that all have to come once more."""
+    transfer = rank.weight_transfer_engine
+    if part.first and not transfer.open:
+        keep_freed_memory()
+        rank.start_weight_update()
+    try:
+        rank.update_weights({"message": [part]})
+    except VersionMismatch as error:
+        return str(error)
+    if part.last and transfer.whole:
+        rank.finish_weight_update()
+    return part.last and transfer.whole
 
 
 def take(rank, there: Shelf | WeightMessage) -> str:

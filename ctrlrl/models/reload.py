@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ctrlrl.errors import VersionMismatch
+from ctrlrl.models.handover import Part
 from ctrlrl.models.weights import WeightMessage
 
 TRANSFER = "ctrlrl"  # the protocol's name of the backend below
@@ -34,17 +35,25 @@ def register_transfer() -> None:
     class MessageEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         init_info_cls, update_info_cls = InitInfo, UpdateInfo
 
+        open = whole = False  # between start and finish; after the last part of a message: whether it was all
+
         def init_transfer_engine(self, init_info):
             self.reload = Reload(self.model, self.model_config)
 
         def start_weight_update(self):
             self.reload.begin()
+            self.open = True
 
         def receive_weights(self, update_info):
-            self.reload.read(update_info.message[0])
+            message = update_info.message[0]
+            if isinstance(message, Part):
+                self.whole = self.reload.read_part(message)
+            else:
+                self.reload.read(message)
 
         def finish_weight_update(self):
             self.reload.finish()
+            self.open = False
 
         def shutdown(self):
             pass
@@ -58,6 +67,7 @@ class Reload:
     def __init__(self, model: nn.Module, config):
         self._model, self._config = model, config
         self._direct: list[nn.Module] = []  # layers that the model's own code writes to, past vLLM's counting
+        self._past: list[nn.Module] = []  # those of them that this message has shown
         self._paths = {layer: path for path, layer in model.named_modules()}
         self._unpacked: dict[nn.Module, object] = {}  # embeddings and heads, whose methods are set aside
 
@@ -71,23 +81,45 @@ class Reload:
             self._unpacked.setdefault(layer, layer.quant_method)
             layer.quant_method = None  # which vLLM would have pack them
         initialize_layerwise_reload(self._model)
+        self._past = []
         for layer in self._direct:
             materialize_layer(layer, _info(layer))
 
     def read(self, message: WeightMessage) -> None:
         """Load a message; VersionMismatch, with the names, if some of the model's weights got no or too few values from it."""
-        taken = self._model.load_weights(message.tensors())
-        written = [layer for layer in self._waiting() if layer not in self._direct and self._own(layer) & (taken or set())]
-        if written:  # known from here on: written to with nothing there to be written to, so once more
-            self._direct += written
+        self._load(message)
+        while not self._complete(message.version):
+            self._load(message)
+
+    def read_part(self, part: Part) -> bool:
+        """The same for a part of one, the first of which begins anew. After the last: whether all is there; else all parts have to come
+        once more."""
+        if part.first:
             self.begin()
-            self._model.load_weights(message.tensors())
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        with disable_mtp_completeness_check():
+            self._load(part)
+        return part.last and self._complete(part.version)
+
+    def _load(self, weights: WeightMessage | Part) -> None:
+        taken = self._model.load_weights(weights.tensors()) or set()
+        self._past += [layer for layer in self._waiting() if layer not in self._direct + self._past and self._own(layer) & taken]
+
+    def _complete(self, version: int) -> bool:
+        """Whether all layers have their values; not if some were written to with nothing there to be written to. They are known from here
+        on, and it has begun anew."""
+        if self._past:
+            self._direct += self._past
+            self.begin()
+            return False
         missing = sorted({name for layer in self._waiting() if layer not in self._direct for name in self._own(layer)} | self._partly())
         if missing:
             raise VersionMismatch(
-                f"weights of version {message.version} leave {len(missing)} of the rollout engine's own without values, such as "
+                f"weights of version {version} leave {len(missing)} of the rollout engine's own without values, such as "
                 f"{missing[0]!r}: publish the whole model; if it was whole, the engine does not know how to take it"
             )
+        return True
 
     def finish(self) -> None:
         """Put what was read where the engine looks for it."""

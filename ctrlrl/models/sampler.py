@@ -20,6 +20,7 @@ from ctrlrl.config import Section
 from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
 from ctrlrl.models.architectures import carries_state, check_engine_takes, check_split
 from ctrlrl.models.broadcast import Meeting, Receiver
+from ctrlrl.models.handover import Bucket, taken
 from ctrlrl.models.loading import end_token_ids, existing, load_config, within_positions
 from ctrlrl.models.ranks import Ranks
 from ctrlrl.models.reload import TRANSFER, leave_transformers_usable, register_transfer
@@ -116,7 +117,7 @@ class Sampler:
             )
         leave_imports_alone()
         register_transfer()
-        self.version, self._receiver = 0, Receiver()
+        self.version, self._receiver, self._bytes = 0, Receiver(), 0
         self._sleeps, self._asleep = rests and not current_platform.is_cpu(), set()  # on processors vLLM has no sleep
         self._ends, self._ranks = end_token_ids(model), Ranks(model, engine.tensor_parallel, begin)
         settings = dict(
@@ -215,18 +216,36 @@ class Sampler:
 
     def load_weights(self, message: WeightMessage) -> None:
         """Replace all weights and forget cached prefixes; raises VersionMismatch if some are missing or the version does not grow."""
-        if message.version <= self.version:
-            raise VersionMismatch(f"weights of version {message.version} were published to a sampler that has version {self.version}")
-        self._wake("weights")  # the cache when there is something to draw
+        self._await(message.version)
         self._ranks.load(self._llm, message)
-        self._llm.reset_prefix_cache()
-        self.version = message.version
+        self._loaded(message.version)
+
+    def take(self, bucket: Bucket) -> int:
+        """Load a bucket of new weights that lies on this device; the size of all in bytes when they are in use, and 0 before. Also 0 after
+        the last one, if all have to come once more."""
+        self._await(bucket.version)
+        part = taken(bucket)
+        self._bytes = part.nbytes + (0 if bucket.first else self._bytes)
+        if not self._ranks.load_part(self._llm, part):
+            return 0
+        self._loaded(bucket.version)
+        return self._bytes
 
     def receive_weights(self, dtype: str, version: int, meeting: Meeting, rank: int) -> int:
         """Load the message that comes next in a group; its size in bytes. WorkerLost if it does not come whole: the old weights stay."""
         message = self._receiver.receive(dtype, version, meeting, rank)
         self.load_weights(message)
         return message.nbytes
+
+    def _await(self, version: int) -> None:
+        """Be ready for weights of `version`."""
+        if version <= self.version:
+            raise VersionMismatch(f"weights of version {version} were published to a sampler that has version {self.version}")
+        self._wake("weights")  # the cache when there is something to draw
+
+    def _loaded(self, version: int) -> None:
+        self._llm.reset_prefix_cache()
+        self.version = version
 
     def close(self) -> None:
         """End the engine, so that this process can have another."""

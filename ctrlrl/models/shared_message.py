@@ -38,13 +38,18 @@ def shared(message: WeightMessage) -> Iterator[Shelf]:
     for name, shape, array in zip(message.names, message.shapes, message.arrays, strict=True):
         rows.append((name, shape, array.dtype.str, size, array.nbytes))
         size += -(-array.nbytes // _ALIGNED) * _ALIGNED
-    file = os.memfd_create("ctrlrl-weights")
+    file, path, content = nameless_file(size)
     try:
-        os.ftruncate(file, size)
-        path = f"/proc/{os.getpid()}/fd/{file}"
-        content = np.memmap(path, np.uint8, "r+")
         for (_, _, kind, first, taken), array in zip(rows, message.arrays, strict=True):
             content[first : first + taken].view(kind)[:] = array
         yield Shelf(path, message.version, message.dtype, tuple(rows))
     finally:
         os.close(file)
+
+
+def nameless_file(size: int) -> tuple[int, str, np.ndarray]:
+    """Memory that others can open while this process has it open: its descriptor, the path for others, and its bytes."""
+    file = os.memfd_create("ctrlrl-weights")
+    os.ftruncate(file, size)
+    path = f"/proc/{os.getpid()}/fd/{file}"
+    return file, path, np.memmap(path, np.uint8, "r+")

@@ -22,6 +22,7 @@ from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.models.broadcast import Meeting, Sender
 from ctrlrl.models.earlier_state import is_earlier, load_earlier
 from ctrlrl.models.forward import PolicyModule, PolicyValueModule, RewardModule, ValueModule, lay_out, micro_batch
+from ctrlrl.models.handover import Giver
 from ctrlrl.models.layout import Layout, settle
 from ctrlrl.models.loading import DTYPES, load_classifier, load_policy, load_value_model, reads_token_types, within_positions
 from ctrlrl.models.lora import LoraConfig, save_adapter, with_adapters, without_adapters
@@ -128,7 +129,7 @@ class Trainer:
         if kind != "reward" and (config.zero_stage == 3 or self.device.type == "cuda"):  # with the engine's own weights and kernels
             self.layout = settle(module, model, self.layout, self.device)
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-        self.steps, self.sender = 0, Sender()
+        self.steps, self.sender, self.giver = 0, Sender(), Giver()
         if kind == "reward":
             check_scores_alone(model, module.causal, self._scores_of, places)
 
@@ -217,15 +218,15 @@ class Trainer:
 
     def _by_rank_0(self, take):
         if self.rank == 0:
-            return take(self.module.model, self._gatherer())
-        for _ in model_weights(self.module.model, self._gatherer()):
+            return take(self.module.model, self.gatherer())
+        for _ in model_weights(self.module.model, self.gatherer()):
             pass  # the gathers of ZeRO-3 are collective
 
     def export(self, directory: Path) -> None:
         """Write the model as an ordinary transformers directory (safetensors; LoRA merged, or the adapter alone as its config says)."""
         if self.config.lora.rank and self.config.lora.export == "adapter":
-            return save_adapter(self.module.model, directory, self.rank == 0, self._gatherer())
-        named = model_weights(self.module.model, self._gatherer(), DTYPES[self.config.dtype])
+            return save_adapter(self.module.model, directory, self.rank == 0, self.gatherer())
+        named = model_weights(self.module.model, self.gatherer(), DTYPES[self.config.dtype])
         state = {name: tensor.to("cpu", copy=True) for name, tensor in named if self.rank == 0}
         if self.rank == 0:
             self.module.causal.save_pretrained(directory, state_dict=state)
@@ -243,7 +244,7 @@ class Trainer:
         else:
             self.steps = load_state(self.engine, directory)
 
-    def _gatherer(self):
+    def gatherer(self):
         """What makes partitioned parameters whole; None where none are partitioned."""
         import deepspeed
 
@@ -261,8 +262,7 @@ def score_rows(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Run `forward` (inputs -> [B, T, …]) over this rank's micro-batches; returns row indices and one fp32 array of scored tokens a row."""
     plan = plan_batch(replace(batch, group=1), budget, layout, world)
-    turns = math.ceil(len(plan) / world)
-    rows, results = [], []
+    turns, rows, results = math.ceil(len(plan) / world), [], []
     for turn in range(turns):
         mine = turn * world + rank
         part = batch.select(plan[mine] if mine < len(plan) else plan[0])  # all ranks forward equally often: ZeRO-3 communicates

@@ -60,11 +60,17 @@ class WeightMessage:
 Packed = Iterator[tuple[str, tuple[int, ...], np.ndarray]]
 
 
-def packed(named: Iterator[tuple[str, Tensor]], dtype: str, exact: Collection[str] = ()) -> Packed:
-    """Each tensor in `dtype` (but for what counts in whole numbers, and those named in `exact`), moved to the host."""
+def cast(named: Iterator[tuple[str, Tensor]], dtype: str, exact: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in `dtype` (but for what counts in whole numbers, and those named in `exact`), on its device."""
     for name, tensor in named:
-        cast = tensor.is_floating_point() and name not in exact
-        flat = tensor.detach().to("cpu", DTYPES[dtype] if cast else None).contiguous().view(-1)
+        changes = tensor.is_floating_point() and name not in exact
+        yield name, tensor.detach().to(DTYPES[dtype] if changes else tensor.dtype)
+
+
+def packed(named: Iterator[tuple[str, Tensor]], dtype: str, exact: Collection[str] = ()) -> Packed:
+    """The same moved to the host."""
+    for name, tensor in cast(named, dtype, exact):
+        flat = tensor.to("cpu").contiguous().view(-1)
         yield name, tuple(tensor.shape), (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
 
@@ -105,8 +111,13 @@ def full_weights(
             yield from group_of[name].converted(causal)
 
 
+def device_weights_of(model: nn.Module, dtype: str, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+    """full_weights in `dtype`, adapters merged, on the model's device; float32 buffers stay what they are."""
+    return cast(full_weights(model, gather, DTYPES[dtype]), dtype, _exact_names(model))
+
+
 def weights_of(model: nn.Module, dtype: str, gather: Gather | None = None) -> Packed:
-    """full_weights on the host, adapters merged; float32 buffers stay what they are."""
+    """The same on the host."""
     return packed(full_weights(model, gather, DTYPES[dtype]), dtype, _exact_names(model))
 
 

@@ -99,6 +99,8 @@ class PPORecipe(Section):
     def _ends_of_the_way(self):
         if self.sync == "nccl" and not (self.policy.resources.gpus and self.rollout.resources.gpus):
             raise ValueError('sync = "nccl" is between GPUs: give policy.resources and rollout.resources gpus, or set sync = "auto"')
+        if self.sync == "ipc" and self.placement != "shared":
+            raise ValueError('sync = "ipc" is between workers that share a device: set placement = "shared", or sync = "auto"')
         return self
 
     @model_validator(mode="after")

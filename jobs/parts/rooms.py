@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from actors.group import GroupConfig
 from ctrlrl.errors import RecipeError
 from ctrlrl.models.architectures import check_even
-from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained
+from ctrlrl.models.footprint import Phases, frozen, peak, rollout, trained, with_handover
 from ctrlrl.models.scorer_names import weights_of
 from jobs.parts.cast import PPORecipe
 from jobs.parts.sharing import kinds_of, turn_of
@@ -64,6 +64,8 @@ def workers_of(config: PPORecipe, shapes: Mapping[str, PretrainedConfig], beside
     """All workers of a run. shapes: of each model in `config.models`, by recipe key. beside: bytes that each takes of a GPU for itself."""
     policy = shapes["policy.model"]
     found = [_group("policy", config.policy, "policy_value" if config.has_value and config.value.head else "policy", policy)]
+    if config.sync == "ipc":
+        found[0] = replace(found[0], phases=with_handover(found[0].phases, policy, config.rollout.engine))
     if config.has_value_model:
         found.append(_group("value", config.value, "value", shapes["value.model"]))
     engine, resources = config.rollout.engine, config.rollout.resources

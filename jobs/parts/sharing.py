@@ -94,6 +94,7 @@ class Sharing:
 def why_not_shared(config: AnySection) -> str:
     """What in a PPO recipe does not go with turns, and what to change; empty if nothing."""
     kinds, sync, rollout = kinds_of(config), config.sync, config.rollout
+    beside = rollout.workers.min <= config.policy.ranks and bool(rollout.resources.gpus) == bool(config.policy.resources.gpus)
     growing, looks = rollout.workers.max > rollout.workers.min, config.evaluation.every > 0
     judges = [attribute for attribute, reward in config.reward.items() if reward.engine]
     parts = [f"{name}.resources.gpus = {resources.gpus:g}" for name, (_, resources) in _on_gpus(kinds).items() if resources.gpus != 1]
@@ -101,7 +102,9 @@ def why_not_shared(config: AnySection) -> str:
         f"rollout.engine.tensor_parallel = {rollout.engine.tensor_parallel}: an engine shares one device: set it to 1, or give the engine "
         'devices of its own (placement = "separate")': rollout.engine.tensor_parallel > 1,
         f"{', '.join(parts)}: where a device is shared, give 1 to each kind that shares it, and Ray will count the parts": bool(parts),
-        f'sync = "{sync}" has trainers and rollout workers at work at once: set sync = "auto"': sync not in ("auto", "store"),
+        f'sync = "{sync}" has trainers and rollout workers at work at once: set sync = "auto", or "ipc"': sync in ("gloo", "nccl"),
+        f'sync = "ipc" is from a rank of the policy to the rollout worker on its device, and of {rollout.workers.min} workers not each has '
+        f'one (policy.ranks = {config.policy.ranks}): set sync = "auto"': sync == "ipc" and not beside,
         "rollout workers that come and go have no device to share: give rollout.workers one number": growing,
         "looks in between (evaluation.every) draw and judge at once: set evaluation.every = 0, and evaluate the model afterwards": looks,
         f"reward.{next(iter(judges), '')}.judge is an engine, which does not rest here: give a reward model or a judge.url": bool(judges),

@@ -1,6 +1,6 @@
 """Where the seconds of a publish go, and how many GB/s it moves.
 
-    .venv/bin/python tests/benchmarks/publish.py [--sync gloo] [--layers 11] [--workers 1] [--ranks 1] [--stage 0]
+    .venv/bin/python tests/benchmarks/publish.py [--sync gloo|ipc] [--layers 11] [--workers 1] [--ranks 1] [--stage 0]
 
 Builds a random Llama of SmolLM2-135M's width (49,152 tokens; 11 layers are 269 MB in float32) in a temporary folder. Prints the median
 seconds of a publish, the processor seconds that trainer and rollout workers spend on one, those of each part by itself, and the seconds
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("layers", 11), ("workers", 1), ("ranks", 1), ("stage", 0), ("parts", 1), ("repetitions", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--sync", default="store", choices=("store", "gloo"))
+    parser.add_argument("--sync", default="store", choices=("store", "gloo", "ipc"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, given.layers)

@@ -58,7 +58,7 @@ def test_sampler_and_trainer_agree_in_bf16_and_the_same_seed_draws_the_same(pair
     assert disagreement(policy, REQUESTS, responses, logprobs) < TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize(("way", "apart"), [("store", False), ("nccl", True)])
+@pytest.mark.parametrize(("way", "apart"), [("store", False), ("ipc", False), ("nccl", True)])
 def test_published_weights_are_in_use_by_every_way(pair, device, way, apart):
     policy, rollout = pair("gloo" if way == "nccl" and device.type == "cpu" else way, apart)
     before, _, _ = draw(rollout, REQUESTS)

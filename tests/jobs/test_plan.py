@@ -103,6 +103,17 @@ def test_a_shared_node_that_is_too_small_is_told_what_to_change(capsys):
     assert changes and plan(recipe, changes[0], 60, 8, 1.5, []) == 0
 
 
+def test_where_weights_stay_on_the_device_both_models_are_there_at_once(capsys):
+    assert plan(str(RECIPES / "ppo_node_shared.toml"), ["sync=ipc"], 80, 8, 1.5, []) == 0
+    told = capsys.readouterr().out
+    # A rank's eighth of 8.03 billion parameters in bfloat16, as much of gradients, six times that of optimiser; then all of them for the
+    # engine, and four times the embedding (128,256 x 4,096).
+    row = re.search(r"^ +publish +([\d.]+) +([\d.]+) +([\d.]+) +- +- +([\d.]+) +1.5", told, re.MULTILINE)
+    weights, gradients, optimiser, buffers = map(float, row.groups())
+    assert (weights, gradients, optimiser) == pytest.approx((1.9, 1.9, 11.2), abs=0.06)
+    assert buffers == pytest.approx((2 * 8.03e9 + 4 * 2 * 128_256 * 4_096) / 2**30, abs=0.06) and "A publish takes" not in told
+
+
 def test_an_engine_on_several_devices_has_a_part_of_the_model_on_each(capsys):
     recipe, several = str(RECIPES / "ppo_node.toml"), ["rollout.engine.tensor_parallel=2", "rollout.resources.gpus=2", "rollout.workers=1"]
     assert plan(recipe, several, 40, 0, 1.5, []) == 1

@@ -161,7 +161,7 @@ def test_values_may_be_a_head_of_the_policy_which_resumes_to_the_bit(ray_cluster
     assert train(whole) == 0
     assert train(parts.model_copy(update={"steps": 1})) == 0
     caplog.set_level("INFO", "ctrlrl")
-    assert train(parts.model_copy(update={"placement": "shared"}), resume=True) == 0  # by turns it is the same
+    assert train(parts.model_copy(update={"placement": "shared", "sync": "ipc"}), resume=True) == 0  # by turns it is the same
     size = 4 * sum(p.numel() for p in load_policy(whole.policy.model, "float32").parameters()) / 1e6  # MB of the weights
     turns = re.findall(r"turn to (\w+): the others have moved ([\d.]+) MB", caplog.text)
     assert [turn for turn, _ in turns][-5:] == ["draw", "judge", "train", "draw", "train"]  # of its step, publish, and checkpoint

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 
+from actors.handover import Handover
 from actors.placement import Resources, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.rollout import Rollout, RolloutConfig
@@ -160,6 +162,25 @@ def test_a_part_that_cannot_load_the_model_says_why(ray_cluster, cluster_config,
             pass
 
 
+def check_in_use(policy, rollout):
+    """Responses to the requests, which are drawn with the policy's weights and not with those of the model's directory."""
+    responses, logprobs, _ = draw(rollout, REQUESTS)
+    tokens = [np.concatenate([r.prompt_ids, x]) for r, x in zip(REQUESTS, responses, strict=True)]
+    exact = policy.logprobs(TokenBatch(tokens, np.array([len(r.prompt_ids) for r in REQUESTS]), {}, {}))
+    stale = trainer_logprobs(rollout.model_name, REQUESTS, responses)
+    assert np.concatenate(logprobs) == pytest.approx(np.concatenate(exact), abs=5e-5)
+    assert np.abs(np.concatenate(logprobs) - np.concatenate(stale)).mean() > 0.1
+    return responses
+
+
+def until(true, patience_s):
+    """Wait for something to become true."""
+    end = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 def test_published_weights_are_in_use_also_by_a_later_worker(rollout, engine_pids, cluster_config):
     with taught_policy(rollout.model_name, cluster_config) as policy:
         before, _, _ = draw(rollout, REQUESTS)
@@ -167,19 +188,13 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, engine_pid
         assert published.bytes == 4 * sum(p.numel() for p in load_policy(rollout.model_name, "float32").parameters())
         after = []
         for _ in range(2):
-            responses, logprobs, _ = draw(rollout, REQUESTS)
+            responses = check_in_use(policy, rollout)
             after.append(responses)
-            tokens = [np.concatenate([r.prompt_ids, x]) for r, x in zip(REQUESTS, responses, strict=True)]
-            exact = policy.logprobs(TokenBatch(tokens, np.array([len(r.prompt_ids) for r in REQUESTS]), {}, {}))
-            stale = trainer_logprobs(rollout.model_name, REQUESTS, responses)
-            assert np.concatenate(logprobs) == pytest.approx(np.concatenate(exact), abs=5e-5)
-            assert np.abs(np.concatenate(logprobs) - np.concatenate(stale)).mean() > 0.1
             if len(after) == 1:
                 lost = [*engine_pids(rollout), *rollout.pids()][0]
                 os.kill(lost, signal.SIGKILL)  # its replacement must have the published weights too
         assert all(np.array_equal(a, b) for a, b in zip(*after, strict=True))
         assert any(not np.array_equal(a, b) for a, b in zip(before, responses, strict=True))
-        probe = rollout.expected
         assert published.version == 1 and rollout.version == 1 and published.shift == 0
         early = rollout.generate(REQUESTS, SAMPLING)
         next(early)
@@ -187,9 +202,41 @@ def test_published_weights_are_in_use_also_by_a_later_worker(rollout, engine_pid
         assert publish(policy, rollout, 1).version == 2  # a version is never used twice
         with pytest.raises(VersionMismatch, match="samples of policy version 1 arrived where version 2 is required"):
             next(early)
+
+
+@pytest.mark.parametrize("rollout", ["policy"], indirect=True)
+def test_weights_go_from_device_to_device_and_nobody_keeps_them(rollout):
+    version, size = rollout.version + 1, 4 * sum(p.numel() for p in load_policy(rollout.model_name, "float32").parameters())
+    rollout.way = Handover(60, bucket=20_000)
+    with taught_policy(rollout.model_name, cluster := rollout.pool._cluster) as policy:
+        give, lost = policy.give, rollout.pids()[1]
+
+        def give_and_kill(*arguments, begin):
+            if not begin and Path(f"/proc/{lost}").exists():
+                os.kill(lost, signal.SIGKILL)  # in the middle of the first pass
+            return give(*arguments, begin=begin)
+
+        policy.give = give_and_kill
+        assert publish(policy, rollout, version).bytes == size
+        check_in_use(policy, rollout)
+        until(lambda: sorted(w.barred is None for w in rollout.pool._workers) == [False, True], cluster.start_deadline_s)
+        one = rollout.pool.at_work()[0]
+        bucket = give("float32", version + 1, 20_000, begin=True)[0]
+        assert not bucket.last  # and then the trainer is lost
+        assert ray.get([worker.take.remote(bucket) for worker in rollout.pool.at_work()]) == [0, 0]
+        policy.train(TokenBatch([np.arange(3, 30)], np.array([1]), {}, {}), likelihood, [np.arange(1)])
+        published = publish(policy, rollout, version + 1)
+        assert published.bytes == size and published.shift > 0 and one in rollout.pool.at_work()
+        assert [w.version for w in rollout.pool._workers] == [version + 1] * 2
+        check_in_use(policy, rollout)
+
+
+def test_wrong_weights_end_the_pool(rollout, cluster_config):
+    with taught_policy(rollout.model_name, cluster_config) as policy:
+        probe, version = rollout.expected, rollout.version + 1
         with pytest.raises(VersionMismatch, match="its weights are wrong"):  # what the trainer expects is not what the workers answer
             wrong = replace(probe, published=[row - 1 for row in probe.published], before=None)
-            rollout.load(partial(policy.weights, "float32", 3), 3, wrong, {})
+            rollout.load(partial(policy.weights, "float32", version), version, wrong, {})
 
 
 class Asked(Exception):

@@ -16,6 +16,7 @@ from ctrlrl.data.batches import TokenBatch, TokenOutputs
 from ctrlrl.errors import RecipeError, RunError, StorageError
 from ctrlrl.models.broadcast import Meeting
 from ctrlrl.models.forward import PolicyModule, lay_out, micro_batch
+from ctrlrl.models.handover import taken
 from ctrlrl.models.loading import load_policy
 from ctrlrl.models.trainer import TrainerConfig, combine_shares, learning_rate_at
 from ctrlrl.objectives.likelihood import likelihood
@@ -169,6 +170,27 @@ CASES = [
 ]
 
 
+def handed_over(policy, size=20_000):
+    """From each rank its weights as they go to a process on its device, in buckets of this many bytes."""
+    buckets, found = policy.give("float32", 1, size, begin=True), [{} for _ in policy.devices()]
+    policy.give("float32", 1, size, begin=False), policy.give("float32", 1, size, begin=True)  # given up in the middle, and begun anew
+    for number in range(1000):
+        for rank, bucket in zip(found, buckets, strict=True):
+            assert bucket.first == (number == 0)
+            rank |= dict(taken(bucket).tensors())
+        if buckets[0].last:
+            break
+        buckets = policy.give("float32", 1, size, begin=False)
+    assert number > 5
+    policy.gave()
+    return found
+
+
+def same(found, wanted):
+    """Whether tensors of the same names are equal to the bit."""
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 @pytest.fixture(scope="module")
 def checkpoints():
     """What each case leaves for the next one, which has another number of ranks or another stage: a checkpoint and the final weights."""
@@ -188,6 +210,7 @@ def test_training_equals_a_plain_loop(ray_cluster, cluster_config, models, refer
         trained = weights_of(policy, ray_cluster)
         assert trained.keys() == weights.keys()
         assert max((trained[name] - weights[name]).abs().max().item() for name in weights) < 1e-4
+        assert all(same(rank, trained) for rank in handed_over(policy))
         shares = policy._group.call(lambda trainer, batch: sum(len(t) for part in trainer._mine(batch) for t in part.tokens), ppo_batch())
         assert len(shares) == ranks and max(shares) - min(shares) < sum(shares) / 4, shares  # no rank idles while another trains
         policy.export(tmp_path / "model")
@@ -226,6 +249,7 @@ def test_lora_trains_adapters_publishes_merged_weights_and_resumes_bit_equal(ray
         without, trained = policy.base_logprobs(batch), policy.logprobs(batch)  # which leave training as it is: see `resumed`
         policy.train(batch, LOSS, STEPS[1:])
         wanted, logprobs = weights_of(policy, ray_cluster), policy.logprobs(batch)
+        assert same(handed_over(policy)[0], wanted)
         policy.export(tmp_path / "model")
     finally:
         policy.close()
