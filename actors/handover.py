@@ -8,8 +8,9 @@ from ray.actor import ActorHandle
 from actors.broadcast import Taking
 from actors.policy import Policy
 from actors.waiting import LOST, translate
-from ctrlrl.errors import PlacementError, VersionMismatch
+from ctrlrl.errors import GroupLost, PlacementError, VersionMismatch
 from ctrlrl.models.broadcast import BUCKET
+from ctrlrl.models.handover import device_name
 
 _PASSES = 3  # of all buckets: engines may have to see them once before they know how to take them
 
@@ -70,7 +71,7 @@ class Handover:
     def _beside(self, policy: Policy, workers: Sequence[ActorHandle]) -> dict[ActorHandle, int]:
         """For each worker the rank on its device; for one that is lost, any."""
         ranks = {name: rank for rank, name in reversed(list(enumerate(policy.devices())))}
-        names = {worker: worker.device.remote() for worker in workers}
+        names = {worker: worker.__ray_call__.remote(own_device) for worker in workers}
         ray.wait(list(names.values()), num_returns=len(names), timeout=self._patience_s) if names else None
         found = {}
         for worker, name in names.items():
@@ -82,3 +83,13 @@ class Handover:
                 raise PlacementError('sync = "ipc": a rollout worker has a device that none of the policy\'s ranks has: use another way')
             found[worker] = ranks[device]
         return found
+
+
+def own_device(_worker) -> str:
+    """In a rollout worker: the name of its device."""
+    return device_name()
+
+
+def go_without(_worker, version: int):
+    """In a rollout worker that has come later: it waits for the next weights."""
+    raise GroupLost(f"the weights of version {version} went from device to device: nobody kept them")

@@ -11,15 +11,14 @@ from ray.actor import ActorHandle
 
 from actors import kin
 from actors.broadcast import Broadcast, Source, Store, Taking
-from actors.handover import Handover
+from actors.handover import Handover, go_without
 from actors.member import Entry
 from actors.placement import MODELS, ClusterConfig, Placement, Resources
 from actors.pool import Pool
 from actors.scaling import Workers, fixed
 from actors.turns import Turn, at_once, have_rest
 from ctrlrl.config import Section
-from ctrlrl.errors import GroupLost, VersionMismatch, WorkerLost
-from ctrlrl.models.handover import device_name
+from ctrlrl.errors import VersionMismatch
 from ctrlrl.models.probe import Expectation
 from ctrlrl.models.proof import proof_of
 from ctrlrl.models.sampler import IMPORTS, Completions, EngineConfig, Request, Sampler, SamplingConfig, environment
@@ -93,22 +92,14 @@ class RolloutWorker:
         self.message = message  # keeps it in this node's store too, for those that join after the publisher's node has died
         return message.nbytes
 
-    def device(self):
-        return device_name()
-
     def take(self, bucket):
         return self.sampler.take(bucket)
-
-    def go_without(self, version):
-        raise GroupLost(f"the weights of version {version} went from device to device: nobody kept them")
 
     def receive(self, *arguments):
         return self.sampler.receive_weights(*arguments)
 
     def answer(self, size, probe):
-        if not size:
-            raise WorkerLost("new weights have not come whole")
-        return size, self.sampler.logprobs(probe)
+        return self.sampler.answer(size, probe)
 
 
 class Rollout:
@@ -220,5 +211,5 @@ class Rollout:
 
         size = self._taking.pop(worker, None)
         if size is None:
-            size = worker.load_weights.remote(source()) if source else worker.go_without.remote(version)
+            size = worker.load_weights.remote(source()) if source else worker.__ray_call__.remote(go_without, version)
         return version, worker.answer.remote(size, expected.probe), check

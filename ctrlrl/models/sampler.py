@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from ctrlrl.config import Section
-from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
+from ctrlrl.errors import ModelError, RecipeError, VersionMismatch, WorkerLost
 from ctrlrl.models.architectures import carries_state, check_engine_takes, check_split
 from ctrlrl.models.broadcast import Meeting, Receiver
 from ctrlrl.models.handover import Bucket, taken
@@ -213,6 +213,12 @@ class Sampler:
             np.array([step[token].logprob for step, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)], np.float32)
             for o, ids in zip(outputs, sequences, strict=True)
         ]
+
+    def answer(self, size: int, probe: Sequence[Sequence[int]]) -> tuple[int, list[np.ndarray]]:
+        """The size of the weights that it has taken, and the logprobs that prove them; WorkerLost if they have not come whole (0)."""
+        if not size:
+            raise WorkerLost("new weights have not come whole")
+        return size, self.logprobs(probe)
 
     def load_weights(self, message: WeightMessage) -> None:
         """Replace all weights and forget cached prefixes; raises VersionMismatch if some are missing or the version does not grow."""
