@@ -9,16 +9,13 @@ import io
 import logging
 import multiprocessing.util
 import os
-import select
-import signal
-import threading
 from collections.abc import Sequence
 from multiprocessing import popen_forkserver, process, reduction, resource_tracker, spawn
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, set_spawning_popen
 
 from actors.nursery import MOTHER, ask
-from ctrlrl.shared_memory import remove_shared_memory
+from ctrlrl import joint_end
 
 _UNKNOWN = 255  # exit code: a process's own parent alone is told, and that is not this one
 _log = logging.getLogger("ctrlrl")
@@ -73,19 +70,6 @@ def _gone() -> None:
 
 
 def end_with(pids: Sequence[int]) -> None:
-    """Have this process end, with the memory that it shares with them, as soon as one of `pids` does: what is left of them is of no use,
-    and the loss of a worker is dealt with."""
-    if not pids:
-        return
-    threading.Thread(target=_watch, args=(tuple(pids),), daemon=True, name="kin").start()
-
-
-def _watch(pids: Sequence[int]) -> None:
-    try:
-        ended = {os.pidfd_open(pid): pid for pid in pids}
-        first = ended[select.select(ended, [], [])[0][0]]
-        _log.error("process %d of this worker's own (%s) has ended: the worker ends, too", first, ", ".join(map(str, pids)))
-    except ProcessLookupError:
-        pass  # one had ended before this one looked
-    remove_shared_memory()
-    os.kill(os.getpid(), signal.SIGKILL)
+    """Have this process end as soon as one of its own (`pids`) does: the loss of a worker is dealt with."""
+    known = ", ".join(map(str, pids))
+    joint_end.end_with(pids, lambda pid: _log.error("process %d of this worker's own (%s) has ended: the worker ends, too", pid, known))

@@ -3,13 +3,11 @@
 Killed outright, a server tells nobody, and the engine would hold its memory for good: it watches the server, and ends with it.
 """
 
-import contextlib
 import os
-import select
-import signal
-import threading
 
 import torch
+
+from ctrlrl.joint_end import end_with
 
 SERVER = "CTRLRL_SERVER_PID"  # in the environment of the engine's processes
 
@@ -21,13 +19,6 @@ class InWorker:
     """What vLLM wants the name to be: a class that it makes a base of its worker."""
 
 
-def watch(server: int) -> None:
-    """Wait for a process to end, then end this one."""
-    with contextlib.suppress(ProcessLookupError):  # it had ended before this one looked
-        select.select([os.pidfd_open(server)], [], [])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def threads() -> int:
     """Of the engine's math on a CPU: as many as OMP_NUM_THREADS says, else one core is left to the HTTP."""
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -36,7 +27,6 @@ def threads() -> int:
 
 
 if SERVER in os.environ:
-    if hasattr(os, "pidfd_open"):
-        threading.Thread(target=watch, args=(int(os.environ[SERVER]),), daemon=True).start()
+    end_with([int(os.environ[SERVER])])
     if not torch.cuda.is_available():
         torch.set_num_threads(threads())

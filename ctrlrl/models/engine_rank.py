@@ -6,17 +6,15 @@ It has a share of the processors, ends when the process ends that has the engine
 import logging
 import multiprocessing
 import os
-import select
-import signal
-import threading
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
 
+from ctrlrl.joint_end import end_with, names_may_be_gone, remove_shared_memory
 from ctrlrl.models.ranks import OWNER, RANKS, SAYS, shares
 from ctrlrl.models.reload import register_transfer
 from ctrlrl.models.sampler import reason_of
-from ctrlrl.shared_memory import remove_shared_memory
 
 
 class InRank:
@@ -46,18 +44,10 @@ def settle(rank: int, ranks: int) -> None:
     os.sched_setaffinity(0, shares(cores, ranks)[rank])
 
 
-def end_with(owner: int) -> None:
-    """Wait for the engine's owner to end; then remove the memory that they share, and end."""
-    try:
-        select.select([os.pidfd_open(owner)], [], [])
-    except ProcessLookupError:
-        pass  # it had ended before this one looked
-    remove_shared_memory()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 os.setpgid(0, 0)  # Ray ends the whole process group of a worker, and would leave the shared memory
-threading.Thread(target=end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
+end_with([int(os.environ[OWNER])])
+names_may_be_gone()
+Finalize(None, remove_shared_memory, exitpriority=1)  # when it cannot start: what it has made is nobody's then
 logging.getLogger("vllm").addHandler(_Told(logging.ERROR))
 settle(int(multiprocessing.current_process().name.rpartition("-")[2]), int(os.environ[RANKS]))
 register_transfer()

@@ -11,11 +11,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from ctrlrl.errors import CtrlrlError, ModelError, VersionMismatch, WorkerLost
+from ctrlrl.joint_end import forget_names, names_may_be_gone, remove_shared_memory, shared_memory
 from ctrlrl.models.handover import Part
 from ctrlrl.models.reload import keep_freed_memory
 from ctrlrl.models.shared_message import Shelf, shared
 from ctrlrl.models.weights import WeightMessage
-from ctrlrl.shared_memory import remember, remove_shared_memory, shared_memory
 
 OWNER, RANKS, SAYS = "CTRLRL_ENGINE_OWNER", "CTRLRL_ENGINE_RANKS", "CTRLRL_ENGINE_SAYS"  # variables of a rank's environment
 _LONGEST = 300  # characters of a reason
@@ -44,6 +44,7 @@ class Ranks:
     def __enter__(self) -> None:
         if self._count == 1:
             return
+        names_may_be_gone()
         says = f"/proc/{os.getpid()}/fd/{self._says}"
         # They keep to processors of their own (engine_rank.py), not to those that vLLM would choose: one NUMA node for each.
         os.environ.update({OWNER: str(os.getpid()), RANKS: str(self._count), SAYS: says, "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
@@ -81,7 +82,7 @@ class Ranks:
         """Their process ids; none where the engine is in this process."""
         known = llm.collective_rpc(own_id_and_memory) if self._count > 1 else []
         self._pids = [pid for pid, _ in known]
-        remember(Path(file) for _, files in known for file in files)  # when one is killed vLLM closes it and leaves it there
+        forget_names({Path(file) for _, files in known for file in files})  # vLLM would leave some of them when one process is killed
         return self._pids
 
     @contextmanager
@@ -92,7 +93,6 @@ class Ranks:
             yield
         except RuntimeError as error:
             if self._pids and not isinstance(error, CtrlrlError) and _one_ends(self._pids):
-                remove_shared_memory()
                 raise WorkerLost(f"one of the engine's {self._count} processes has ended: {str(error)[:_LONGEST]}") from None
             raise
 
@@ -107,9 +107,7 @@ def _one_ends(pids: list[int]) -> bool:
 
 def own_id_and_memory(_rank) -> tuple[int, list[str]]:
     """On a rank: its process id, and the files of its shared memory."""
-    files = shared_memory()
-    remember(files)
-    return os.getpid(), sorted(map(str, files))
+    return os.getpid(), sorted(map(str, shared_memory()))
 
 
 def take_part(rank, part: Part) -> bool | str:

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from actors.crew import start_crew
 from actors.ending import end_all
@@ -16,6 +18,7 @@ from actors.recovery import ready
 from actors.reward_trainer import RewardTrainer
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
+from ctrlrl.data.distill import TABLE
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.grid import controls_of
 from ctrlrl.models.loading import load_tokenizer
@@ -105,7 +108,7 @@ def cost_lines(steps: Mapping[str, tuple[Section, bool]], rates: Rates) -> list[
         generated = made.get(getattr(config, source), 0) if source else 0
         work = work_of(config, pairs, generated)
         turns = 3 if isinstance(config, CritiqueRecipe) else 1
-        made[config.out] = generated if isinstance(config, DistillRecipe) else work.drawn // turns
+        made[config.out] = _kept(config, finished, generated) if isinstance(config, DistillRecipe) else work.drawn // turns
         hours = hours_of(work, rates, config.reward_model.model if pairs else "")
         total += 0 if finished else hours
         figures = f"{work.drawn:>10,}{work.drawn * rates.tokens:>12,.0f}{work.steps:>8,}{hours:>8.2f}"
@@ -178,6 +181,11 @@ def _step_s(name: str, group: GroupConfig, start: Callable, batch: TokenBatch, l
 
 def _prompts(config: GenerateRecipe | CritiqueRecipe | EvaluateRecipe) -> int:
     return len(list(read_prompts(config.prompts, limit=config.max_prompts, skip_bad_rows=True)))
+
+
+def _kept(config: DistillRecipe, finished: bool, generated: int) -> int:
+    """Rows of a distillation's table, or as many as there can be where it is not made yet."""
+    return pq.read_metadata(Path(config.out) / TABLE).num_rows if finished else generated
 
 
 def _steps(config: FinetuneRecipe | DPORecipe | RewardModelRecipe, rows: int) -> int:

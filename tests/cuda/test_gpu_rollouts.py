@@ -70,3 +70,22 @@ def test_published_weights_are_in_use_by_every_way(pair, device, way, apart):
         assert sum(np.array_equal(a, b) for a, b in zip(before, responses, strict=True)) < len(REQUESTS) // 2
         assert disagreement(policy, REQUESTS, responses, logprobs) < TOLERANCE["bfloat16"]
         before = responses
+
+
+def test_an_engine_on_two_devices_says_what_one_says(device, ray_cluster, gpus, part, models, patient):
+    if device.type == "cuda" and gpus < 2:
+        pytest.skip("two GPUs are needed, one is here")
+    sequences, said = [list(range(3, 60)), list(range(200, 260))], []
+    for parts in (1, 2):
+        engine = EngineConfig(dtype="bfloat16", max_model_tokens=128, kv_cache_gib=0.1, tensor_parallel=parts)
+        config = RolloutConfig(engine=engine, resources=part(parts))
+        place = reserve({"rollout": config.bundles}, patient)
+        rollout = Rollout(config, models["policy"], place, patient)
+        try:
+            rollout.wait_ready()
+            said.append(rollout.pool.submit(lambda worker: worker.answer.remote(1, sequences)).result()[1])
+        finally:
+            rollout.close()
+            place.release()
+    scale = float(np.abs(np.concatenate(said[0])).mean())
+    assert 0 < mean_difference(*said) / scale < TOLERANCE["bfloat16"]  # rounded apart, and added

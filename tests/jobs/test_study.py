@@ -370,5 +370,11 @@ def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(pa
         assert table.num_rows == 8
         assert {f"{judge}.{a}" for judge in ("optimisation", "held_out") for a in ATTRIBUTES} < {*table.column_names}
     assert 0 < min(clm["optimisation.helpful"].to_pylist()) < max(clm["optimisation.helpful"].to_pylist()) < 1  # calibrated
-    assert run_study(paper, dry_run=True) == 0
-    assert "\n0.0 hours to come" in capsys.readouterr().out
+    longer = paper.model_copy(update={"common": paper.common | {"finetune": {**paper.common["finetune"], "steps": 0, "epochs": 2}}})
+    assert run_study(longer, dry_run=True) == 0  # what is there already costs nothing, and says how much there is to train on
+    said = capsys.readouterr().out
+    assert said.count("there already") == len(steps) - 2 and "\n0.0 hours to come" in said  # but for that model and its evaluation
+    (folder,) = (step.folder for step in steps if step.folder.name.startswith("distill-"))
+    kept = read_table(folder / "train.parquet").num_rows
+    assert 0 < kept < 2 * prompts - 16
+    assert re.search(rf"^steps/finetune-.* {2 * -(-kept // paper.common['finetune']['batch']['sequences'])} +0\.\d+$", said, re.MULTILINE)
