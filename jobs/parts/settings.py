@@ -13,6 +13,7 @@ from ctrlrl.evaluation.files import RECIPE, read_json
 from ctrlrl.runs import absolute_out
 
 GPU_SHARE = 0.125  # of each of a job's workers that share one: eight of them
+_STARTS = ("laptop", "node")
 _RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -20,28 +21,31 @@ def settled(kind: type[AnySection], recipe: str, overrides: Sequence[str], optio
     """The config of a job; one that starts workers begins with a line on the terminal that says which settings and why.
 
     Without `recipe`: with `resume` from what the run in `out` was begun with, which has all that is required, else from
-    jobs/recipes/laptop.toml where there is no GPU, else from jobs/recipes/node.toml. RecipeError: a mistake in any of it.
+    jobs/recipes/laptop.toml where there is no GPU, else from jobs/recipes/node.toml. These two are no recipes of one job: a job takes the
+    keys that it has, also where `recipe` names one of them. RecipeError: a mistake in any of it.
     """
     if resume and not recipe and (begun := _of_the_run(kind, overrides, options)):
         return begun
+    named = next((name for name in _STARTS if recipe and Path(recipe).resolve() == _RECIPES / f"{name}.toml"), "")
     try:
-        config = load(kind, recipe or None, overrides, options=options)
+        config = load(kind, None if named else recipe or None, overrides, options=options)
     except RecipeError as error:
         if resume and not recipe:
             raise RecipeError(f"there is no run to resume, and for a new one {error}") from None
         raise
     if "cluster" not in kind.model_fields:
         return config
-    if recipe:
+    if recipe and not named:
         return _begun_with(config, f"settings: {recipe}")
-    gpus = gpus_of(config.cluster)
-    name, why = ("node", f"{gpus:g} GPUs are there") if gpus else ("laptop", "no GPU is there")
+    gpus = 0 if named else gpus_of(config.cluster)
+    name, seen = ("node", f"{gpus:g} GPUs are there") if gpus else ("laptop", "no GPU is there")
+    name, why = (named, "--recipe says so") if named else (name, f"{seen} and no --recipe is given")
     values = part_of(kind, tomllib.loads((_RECIPES / f"{name}.toml").read_text()))
     values = {key: _of_each(value, getattr(config, key)) for key, value in values.items()}
     fitted = load(kind, None, overrides, values, options)
     now, without = (leaves(settings.model_dump(mode="json")) for settings in (fitted, config))
     told = ", ".join(f"{key}={json.dumps(now[key])}" for key in leaves(values) if now[key] != without[key])
-    return _begun_with(fitted, f"settings: jobs/recipes/{name}.toml, because {why} and no --recipe is given; --set changes them: {told}")
+    return _begun_with(fitted, f"settings: jobs/recipes/{name}.toml, because {why}; --set changes them: {told}")
 
 
 def on_one_gpu(config: Section) -> list[str]:

@@ -63,6 +63,19 @@ def test_each_job_starts_from_settings_that_fit(kind, gpus, capsys, request):
     assert said.startswith(f"settings: jobs/recipes/{name}.toml, because {why}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("gpus", [0, 8], indirect=True)
+@pytest.mark.parametrize("kind", GIVEN, ids=lambda kind: kind.__name__)
+def test_the_settings_of_all_jobs_may_be_named_like_a_recipe(kind, gpus, capsys, monkeypatch):
+    monkeypatch.chdir(RECIPES)
+    config = settled(kind, "laptop.toml", GIVEN[kind], {}, resume=False)
+    monkeypatch.setattr(settings, "gpus_of", lambda cluster: 0)
+    assert dump(config) == dump(settled(kind, "", GIVEN[kind], {}, resume=False))
+    config.cluster.begin()
+    assert capsys.readouterr().out.startswith("settings: jobs/recipes/laptop.toml, because --recipe says so; ")
+    with pytest.raises(RecipeError, match="unknown key 'sed'"):
+        settled(kind, "laptop.toml", [*GIVEN[kind], "sed=1"], {}, resume=True)
+
+
 def test_what_the_command_line_says_stands(gpus, capsys):
     config = settled(PPORecipe, "", [*PPO, "sampling.max_new_tokens=9", "policy.train.dtype=bfloat16"], {"out": "elsewhere"}, resume=False)
     assert (config.sampling.max_new_tokens, config.policy.train.dtype, config.value.train.dtype) == (9, "bfloat16", "float32")
