@@ -6,7 +6,8 @@
 
 Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of
 prompts have `prompt` and `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`.
-Without --other-harmless half of the harmless pairs, by prompt, train the held-out model. Which rows go where is a hash of their text.
+Without --other-harmless half of the harmless pairs, by prompt, train the held-out model. With --contrasts (rows of configurable safety
+tuning: `system` as well) both halves are pairs of a safe and an unsafe answer instead. Which rows go where is a hash of their text.
 """
 
 import argparse
@@ -59,6 +60,20 @@ def asked(row: dict) -> str:
     return json.dumps(row.get("messages") or row["prompt"], ensure_ascii=False)
 
 
+def contrasts(path: Path, but: set[str], characters: int) -> list[dict]:
+    """Pairs of the answers under opposite system prompts to the same question, the one under the prompt that says `harmless` being chosen;
+    of both the first characters, of which each has enough, so that neither its length nor its end tells a safe answer."""
+    found = {}
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if row["task"] == "harmless" and row["prompt"] not in but:
+            safe, unsafe = (row["chosen"], row["rejected"])[:: 1 if "yet harmless" in row["system"] else -1]
+            pair = {"prompt": row["prompt"], "chosen": safe.strip()[:characters], "rejected": unsafe.strip()[:characters]}
+            found.setdefault(row["prompt"], pair)
+    long = [pair for pair in found.values() if min(len(pair["chosen"]), len(pair["rejected"])) >= characters - 20]
+    return sorted(long, key=lambda pair: hashlib.sha256(pair["prompt"].encode()).hexdigest())
+
+
 def shorter(found: list[dict], longest: int, pairs: int) -> list[dict]:
     """The first pairs that are short: they are to train judges of short answers, and a long one costs as much as five."""
     return [row for row in found if len(asked(row)) + max(len(row["chosen"]), len(row["rejected"])) <= longest][:pairs]
@@ -77,6 +92,8 @@ def main() -> None:
     for name in ("gguf", "prompts", "helpful", "harmless", "other-helpful", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--other-harmless", type=Path)
+    parser.add_argument("--contrasts", type=Path)
+    parser.add_argument("--characters", type=int, default=260, help="of the answers that are contrasted: about 64 tokens")
     parser.add_argument("--train", type=int, default=300, help="prompts to train on, of all kinds together")
     parser.add_argument("--test", type=int, default=120)
     parser.add_argument("--pairs", type=int, default=900, help="of each file at most")
@@ -93,17 +110,22 @@ def main() -> None:
     for row in rows(given.prompts):
         kinds[row["kind"]].append(row)
     each = [(given.train // len(kinds), given.test // len(kinds))] * len(kinds)
-    write(given.out / "train.jsonl", [row for (n, _), found in zip(each, kinds.values(), strict=True) for row in found[:n]], ("prompt",))
-    write(given.out / "test.jsonl", [r for (n, m), found in zip(each, kinds.values(), strict=True) for r in found[n : n + m]], ("prompt",))
+    train = [row for (n, _), found in zip(each, kinds.values(), strict=True) for row in found[:n]]
+    test = [row for (n, m), found in zip(each, kinds.values(), strict=True) for row in found[n : n + m]]
+    write(given.out / "train.jsonl", train, ("prompt",))
+    write(given.out / "test.jsonl", test, ("prompt",))
     pair = ("prompt", "messages", "chosen", "rejected")
     short = partial(shorter, longest=given.longest, pairs=given.pairs)
     harmless = rows(given.harmless)
     half = len(harmless) if given.other_harmless else len(harmless) // 2
+    own, others = short(harmless[:half]), short(rows(given.other_harmless) if given.other_harmless else harmless[half:])
+    if given.contrasts:
+        found = contrasts(given.contrasts, {row["prompt"] for row in (*train, *test)}, given.characters)
+        own, others = found[::2], found[1::2]
     write(given.out / "helpful.jsonl", short(rows(given.helpful)), pair)
-    write(given.out / "harmless.jsonl", short(harmless[:half]), pair)
+    write(given.out / "harmless.jsonl", own, pair)
     write(given.out / "held_out_helpful.jsonl", short(rows(given.other_helpful)), pair)
-    others = rows(given.other_harmless) if given.other_harmless else harmless[half:]
-    write(given.out / "held_out_harmless.jsonl", short(others), pair)
+    write(given.out / "held_out_harmless.jsonl", others, pair)
     inputs = {"policy": "policy", "prompts": "train.jsonl", "test_prompts": "test.jsonl"}
     inputs |= {f"{judge}{a}_pairs": f"{judge}{a}.jsonl" for judge in ("", "held_out_") for a in ("helpful", "harmless")}
     inputs["held_out_backbone"] = "backbone"
