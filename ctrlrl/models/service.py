@@ -138,15 +138,19 @@ class Service:
     def _answer(self, url: str, content: bytes) -> Answer:
         """The whole answer to one request, within `timeout_s`: a service that drips holds up nobody longer."""
         end, parts, size = time.monotonic() + self._config.timeout_s, [], 0
-        with self._client.stream("POST", url, content=content, headers={"Content-Type": "application/json"}) as got:
-            for part in got.iter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > _MOST:
-                    self._refuse(url, f"answers more than {_MOST >> 20} MiB")
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout(f"no whole answer within {self._config.timeout_s:g} s")
-            return Answer(got.status_code, got.reason_phrase, b"".join(parts), _retry_after(got), got.headers.get("Location", ""))
+        late = httpx.ReadTimeout(f"no whole answer within {self._config.timeout_s:g} s")
+        try:
+            with self._client.stream("POST", url, content=content, headers={"Content-Type": "application/json"}) as got:
+                for part in got.iter_bytes():
+                    parts.append(part)
+                    size += len(part)
+                    if size > _MOST:
+                        self._refuse(url, f"answers more than {_MOST >> 20} MiB")
+                    if time.monotonic() > end:
+                        raise late
+                return Answer(got.status_code, got.reason_phrase, b"".join(parts), _retry_after(got), got.headers.get("Location", ""))
+        except httpx.ReadTimeout:
+            raise late from None
 
     def _passing(self, url: str, answer: Answer) -> str:
         """What a failure that may pass is called; raises for others."""

@@ -281,7 +281,8 @@ def test_what_contradicts_itself_is_refused(ppo_overrides, changes, said):
     ("changes", "said"),
     [
         (["sync=nccl"], 'sync = "nccl" is between GPUs: give policy.resources and rollout.resources gpus'),
-        (["sync=ipc"], "sync.*'auto', 'store', 'gloo' or 'nccl'"),
+        (["sync=ipc"], 'sync = "ipc" is between workers that share a device: set placement = "shared", or sync = "auto"'),
+        (["sync=rdma"], "sync.*'auto', 'store', 'gloo', 'nccl' or 'ipc'"),
     ],
 )
 def test_ways_of_the_weights_that_are_not_there_are_refused(ppo_overrides, changes, said):

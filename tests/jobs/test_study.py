@@ -4,8 +4,9 @@ import json
 import re
 import shutil
 
+import pyarrow as pa
 import pytest
-from pyarrow.parquet import read_table
+from pyarrow.parquet import read_table, write_table
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
@@ -15,8 +16,11 @@ from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.origins import record_origins
+from jobs.distill import DistillRecipe
 from jobs.evaluate import EvaluateRecipe
 from jobs.finetune import FinetuneRecipe, origins_of
+from jobs.generate import GenerateRecipe
+from jobs.parts.costs import Rates, cost_lines
 from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
 from jobs.study import chosen, most_demanded, reused, run_study
 
@@ -370,11 +374,27 @@ def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(pa
         assert table.num_rows == 8
         assert {f"{judge}.{a}" for judge in ("optimisation", "held_out") for a in ATTRIBUTES} < {*table.column_names}
     assert 0 < min(clm["optimisation.helpful"].to_pylist()) < max(clm["optimisation.helpful"].to_pylist()) < 1  # calibrated
-    longer = paper.model_copy(update={"common": paper.common | {"finetune": {**paper.common["finetune"], "steps": 0, "epochs": 2}}})
-    assert run_study(longer, dry_run=True) == 0  # what is there already costs nothing, and says how much there is to train on
-    said = capsys.readouterr().out
-    assert said.count("there already") == len(steps) - 2 and "\n0.0 hours to come" in said  # but for that model and its evaluation
-    (folder,) = (step.folder for step in steps if step.folder.name.startswith("distill-"))
-    kept = read_table(folder / "train.parquet").num_rows
-    assert 0 < kept < 2 * prompts - 16
-    assert re.search(rf"^steps/finetune-.* {2 * -(-kept // paper.common['finetune']['batch']['sequences'])} +0\.\d+$", said, re.MULTILINE)
+    assert run_study(paper, dry_run=True) == 0
+    assert "\n0.0 hours to come" in capsys.readouterr().out
+
+
+def test_what_it_costs_to_train_on_a_table_that_is_there_already(tmp_path):
+    prompts, table = tmp_path / "prompts.jsonl", tmp_path / "distill" / "train.parquet"
+    prompts.write_text("".join(f'{{"prompt": "Number {i}?"}}\n' for i in range(100)))
+    judged = [f"reward.{a}.model=a" for a in ATTRIBUTES]
+    drawn = ["policy=p", f"prompts={prompts}", "samples_per_prompt=3", f"out={tmp_path / 'g'}"]
+    steps = {
+        "generate": load(GenerateRecipe, None, [*drawn, *judged]),
+        "distill": load(DistillRecipe, None, [f"data={tmp_path / 'g'}", f"out={table.parent}"]),
+        "finetune": load(FinetuneRecipe, None, ["policy.model=p", f"data={table.parent}", "epochs=2", "batch={sequences=16}"]),
+    }
+    rates = Rates(drawn=1.0, trained=1.0, tokens=64.0, texts={})
+
+    def told(*finished) -> list[str]:
+        lines = cost_lines({name: (config, name in finished) for name, config in steps.items()}, rates)
+        return next(line.split() for line in lines if line.startswith("finetune"))
+
+    assert told() == ["finetune", "0", "0", "38", "0.17"]  # two epochs of 300 answers at most
+    table.parent.mkdir()
+    write_table(pa.table({"response": ["x"] * 40}), table)
+    assert told("generate", "distill") == ["finetune", "0", "0", "6", "0.02"]
