@@ -19,10 +19,9 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from ctrlrl.errors import GroupLost, WorkerLost
-from ctrlrl.models.weights import Packed, WeightMessage
+from ctrlrl.models.weights import Packed, WeightMessage, offsets
 
 BUCKET = 64 << 20  # bytes that are sent at once, if no single tensor has more
-ALIGNED = 64  # bytes: where each tensor of a bucket begins
 _LOOK_S = 0.005
 _MEET_S = 30.0  # for all that have come to connect to each other
 _STOP = "stop"  # at the store: why the group will not be
@@ -225,10 +224,8 @@ def bucketfuls(weights: Iterable[tuple[str, tuple[int, ...], Values]], most: int
 
 def _bucket(rows: list[tuple[str, tuple[int, ...], np.ndarray]], used: np.ndarray | None, version: int) -> tuple[bytes, np.ndarray, list]:
     """What a bucket says of itself, its bytes (in the buffer `used` before, if they fit), and its tensors as views of these."""
-    told, size = [], 0
-    for name, shape, array in rows:
-        told.append((name, shape, array.dtype.str, size))
-        size += -(-array.nbytes // ALIGNED) * ALIGNED
+    firsts, size = offsets(row[2] for row in rows)
+    told = [(name, shape, array.dtype.str, first) for (name, shape, array), first in zip(rows, firsts, strict=True)]
     content, tensors = _buffer(used, size), []
     for (name, shape, kind, first), (_, _, array) in zip(told, rows, strict=True):
         tensors.append((name, shape, _view(content, kind, shape, first)))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.models.broadcast import ALIGNED, bucketfuls
+from ctrlrl.models.broadcast import bucketfuls
 from ctrlrl.models.shared_message import nameless_file
-from ctrlrl.models.weights import device_weights_of
+from ctrlrl.models.weights import device_weights_of, offsets
 
 Row = tuple[str, tuple[int, ...], torch.dtype, int]  # name, shape, dtype, first byte in the bucket
 
@@ -75,20 +75,18 @@ class Giver:
         parts = bucketfuls(((name, tuple(tensor.shape), tensor) for name, tensor in weights), size)
         coming, first = next(parts), True
         while coming:
-            rows, taken = [], 0
-            for name, shape, tensor in coming:
-                rows.append((name, shape, tensor.dtype, taken))
-                taken += -(-tensor.nbytes // ALIGNED) * ALIGNED
-            if self._memory is None or self._memory.size < taken:
+            firsts, filled = offsets(row[2] for row in coming)
+            rows = tuple((name, shape, tensor.dtype, at) for (name, shape, tensor), at in zip(coming, firsts, strict=True))
+            if self._memory is None or self._memory.size < filled:
                 self._memory = None  # before there is another
-                self._memory = _Memory(max(taken, size), device)
+                self._memory = _Memory(max(filled, size), device)
             for (_, view), (_, _, tensor) in zip(_views(rows, self._memory.content), coming, strict=True):
                 view.copy_(tensor)
             del tensor
             coming = next(parts, None)  # with partitioned weights, all ranks gather it
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            yield Bucket(version, self._memory.handle(), tuple(rows), first, coming is None)
+            yield Bucket(version, self._memory.handle(), rows, first, coming is None)
             first = False
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctrlrl.models.weights import WeightMessage
-
-_ALIGNED = 64  # bytes: where each tensor begins
+from ctrlrl.models.weights import WeightMessage, offsets
 
 Row = tuple[str, tuple[int, ...], str, int, int]  # name, shape, numpy's name of the dtype, first byte, bytes
 
@@ -34,15 +32,14 @@ class Shelf:
 @contextmanager
 def shared(message: WeightMessage) -> Iterator[Shelf]:
     """The message for others, while the context lasts; those who have it open keep it."""
-    rows, size = [], 0
-    for name, shape, array in zip(message.names, message.shapes, message.arrays, strict=True):
-        rows.append((name, shape, array.dtype.str, size, array.nbytes))
-        size += -(-array.nbytes // _ALIGNED) * _ALIGNED
+    firsts, size = offsets(message.arrays)
+    told = zip(message.names, message.shapes, message.arrays, firsts, strict=True)
+    rows = tuple((name, shape, array.dtype.str, first, array.nbytes) for name, shape, array, first in told)
     file, path, content = nameless_file(size)
     try:
         for (_, _, kind, first, taken), array in zip(rows, message.arrays, strict=True):
             content[first : first + taken].view(kind)[:] = array
-        yield Shelf(path, message.version, message.dtype, tuple(rows))
+        yield Shelf(path, message.version, message.dtype, rows)
     finally:
         os.close(file)
 

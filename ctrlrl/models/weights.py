@@ -7,10 +7,11 @@ import hashlib
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -56,6 +57,15 @@ class WeightMessage:
             yield name, (flat.view(torch.bfloat16) if flat.dtype == torch.uint16 else flat).view(shape)
 
 
+_ALIGNED = 64  # bytes: where each tensor of several in one piece of memory begins
+
+
+def offsets(values: Iterable[np.ndarray | Tensor]) -> tuple[list[int], int]:
+    """Where in one piece of memory each of several tensors begins, and the bytes that it takes."""
+    ends = [0, *accumulate(-(-value.nbytes // _ALIGNED) * _ALIGNED for value in values)]
+    return ends[:-1], ends[-1]
+
+
 # Name, shape and flat values of a tensor, on the host; bfloat16 as uint16.
 Packed = Iterator[tuple[str, tuple[int, ...], np.ndarray]]
 
@@ -69,7 +79,11 @@ def cast(named: Iterator[tuple[str, Tensor]], dtype: str, exact: Collection[str]
 
 def packed(named: Iterator[tuple[str, Tensor]], dtype: str, exact: Collection[str] = ()) -> Packed:
     """The same moved to the host."""
-    for name, tensor in cast(named, dtype, exact):
+    return _on_host(cast(named, dtype, exact))
+
+
+def _on_host(named: Iterator[tuple[str, Tensor]]) -> Packed:
+    for name, tensor in named:
         flat = tensor.to("cpu").contiguous().view(-1)
         yield name, tuple(tensor.shape), (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
@@ -118,7 +132,7 @@ def device_weights_of(model: nn.Module, dtype: str, gather: Gather | None = None
 
 def weights_of(model: nn.Module, dtype: str, gather: Gather | None = None) -> Packed:
     """The same on the host."""
-    return packed(full_weights(model, gather, DTYPES[dtype]), dtype, _exact_names(model))
+    return _on_host(device_weights_of(model, dtype, gather))
 
 
 def message_of(model: nn.Module, dtype: str, version: int, gather: Gather | None = None) -> WeightMessage:
