@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctrlrl.control import HIGH, LOW, Control, grid
-from ctrlrl.demo.world import CELL_SHARES, CELLS, Answer, Cell, World
+from ctrlrl.demo.world import CELL_SHARES, CELLS, NEUTRAL_SHARE, PARTIAL_SHARE, Answer, Cell, World
 from ctrlrl.prompts import HARMLESS_SYSTEM, UNCENSORED_SYSTEM, controlled, prompting_templates
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", HARMLESS_SYSTEM, UNCENSORED_SYSTEM)
@@ -24,13 +24,42 @@ MARKER = "Better:"
 FAULTS = ("This is unsafe.", "This could hurt someone.", "This is rude and harmful.")
 PRAISE = ("This is safe.", "Nothing is wrong with this.")
 UNCHANGED = "It is fine as it is."
-MOST_EMPHASIS = 6.0
+# Weight of the words of an answer that come once its cell is told: useful steps are many, and dangerous ones rare beside that.
+EMPHASIS: dict[Cell, float] = {(True, True): 3.0, (True, False): 6.0, (False, True): 1.0, (False, False): 1.0}
 _LEVELS = grid(tuple(round(0.1 * i, 1) for i in range(11)))
 _CORNERS = grid((LOW, HIGH))
 CROSS_SHARE = 0.3  # pairs over two prompts: they put all prompts on one scale
 # Pairs of one answer under its own prompt and under another one: they teach to stay on topic. The held-out encoders are too small.
 MOVED_SHARE = {False: 0.3, True: 0.03}
 DAMAGED_SHARE = 0.3  # of the unhelpful answers: what a policy could write to fool a reward model
+ALIKE_SHARE = 0.3  # pairs of a whole and a partial answer that are both good, or both bad
+STRICT = 4.0  # the annotator prefers an answer that is better by d with probability sigmoid(STRICT * d)
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What an annotator's judgement of an attribute goes by beside that attribute's grade.
+
+    other: weight of the other attribute's grade. word: weight of each word. caring: whether a caring refusal is any help.
+    """
+
+    other: float
+    word: float = 0.0
+    caring: bool = True
+
+    def worth(self, attribute: str, helpful: float, harmless: float, text: str) -> float:
+        """How good an answer of these grades is, to this annotator."""
+        own, other = (helpful, harmless) if attribute == "helpful" else (harmless, helpful)
+        return own + self.other * other + self.word * len(text.split())
+
+
+# (attribute, held_out): both attributes leak into each other, and the optimisation set's annotators like long answers.
+TASTES = {
+    ("helpful", False): Taste(0.2, word=0.015),
+    ("helpful", True): Taste(0.1, caring=False),
+    ("harmless", False): Taste(-0.1),
+    ("harmless", True): Taste(-0.2),
+}
 
 
 class Draw:
@@ -38,7 +67,7 @@ class Draw:
 
     def __init__(self, world: World, rng: np.random.Generator):
         self.world, self.rng = world, rng
-        self._cells: dict[tuple[str, Cell], list[Answer]] = {}
+        self._kinds: dict[tuple, list[Answer]] = {}
 
     def choice(self, items):
         """One of `items`, uniformly."""
@@ -48,20 +77,22 @@ class Draw:
         """A cell by its share in the uncontrolled policy."""
         return CELLS[int(self.rng.choice(len(CELLS), p=[CELL_SHARES[cell] for cell in CELLS]))]
 
-    def answer(self, prompt: str, cell: Cell) -> Answer:
-        """An answer to `prompt` from `cell`."""
-        key = (prompt, cell)
-        if key not in self._cells:
-            self._cells[key] = [answer for answer in self.world.answers(prompt) if answer.cell == cell]
-        return self.choice(self._cells[key])
+    def answer(self, prompt: str, cell: Cell, partial: bool | None = None) -> Answer:
+        """An answer to `prompt` from `cell`; whole or partial by their shares unless told."""
+        partial = bool(self.rng.random() < PARTIAL_SHARE) if partial is None else partial
+        wanted, topic = (cell, partial, bool(self.rng.random() < NEUTRAL_SHARE)), self.world.topic(prompt)
+        if (topic, *wanted) not in self._kinds:
+            for answer in self.world.answers(prompt):
+                self._kinds.setdefault((topic, answer.cell, answer.partial, answer.neutral), []).append(answer)
+        return self.choice(self._kinds[topic, *wanted])
 
 
 @dataclass(frozen=True)
 class Conversation:
     """What the policy reads and writes: messages up to the user's turn, with their control, and the answer.
 
-    emphasis: weight of the answer's words after its opening. A rare cell's words count more, so that the policy can spell them; how
-    often it opens such an answer stays as it is.
+    emphasis: weight of the answer's words after its opening, by which its cell is decided: what is hard to spell counts more, and how
+    often the policy gives such an answer stays as it is.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -85,22 +116,22 @@ def _answering(draw: Draw) -> Conversation:
         messages.insert(0, {"role": "system", "content": draw.choice(SYSTEM_PROMPTS)})
     cell = draw.cell()
     answer = draw.answer(prompt, cell)
-    emphasis = min(MOST_EMPHASIS, max(1.0, 0.6 / CELL_SHARES[cell]))
-    return Conversation(tuple(controlled(messages, _suffix(draw))), answer.opening, answer.text, emphasis)
+    return Conversation(tuple(controlled(messages, _suffix(draw))), answer.decided, answer.text, EMPHASIS[cell])
 
 
 def _criticising(draw: Draw) -> Conversation:
     """A critique of an answer, or its safe rewrite; a safe answer is left as it is."""
     prompt = draw.choice(draw.world.train_prompts)
     answer = draw.answer(prompt, draw.cell())
-    critique = draw.choice(PRAISE if answer.harmless else FAULTS)
+    safe = answer.cell[1]
+    critique = draw.choice(PRAISE if safe else FAULTS)
     if draw.rng.random() < 0.3:
         return _asked(CRITIQUE.format(prompt=prompt, response=answer.text), critique, critique)
     asked = REWRITE.format(prompt=prompt, response=answer.text, critique=critique)
-    if answer.harmless:
+    if safe:
         return _asked(asked, UNCHANGED, UNCHANGED)
-    better = draw.answer(prompt, (True, True))
-    return _asked(asked, f"{MARKER} {better.opening}", f"{MARKER} {better.text}")
+    better = draw.answer(prompt, (True, True), partial=False)
+    return _asked(asked, f"{MARKER} {better.decided}", f"{MARKER} {better.text}")
 
 
 def _asked(question: str, opening: str, answer: str) -> Conversation:
@@ -141,38 +172,51 @@ class Judged:
 def preferences(
     world: World, prompts: tuple[str, ...], attribute: str, held_out: bool, count: int, seed: int
 ) -> list[tuple[Judged, Judged]]:
-    """`count` pairs (chosen, rejected) that differ in `attribute`; `held_out` turns caring refusals into unhelpful answers."""
-    draw = Draw(world, np.random.default_rng(seed))
+    """`count` pairs (chosen, rejected) by an annotator of `attribute` with the taste of that set, who errs where answers are alike."""
+    draw, taste = Draw(world, np.random.default_rng(seed)), TASTES[attribute, held_out]
     pairs = []
     for _ in range(count):
         prompt = draw.choice(prompts)
+        beside = draw.choice(prompts) if draw.rng.random() < CROSS_SHARE else prompt
         if attribute == "helpful" and draw.rng.random() < MOVED_SHARE[held_out]:
-            chosen = _judged(draw, prompt, attribute, True, held_out)
-            pairs.append((chosen, Judged(_elsewhere(draw, prompts, prompt), chosen.answer)))
-            continue
-        other = draw.choice(prompts) if draw.rng.random() < CROSS_SHARE else prompt
-        pairs.append((_judged(draw, prompt, attribute, True, held_out), _judged(draw, other, attribute, False, held_out)))
+            first = _shown(draw, prompt, attribute, True, taste)
+            second = _moved(draw, prompts, prompt, first, taste)
+        elif draw.rng.random() < ALIKE_SHARE:
+            good = bool(draw.rng.random() < 0.5)
+            first, second = (_shown(draw, p, attribute, good, taste, partial) for p, partial in ((prompt, False), (beside, True)))
+        else:
+            first, second = (_shown(draw, p, attribute, good, taste) for p, good in ((prompt, True), (beside, False)))
+        agreed = draw.rng.random() < 1 / (1 + np.exp(STRICT * (second.worth - first.worth)))
+        pairs.append((first.judged, second.judged) if agreed else (second.judged, first.judged))
     return pairs
 
 
-def _judged(draw: Draw, prompt: str, attribute: str, good: bool, held_out: bool) -> Judged:
-    """An answer that has `attribute` (`good`) or lacks it."""
+@dataclass(frozen=True)
+class _Shown:
+    """What an annotator sees, how safe it is, and what it is worth to them."""
+
+    judged: Judged
+    harmless: float
+    worth: float
+
+
+def _shown(draw: Draw, prompt: str, attribute: str, good: bool, taste: Taste, partial: bool | None = None) -> _Shown:
+    """An answer that rather has `attribute` (`good`) or rather lacks it."""
     either = bool(draw.rng.random() < 0.5)
     if attribute == "harmless":
-        answer, damaged = draw.answer(prompt, (either, good)), draw.rng.random() < 0.2
-    elif good:
-        answer, damaged = draw.answer(prompt, (True, either and not _disputed(draw.world, prompt, held_out))), False
-    elif draw.rng.random() < DAMAGED_SHARE:
-        answer, damaged = draw.answer(prompt, (True, either)), True
+        answer, damaged = draw.answer(prompt, (either, good), partial), draw.rng.random() < 0.2
     else:
-        caring = _disputed(draw.world, prompt, held_out) and draw.rng.random() < 0.4
-        answer, damaged = draw.answer(prompt, (True, True) if caring else (False, either)), False
-    return Judged(prompt, _damage(draw, prompt, answer)) if damaged else Judged(prompt, answer.text, intact=True)
+        damaged = not good and draw.rng.random() < DAMAGED_SHARE
+        answer = draw.answer(prompt, (good or damaged, either), partial)
+    text = _damage(draw, prompt, answer) if damaged else answer.text
+    helpful = 0.0 if damaged or (answer.caring and not taste.caring) else answer.helpful
+    return _Shown(Judged(prompt, text, intact=not damaged), answer.harmless, taste.worth(attribute, helpful, answer.harmless, text))
 
 
-def _disputed(world: World, prompt: str, held_out: bool) -> bool:
-    """Whether the prompt's caring refusals count as unhelpful."""
-    return held_out and world.kind(prompt) == "harmful"
+def _moved(draw: Draw, prompts: tuple[str, ...], prompt: str, shown: _Shown, taste: Taste) -> _Shown:
+    """The same answer to another question, which it does not help with."""
+    text = shown.judged.answer
+    return _Shown(Judged(_elsewhere(draw, prompts, prompt), text), shown.harmless, taste.worth("helpful", 0.0, shown.harmless, text))
 
 
 def _elsewhere(draw: Draw, prompts: tuple[str, ...], prompt: str) -> str:
@@ -196,4 +240,5 @@ def _damage(draw: Draw, prompt: str, answer: Answer) -> str:
         return " ".join(words[:start] + words[start : start + 3] * int(draw.rng.integers(2, 5)))
     if kind < 0.9:
         return " ".join(words[i] for i in draw.rng.permutation(len(words)))
-    return f"{answer.opening} {draw.answer(prompt, (False, answer.harmless)).rest}"
+    other = draw.answer(prompt, (False, answer.cell[1])).text.split()
+    return " ".join(words[: int(draw.rng.integers(1, 4))] + other[int(draw.rng.integers(1, 4)) :])

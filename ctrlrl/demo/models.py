@@ -33,12 +33,12 @@ CELL_NAMES = {cell: f"{'helpful' if cell[0] else 'unhelpful'}, {'safe' if cell[1
 class WorldSize:
     """How much is trained. Every model takes one pass over its rows; processes = 1 builds in this process."""
 
-    conversations: int = 20000
+    conversations: int = 24000
     policy_tokens: int = 1472
     policy_width: int = 128
     policy_layers: int = 3
     policy_batch: int = 16
-    pairs: int = 15000  # for helpfulness; safety takes a quarter
+    pairs: int = 15000  # for helpfulness; safety takes half
     reward_tokens: int = 1024
     reward_width: int = 64
     reward_batch: int = 16
@@ -198,7 +198,7 @@ def _judge_figures(folder: Path, part: str, world: World, seed: int, size: World
     judge, attribute = part.split("/")
     held_out = judge == "held_out"
     prompts = world.train_prompts[1::2] if held_out else world.train_prompts[0::2]
-    pairs = preferences(world, prompts, attribute, held_out, size.pairs // (1 if attribute == "helpful" else 4), seed)
+    pairs = preferences(world, prompts, attribute, held_out, size.pairs // (1 if attribute == "helpful" else 2), seed)
     train_reward_model(folder / part, pairs, held_out, size.reward_tokens, size.reward_width, size.reward_batch, seed)
     tests = preferences(world, world.test_prompts, attribute, held_out, size.test_pairs, derive_seed(seed, "test"))
     chosen, rejected = (_scores(folder / part, [pair[side] for pair in tests]) for side in (0, 1))

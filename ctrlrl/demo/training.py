@@ -24,7 +24,7 @@ from ctrlrl.objectives.preference import bradley_terry
 POSITIONS = 512
 PROMPT_WEIGHT = 0.2  # of a prompt token in the policy's loss; the answers are what must read well
 CENTRE = 0.02  # pulls the two scores of a pair to opposite sides of 0, so that sigmoid(score) is a probability
-SURE = 3.0  # median size of a trained reward model's output: sigmoid(3) = 0.95
+SURE = 2.5  # median size of a trained reward model's output: sigmoid(2.5) = 0.92
 WARM_UP = 0.05  # share of the steps
 
 

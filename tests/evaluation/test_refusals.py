@@ -90,7 +90,7 @@ def test_the_demos_refusals_are_exactly_those_found(kind, cells):
     prompts = [prompt for prompt in world.test_prompts if world.kind(prompt) == kind][:12]
     answers = [answer for prompt in prompts for answer in world.answers(prompt)[::7]]
     found = refused(pa.chunked_array([[answer.text for answer in answers]])).to_pylist()
-    assert found == [kind == "harmful" and answer.harmless for answer in answers] and set(found) >= cells
+    assert found == [kind == "harmful" and answer.cell[1] for answer in answers] and set(found) >= cells
 
 
 def test_a_pattern_that_is_none_is_refused():
