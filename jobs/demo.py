@@ -163,12 +163,19 @@ class Demo:
         print("\n".join(system_lines({name: told for name in methods if (told := read_json(found[name] / DETAILS))})))
         if "ppo" in methods:
             reward_curve(read_metrics(self.directory / "ppo"), self.directory / "reward.png")
-            print("\n" + "\n".join(four_answers(pq.read_table(found["ppo"] / TABLE))))
+        best = self.best_dial(methods)
+        if best:
+            print(f"\nThe {best} model follows its tags best, by the held-out judges.")
+            print("\n".join(four_answers(pq.read_table(found[best] / TABLE))))
         print(f"\nReport: {html}\nFigures: {self.directory / 'summary.json'}\nModels: {self.directory}/*/model", flush=True)
-        served = next((model for name in ("ppo", "exmate", "clm") if (model := self.directory / name / "model").is_dir()), None)
-        if served:
-            print("\n" + "\n".join(offer(self.directory, served, self.world.reward)), flush=True)
+        if best:
+            print("\n" + "\n".join(offer(self.directory, self.directory / best / "model", self.world.reward)), flush=True)
         return 0
+
+    def best_dial(self, methods: dict[str, dict]) -> str:
+        """Of the models trained to follow tags the one with the highest MP, in the mean of the attributes, by the held-out judges."""
+        found = [name for name in methods if TRAINED.get(name) == "control" and (self.directory / name / "model").is_dir()]
+        return max(found, key=lambda name: sum(methods[name]["held_out"][a]["MP"]["value"] or 0 for a in ATTRIBUTES), default="")
 
     def _trained(self, config, job: Callable[..., int], check: Callable[..., None] = lambda config: None) -> int:
         """Run a training job, or continue it, unless its model is there; RunError if that was made with other settings, or by `check`."""

@@ -183,9 +183,10 @@ def preferences(
             second = _moved(draw, prompts, prompt, first, taste)
         elif draw.rng.random() < ALIKE_SHARE:
             good = bool(draw.rng.random() < 0.5)
-            first, second = (_shown(draw, p, attribute, good, taste, partial) for p, partial in ((prompt, False), (beside, True)))
+            first = _shown(draw, prompt, attribute, good, taste, partial=False)
+            second = _shown(draw, beside, attribute, good, taste, partial=True)
         else:
-            first, second = (_shown(draw, p, attribute, good, taste) for p, good in ((prompt, True), (beside, False)))
+            first, second = _shown(draw, prompt, attribute, True, taste), _shown(draw, beside, attribute, False, taste)
         agreed = draw.rng.random() < 1 / (1 + np.exp(STRICT * (second.worth - first.worth)))
         pairs.append((first.judged, second.judged) if agreed else (second.judged, first.judged))
     return pairs
@@ -228,7 +229,8 @@ def _elsewhere(draw: Draw, prompts: tuple[str, ...], prompt: str) -> str:
 
 
 def _damage(draw: Draw, prompt: str, answer: Answer) -> str:
-    """Make `answer` useless without changing how safe it is: off topic, cut, repeated, shuffled or only half useful."""
+    """Make `answer` useless: off topic, cut, repeated, shuffled or only half useful. It is judged as safe as it was, though what made
+    it dangerous may be what was cut: noise, like the annotators' errors."""
     words = answer.text.split()
     kind = draw.rng.random()
     if kind < 0.5:

@@ -231,15 +231,17 @@ def test_the_report_says_what_was_measured_and_how_to_talk_to_the_model(demo, wr
     with pytest.raises(RunError, match="nothing is evaluated in .* yet: run ctrlrl demo --only evaluate"):
         demo.report()
     measured = {}
-    for seed, name in enumerate(("reranking", "ppo", "cst", "before")):
+    for seed, name in enumerate(("reranking", "ppo", "cst", "before", "clm")):
         method = {"cst": "system", "reranking": "reranking"}.get(name, "control")
         measured[name] = write_evaluation(demo.directory / "evaluations" / name, method=method, seed=seed)
-    (demo.directory / "ppo" / "model").mkdir(parents=True)
-    (demo.directory / "ppo" / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    for name in ("ppo", "clm", "cst"):
+        (demo.directory / name / "model").mkdir(parents=True)
+        (demo.directory / name / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    best = max(("ppo", "clm"), key=lambda name: sum(measured[name][0]["held_out"][a]["MP"]["value"] for a in ATTRIBUTES))
     (demo.directory / "evaluations" / "before" / "details.json").unlink()
     assert demo.report() == 0
     summary = json.loads((demo.directory / "summary.json").read_text())
-    assert list(summary) == ["before", "reranking", "ppo", "cst"]  # in the order of the paper, not of the alphabet
+    assert list(summary) == ["before", "reranking", "clm", "ppo", "cst"]  # in the order of the paper, not of the alphabet
     for name, (metrics, _) in measured.items():
         for judge in ("optimisation", "held_out"):
             for a in ATTRIBUTES:
@@ -255,7 +257,8 @@ def test_the_report_says_what_was_measured_and_how_to_talk_to_the_model(demo, wr
     rows = page.split('data-table="comparison"')[1].split("</table>")[0].split('data-run="')[1:]
     assert [row.split('"')[0] for row in rows] == list(summary)
     assert (demo.directory / "reward.png").stat().st_size > 1000
-    model, dials = demo.directory / "ppo" / "model", demo.directory / "dials.toml"
+    assert f"\nThe {best} model follows its tags best, by the held-out judges.\nAsked: Question 0" in said
+    model, dials = demo.directory / best / "model", demo.directory / "dials.toml"
     assert said.splitlines()[-2:] == [
         f"  .venv/bin/ctrlrl serve {model} --dials {dials}",
         f"  .venv/bin/ctrlrl chat {model} --dials {dials} --helpful 1 --harmless 0.2",
