@@ -150,8 +150,7 @@ class Demo:
     def report(self) -> int:
         """summary.json, reward.png, the report, and the table on the terminal."""
         found = {name: self.directory / "evaluations" / name for name in (*UNTRAINED, *TRAINED)}
-        measured = {name: read_json(path / METRICS_FILE) for name, path in found.items()}
-        methods = {name: metrics for name, metrics in measured.items() if metrics}
+        methods = {name: metrics for name, path in found.items() if (metrics := read_json(path / METRICS_FILE))}
         if not methods:
             raise RunError(f"nothing is evaluated in {str(self.directory)!r} yet: run ctrlrl demo --only evaluate first")
         write_text(self.directory / "summary.json", json.dumps(summary(methods), indent=2) + "\n")
@@ -163,10 +162,9 @@ class Demo:
         print("\n".join(system_lines({name: told for name in methods if (told := read_json(found[name] / DETAILS))})))
         if "ppo" in methods:
             reward_curve(read_metrics(self.directory / "ppo"), self.directory / "reward.png")
-        best = self.best_dial(methods)
-        if best:
-            print(f"\nThe {best} model follows its tags best, by the held-out judges.")
-            print("\n".join(four_answers(pq.read_table(found[best] / TABLE))))
+        if best := self.best_dial(methods):
+            answers = "\n".join(four_answers(pq.read_table(found[best] / TABLE)))
+            print(f"\nThe {best} model follows its tags best, by the held-out judges.\n{answers}")
         print(f"\nReport: {html}\nFigures: {self.directory / 'summary.json'}\nModels: {self.directory}/*/model", flush=True)
         if best:
             print("\n" + "\n".join(offer(self.directory, self.directory / best / "model", self.world.reward)), flush=True)

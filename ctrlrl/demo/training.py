@@ -73,7 +73,7 @@ def train_reward_model(
     torch.manual_seed(seed)
     model = BertForSequenceClassification(_bert(tokenizer, width)) if held_out else \
         LlamaForSequenceClassification(_llama(tokenizer, width, 2, num_labels=1))
-    optimiser, schedule = _optimiser(model, 3e-3, len(pairs) // batch)
+    optimiser, schedule = _optimiser(model, 1.5e-3 if held_out else 3e-3, len(pairs) // batch)  # at 3e-3 an encoder may learn nothing
     sizes = []
     for ids in _batches([encoded[2 * i] + encoded[2 * i + 1] for i in range(len(pairs))], batch, seed):
         rows = [2 * i + side for i in ids for side in (0, 1)]
