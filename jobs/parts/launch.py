@@ -1,5 +1,6 @@
 """Starting a job from the command line: its options, its exit codes, and stopping it without losing work."""
 
+import atexit
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ Sizes = Annotated[
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _GRACE_S = 3.0  # for an interrupted job to end its workers and close its files
+_interrupted = threading.Event()  # once this process is to stop at once
 
 
 def run_job(
@@ -81,11 +83,19 @@ class mistakes_told:  # noqa: N801 (reads as a statement: `with mistakes_told():
             raise SystemExit(EXIT_MISTAKE) from None
         if isinstance(error, KeyboardInterrupt):
             print("ctrlrl: stopped at once; the same command (of a training: with --resume) goes on from what is there", file=sys.stderr)
+            if _interrupted.is_set():
+                # Here rather than by sys.exit: while an interpreter takes its modules apart, for seconds, no timer runs that could end it.
+                try:
+                    sys.stdout.flush()
+                    atexit._run_exitfuncs()
+                finally:
+                    os._exit(EXIT_INTERRUPTED)
             raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def _stop_at_once(_number, _frame):
     """Interrupt what the main thread does; should its end, or that of another thread, not come soon, end the process."""
+    _interrupted.set()
     end = threading.Timer(_GRACE_S, os._exit, [EXIT_INTERRUPTED])
     end.daemon = True
     end.start()

@@ -13,14 +13,19 @@ from ctrlrl.cli import app
 from ctrlrl.errors import GroupLost
 from jobs.parts.launch import StopRequest, background, mistakes_told
 
-# A job that waits in one of its threads, or in what it does at its end.
+# A job that waits in one of its threads, in what it does at its end, or while the interpreter takes its modules apart.
 JOB = """
-import sys, time
+import atexit, sys, time
 from jobs.parts.launch import StopRequest, background, mistakes_told
+class Slow:
+    def __del__(self):
+        time.sleep(60)
+slow = Slow() if sys.argv[1] == "leaving" else None
+atexit.register(print, "closed", flush=True)
 with mistakes_told():
     try:
         with background(1) as beside:
-            beside.submit(time.sleep, 60)
+            beside.submit(time.sleep, 0 if slow else 60)
             if sys.argv[1] == "starting":
                 print("ready", flush=True)
                 time.sleep(60)
@@ -41,15 +46,16 @@ def test_an_interrupted_job_ends_whatever_it_waits_for():
             [sys.executable, "-c", JOB, where], stdout=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        for where in ("starting", "running", "ending")
+        for where in ("starting", "running", "ending", "leaving")
     }  # fmt: skip
     try:
         for where, job in jobs.items():
             for word in ("ready",) if where == "starting" else ("ready", "asked"):
                 assert job.stdout.readline() == f"{word}\n"
                 job.send_signal(signal.SIGINT)
-        for job in jobs.values():
+        for where, job in jobs.items():
             assert job.wait(8) == 130
+            assert job.stdout.read() == ("" if where == "ending" else "closed\n")  # what it has to close, if there is time
     finally:
         for job in jobs.values():
             job.kill()
