@@ -5,6 +5,7 @@
 PLM and CLM maximise the likelihood of the answer under its control, ExMATE also lowers it under a fake one.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,9 @@ from ctrlrl.runs import absolute_out
 from jobs.parts.interim import InterimCrew, InterimCrewConfig
 from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, run_job
 from jobs.parts.offline import OfflineRecipe, Task, epochs_of, open_run, scheduled, train_offline
+
+_UNREAD = 0.01  # nats a token of `gap`: less, and the controls are not read
+_WEAK = 0.3  # of λ e^ℓ
 
 
 class FinetuneRecipe(OfflineRecipe):
@@ -87,7 +91,7 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                     config.objective,
                     train,
                     objective(config),
-                    partial(validate, policy, examples, held_out),
+                    partial(validate, policy, examples, held_out, config.fake_weight if config.objective == "exmate" else 0.0),
                     partial(policy.export_controllable, tokenizer, attributes=attributes),
                     partial(interim.metrics, policy=policy),
                 )
@@ -141,11 +145,29 @@ def read_examples(
     return examples, fits[kept], fits[held]
 
 
-def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray) -> dict[str, float]:
-    """Figures on held-out rows; none without rows."""
+def validate(policy: Policy, examples: ControlledExamples, rows: np.ndarray, fake_weight: float) -> dict[str, float]:
+    """Figures on held-out rows, and a word on ExMATE's λ where it is in the way; none without rows. fake_weight: 0 of other objectives."""
     if not len(rows):
         return {}
-    return contrast_figures(policy.logprobs(examples.contrasted(rows)), [examples.controls[i] for i in rows])
+    figures = contrast_figures(policy.logprobs(examples.contrasted(rows)), [examples.controls[i] for i in rows])
+    if line := weak_push(figures, fake_weight):
+        print(line, flush=True)
+    return figures
+
+
+def weak_push(figures: dict[str, float], fake_weight: float) -> str:
+    """A message if held-out answers are as likely under fake controls as under their own, and what pushes them apart is weak; else "".
+
+    While controls are not read, ℓ is the same under both, and the two terms of ExMATE pull and push at the same thing, as 1 to λ e^ℓ. Only
+    where these are about equal is their difference, the control, what a step learns most of.
+    """
+    push = fake_weight * math.exp(figures["untreated_l"])
+    if not 0 < push < _WEAK or figures["gap"] > _UNREAD:
+        return ""
+    return (
+        f"the controls are not read yet (gap {figures['gap']:.4f}), and ExMATE pushes away from fake ones {push:.2f} times as hard as it "
+        f"pulls to the true ones (λ e^ℓ, ℓ = {figures['untreated_l']:.2f}): should it stay so, set fake_weight = {fake_weight / push:.3g}"
+    )
 
 
 def main(

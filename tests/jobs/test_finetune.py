@@ -1,6 +1,7 @@
 """Fine-tuning on Ray from a distilled table to a controllable model, its resumption to the bit, and wrong input."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from ctrlrl.config import load
 from ctrlrl.control import CORNERS
 from ctrlrl.models.loading import load_tokenizer
 from ctrlrl.runs import read_metrics
-from jobs.finetune import FinetuneRecipe, finetune, read_examples
+from jobs.finetune import FinetuneRecipe, finetune, read_examples, weak_push
 from jobs.parts.interim import InterimCrewConfig
 
 STEPS = 6  # three epochs of 60 rows or less in batches of about 32
@@ -67,6 +68,16 @@ def test_every_n_steps_the_run_evaluates_its_weights_as_ctrlrl_evaluate_does(fin
     found = evaluated_model(looks, looks.rollout, looks.judges, config.seed, out / "model", tmp_path)
     assert {name: rows[5][name] for name in found} == pytest.approx(found, abs=1e-5)
     assert {name: rows[2][name] for name in found} != pytest.approx(found, abs=1e-5)  # three steps earlier it was another policy
+
+
+def test_a_push_that_is_too_weak_for_long_answers_is_named_with_the_weight_that_is_not():
+    unread = {"untreated_l": -2.5, "gap": 0.002}
+    line = weak_push(unread, 1.0)
+    assert "0.08 times as hard" in line and "gap 0.0020" in line and line.endswith("fake_weight = 12.2")
+    assert float(line.rpartition(" ")[2]) * math.exp(-2.5) == pytest.approx(1, abs=0.05)
+    assert weak_push(unread, 2.0).endswith("fake_weight = 12.2")
+    # Strong enough; controls that are read, under which fakes become unlikely and the push fades as it is to; no push at all.
+    assert not weak_push(unread, 10.0) and not weak_push({"untreated_l": -6.0, "gap": 3.0}, 1.0) and not weak_push(unread, 0.0)
 
 
 def test_held_out_prompts_are_not_trained_on(finished):
