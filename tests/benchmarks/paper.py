@@ -7,7 +7,8 @@
 Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of
 prompts have `prompt` and `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`.
 Without --other-harmless half of the harmless pairs, by prompt, train the held-out model. With --contrasts (rows of configurable safety
-tuning: `system` as well) both halves are pairs of a safe and an unsafe answer instead. Which rows go where is a hash of their text.
+tuning: `system` as well) both halves are pairs of a safe and an unsafe answer instead, and system_pairs.jsonl has those of the other half
+under both system prompts, for `ctrlrl dpo`. Which rows go where is a hash of their text.
 """
 
 import argparse
@@ -74,6 +75,13 @@ def contrasts(path: Path, but: set[str], characters: int) -> list[dict]:
     return sorted(long, key=lambda pair: hashlib.sha256(pair["prompt"].encode()).hexdigest())
 
 
+def opposites(path: Path, questions: set[str], characters: int) -> list[dict]:
+    """The rows of configurable safety tuning that ask these questions, under either system prompt, with answers as short as contrasts."""
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    cut = [row | {name: row[name].strip()[:characters] for name in ("chosen", "rejected")} for row in found]
+    return [row for row in cut if row["task"] == "harmless" and row["prompt"] in questions]
+
+
 def shorter(found: list[dict], longest: int, pairs: int) -> list[dict]:
     """The first pairs that are short: they are to train judges of short answers, and a long one costs as much as five."""
     return [row for row in found if len(asked(row)) + max(len(row["chosen"]), len(row["rejected"])) <= longest][:pairs]
@@ -122,6 +130,8 @@ def main() -> None:
     if given.contrasts:
         found = contrasts(given.contrasts, {row["prompt"] for row in (*train, *test)}, given.characters)
         own, others = found[::2], found[1::2]
+        answers = opposites(given.contrasts, {row["prompt"] for row in others}, given.characters)
+        write(given.out / "system_pairs.jsonl", answers, ("system", "prompt", "chosen", "rejected"))
     write(given.out / "helpful.jsonl", short(rows(given.helpful)), pair)
     write(given.out / "harmless.jsonl", own, pair)
     write(given.out / "held_out_helpful.jsonl", short(rows(given.other_helpful)), pair)
