@@ -16,9 +16,11 @@ from actors.placement import ClusterConfig, reserve
 from actors.policy import Policy
 from actors.recovery import ready
 from actors.reward_trainer import RewardTrainer
+from ctrlrl.attributes import Attributes
 from ctrlrl.config import Section
 from ctrlrl.data.batches import Loss, TokenBatch
 from ctrlrl.data.distill import TABLE
+from ctrlrl.data.selection import extremes
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.evaluation.grid import controls_of
 from ctrlrl.models.loading import load_tokenizer
@@ -101,6 +103,7 @@ def cost_lines(steps: Mapping[str, tuple[Section, bool]], rates: Rates) -> list[
         f"{'step':36}{'answers':>10}{'tokens':>12}{'steps':>8}{'hours':>8}",
     ]
     made: dict[str, int] = {}  # what later steps can learn from, by the folder that it lies in
+    drawn = {config.out: config for config, _ in steps.values() if isinstance(config, GenerateRecipe)}
     total = 0.0
     for folder, (config, finished) in steps.items():
         pairs = len(usable_pairs(config)[0]) if isinstance(config, RewardModelRecipe) else 0
@@ -108,12 +111,15 @@ def cost_lines(steps: Mapping[str, tuple[Section, bool]], rates: Rates) -> list[
         generated = made.get(getattr(config, source), 0) if source else 0
         work = work_of(config, pairs, generated)
         turns = 3 if isinstance(config, CritiqueRecipe) else 1
-        made[config.out] = _kept(config, finished, generated) if isinstance(config, DistillRecipe) else work.drawn // turns
+        made[config.out] = (
+            _kept(config, finished, generated, drawn.get(config.data)) if isinstance(config, DistillRecipe) else work.drawn // turns
+        )
         hours = hours_of(work, rates, config.reward_model.model if pairs else "")
         total += 0 if finished else hours
         figures = f"{work.drawn:>10,}{work.drawn * rates.tokens:>12,.0f}{work.steps:>8,}{hours:>8.2f}"
         lines.append(f"{folder:36}{figures}{'  there already' if finished else ''}")
-    return [*lines, f"{total:.1f} hours to come, at most: a distillation keeps fewer answers; judging and starting workers are not counted"]
+    kept = "MOEC is reckoned to keep of calibrated scores what it does of independent ones, other tables as large as they can be"
+    return [*lines, f"{total:.1f} hours to come: {kept}; judging and starting workers are not counted"]
 
 
 def measured_rates(configs: Sequence[Section], cluster: ClusterConfig) -> Rates:
@@ -183,9 +189,20 @@ def _prompts(config: GenerateRecipe | CritiqueRecipe | EvaluateRecipe) -> int:
     return len(list(read_prompts(config.prompts, limit=config.max_prompts, skip_bad_rows=True)))
 
 
-def _kept(config: DistillRecipe, finished: bool, generated: int) -> int:
-    """Rows of a distillation's table, or as many as there can be where it is not made yet."""
-    return pq.read_metadata(Path(config.out) / TABLE).num_rows if finished else generated
+def _kept(config: DistillRecipe, finished: bool, generated: int, source: GenerateRecipe | None = None) -> int:
+    """Rows of a distillation's table; where it is not made yet, as many as there can be, or, of MOEC on calibrated scores, which are
+    spread evenly, as many as are extreme in all attributes if these are independent."""
+    if finished:
+        return pq.read_metadata(Path(config.out) / TABLE).num_rows
+    if config.method != "moec" or source is None or not generated:
+        return generated
+    answers = source.samples_per_prompt * source.units  # to a prompt
+    corners = 2 ** len(source.attributes)
+    extreme = 1.0
+    if config.calibrate:
+        places = np.linspace(0, 1, answers if config.calibrate == "prompt" else generated)[:, None]
+        extreme = np.prod([extremes(places, Attributes((attribute,))).mean() for attribute in source.attributes])
+    return round(min(generated * extreme, generated / answers * corners * config.per_cell))
 
 
 def _steps(config: FinetuneRecipe | DPORecipe | RewardModelRecipe, rows: int) -> int:

@@ -363,7 +363,7 @@ def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(pa
     prompts = len(open(paper.inputs["prompts"]).readlines())
     assert rows["generate"][0] == str(2 * prompts) and rows["evaluate"][0] == "8"  # two prompts under four controls
     assert rows["ppo"][0] == "16" and rows["ppo"][2] == "2"  # 4 prompts and controls, 4 answers each; two minibatches
-    assert rows["reward_model"][2] == "2" and rows["finetune"][2] == "2" and "hours to come, at most" in said
+    assert rows["reward_model"][2] == "2" and rows["finetune"][2] == "2" and "hours to come: MOEC is reckoned" in said
     assert not (RECIPES / paper.out).exists() and not any(step.finished for chain in plan(paper).values() for step in chain)
 
     assert run_study(paper) == 0
@@ -395,6 +395,16 @@ def test_what_it_costs_to_train_on_a_table_that_is_there_already(tmp_path):
         return next(line.split() for line in lines if line.startswith("finetune"))
 
     assert told() == ["finetune", "0", "0", "38", "0.17"]  # two epochs of 300 answers at most
+    steps["generate"] = load(GenerateRecipe, None, [*drawn, *judged, "samples_per_prompt=24"])
+    for more, rows in (
+        ([], 400),  # one of each corner a prompt
+        (["method=oversampling"], 2400),
+        (["calibrate=prompt", "per_cell=4"], 417),  # of 24 places the five lowest and the five highest: 2,400 (10 / 24)²
+        (["calibrate=prompt"], 400),
+        (["calibrate=quantile", "per_cell=4"], 384),  # 2,400 0.4²
+    ):
+        steps["distill"] = load(DistillRecipe, None, [f"data={tmp_path / 'g'}", f"out={table.parent}", *more])
+        assert told()[3] == str(2 * -(-rows // 16)), more
     table.parent.mkdir()
     write_table(pa.table({"response": ["x"] * 40}), table)
     assert told("generate", "distill") == ["finetune", "0", "0", "6", "0.02"]
