@@ -189,7 +189,7 @@ def _prompts(config: GenerateRecipe | CritiqueRecipe | EvaluateRecipe) -> int:
     return len(list(read_prompts(config.prompts, limit=config.max_prompts, skip_bad_rows=True)))
 
 
-def _kept(config: DistillRecipe, finished: bool, generated: int, source: GenerateRecipe | None = None) -> int:
+def _kept(config: DistillRecipe, finished: bool, generated: int, source: GenerateRecipe | None) -> int:
     """Rows of a distillation's table; where it is not made yet, as many as there can be, or, of MOEC on calibrated scores, which are
     spread evenly, as many as are extreme in all attributes if these are independent."""
     if finished:
