@@ -7,7 +7,7 @@
 Writes policy/, backbone/ (its first layers), train.jsonl, test.jsonl and the four files of pairs, and prints the study's command. Rows of
 prompts have `prompt` and `kind` (of every kind equally many are taken); rows of pairs `prompt` or `messages`, `chosen`, `rejected`.
 Without --other-harmless half of the harmless pairs, by prompt, train the held-out model. With --contrasts (rows of configurable safety
-tuning: `system` as well) both halves are pairs of a safe and an unsafe answer instead, and system_pairs.jsonl has those of the other half
+tuning: `system` as well) both halves are pairs of a safe and an unsafe answer instead, and system_pairs.jsonl has the held-out half
 under both system prompts, for `ctrlrl dpo`. Which rows go where is a hash of their text.
 """
 
@@ -47,11 +47,15 @@ def shorten(policy: Path, layers: int, out: Path) -> None:
     model.save_pretrained(out)
 
 
+def read(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def rows(path: Path) -> list[dict]:
     """The rows of a JSON Lines file, in the order of a hash of what they ask, each question once."""
     found = {}
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
+    for row in read(path):
         found.setdefault(asked(row), row)
     return [found[text] for text in sorted(found, key=lambda text: hashlib.sha256(text.encode()).hexdigest())]
 
@@ -65,8 +69,7 @@ def contrasts(path: Path, but: set[str], characters: int) -> list[dict]:
     """Pairs of the answers under opposite system prompts to the same question, the one under the prompt that says `harmless` being chosen;
     of both the first characters, of which each has enough, so that neither its length nor its end tells a safe answer."""
     found = {}
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
+    for row in read(path):
         if row["task"] == "harmless" and row["prompt"] not in but:
             safe, unsafe = (row["chosen"], row["rejected"])[:: 1 if "yet harmless" in row["system"] else -1]
             pair = {"prompt": row["prompt"], "chosen": safe.strip()[:characters], "rejected": unsafe.strip()[:characters]}
@@ -77,9 +80,8 @@ def contrasts(path: Path, but: set[str], characters: int) -> list[dict]:
 
 def opposites(path: Path, questions: set[str], characters: int) -> list[dict]:
     """The rows of configurable safety tuning that ask these questions, under either system prompt, with answers as short as contrasts."""
-    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    cut = [row | {name: row[name].strip()[:characters] for name in ("chosen", "rejected")} for row in found]
-    return [row for row in cut if row["task"] == "harmless" and row["prompt"] in questions]
+    found = [row for row in read(path) if row["task"] == "harmless" and row["prompt"] in questions]
+    return [row | {name: row[name].strip()[:characters] for name in ("chosen", "rejected")} for row in found]
 
 
 def shorter(found: list[dict], longest: int, pairs: int) -> list[dict]:
