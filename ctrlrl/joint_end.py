@@ -12,8 +12,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-# In /proc/PID/maps; of Python's multiprocessing, and not yet removed.
-_NAMED = re.compile(r" (/dev/shm/psm_\S+)$", re.MULTILINE)
+# In /proc/PID/maps, and not yet removed: of Python's multiprocessing, and that in which vLLM's ranks meet on processors with AVX-512.
+_NAMED = re.compile(r" (/dev/shm/(?:psm|vllm_dist)_\S+)$", re.MULTILINE)
 
 
 def shared_memory(pid: int | str = "self") -> set[Path]:
@@ -32,7 +32,8 @@ def forget_names(files: Iterable[Path]) -> None:
     for all processes that share a resource tracker."""
     for file in files:
         file.unlink(missing_ok=True)
-        resource_tracker.unregister(f"/{file.name}", "shared_memory")
+        if file.name.startswith("psm_"):  # the tracker knows of Python's alone
+            resource_tracker.unregister(f"/{file.name}", "shared_memory")
 
 
 def names_may_be_gone() -> None:

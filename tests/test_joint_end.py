@@ -1,9 +1,12 @@
 """Processes that end together, and what they shared."""
 
+import os
 import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+
+import pytest
 
 from ctrlrl.joint_end import shared_memory
 
@@ -42,8 +45,9 @@ def test_memory_without_a_name_stays_open_and_nobody_complains():
     assert forgotten not in done.stderr and "1 leaked shared_memory" in done.stderr and not Path("/dev/shm", kept).exists()
 
 
-def test_what_a_process_has_open_is_known_until_it_is_removed():
-    memory = SharedMemory(create=True, size=100)
+@pytest.mark.parametrize("name", [None, f"vllm_dist_{os.getpid()}-tp:0-[0-1]-cpushm_0"])
+def test_what_a_process_has_open_is_known_until_it_is_removed(name):
+    memory = SharedMemory(create=True, size=100, name=name)
     assert Path("/dev/shm", memory.name) in shared_memory()
     memory.unlink()
     assert Path("/dev/shm", memory.name) not in shared_memory()
