@@ -182,7 +182,7 @@ def left_behind(since):
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             maps.append((process / "maps").read_text())
-    for file in Path("/dev/shm").glob("psm_*"):
+    for file in (*Path("/dev/shm").glob("psm_*"), *Path("/dev/shm").glob("vllm_dist_*")):
         with suppress(OSError):
             found += [file] if file.stat().st_ctime > since and not any(file.name in text for text in maps) else []
     return found
