@@ -45,9 +45,9 @@ def test_memory_without_a_name_stays_open_and_nobody_complains():
     assert forgotten not in done.stderr and "1 leaked shared_memory" in done.stderr and not Path("/dev/shm", kept).exists()
 
 
-@pytest.mark.parametrize("name", [None, f"vllm_dist_{os.getpid()}-tp:0-[0-1]-cpushm_0"])
-def test_what_a_process_has_open_is_known_until_it_is_removed(name):
-    memory = SharedMemory(create=True, size=100, name=name)
+@pytest.mark.parametrize("pattern", [None, "vllm_dist_{}-tp:0-[0-1]-cpushm_0"])
+def test_what_a_process_has_open_is_known_until_it_is_removed(pattern):
+    memory = SharedMemory(create=True, size=100, name=pattern and pattern.format(os.getpid()))
     assert Path("/dev/shm", memory.name) in shared_memory()
     memory.unlink()
     assert Path("/dev/shm", memory.name) not in shared_memory()
