@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,13 +109,9 @@ class Faults:
     def _full(self, job: Job) -> bool:
         """Fill the disk until the job ends, as it must: with exit code 2 and a message, unless it ends or writes nothing meanwhile."""
         filler = self.disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 16))
-                    file.flush()
-            except OSError:
-                pass
+        with filler.open("wb", buffering=0) as file, suppress(OSError):  # a buffer would be written again when the file is closed
+            while True:
+                file.write(bytes(1 << 16))
         end, code = time.monotonic() + LIMIT_S, None  # a step may take long on a busy machine
         while code is None and time.monotonic() < end:
             time.sleep(0.1)

@@ -146,6 +146,7 @@ def test_two_devices_draw_what_one_draws_and_end_together(rollout, engine_pids, 
             # What they share has no name that could be left over, and is there as long as one of them.
             assert not any(map(shared_memory, pids))
             assert all("/dev/shm/psm_" in Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+            os.kill(pids[victim], signal.SIGSTOP)  # it stands still, so that the shard is not over when it is killed, however late that is
             again = two.generate_apart(*shard)
             time.sleep(0.1)
             assert not again.done()
