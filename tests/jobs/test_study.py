@@ -209,7 +209,7 @@ def test_what_was_made_of_another_table_or_model_is_not_reused(models, finetune_
 def test_a_study_that_comes_along_is_whole_with_models_and_with_a_world(name, tmp_path):
     path = RECIPES / "studies" / f"{name}.toml"
     planned = plan(load(StudyRecipe, path))
-    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5, "attributes": 3, "paper": 17}[name]
+    assert len(planned) == {"synthesis": 9, "scale": 4, "models": 3, "reward": 3, "baseline": 5, "attributes": 3, "paper": 18}[name]
     assert len({steps[-1].folder for steps in planned.values()}) == len(planned)  # no two variants are the same
     if name == "paper":  # which begins with preference pairs; a world has none
         return
