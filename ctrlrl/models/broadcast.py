@@ -8,8 +8,10 @@ engine's weights are of one version however a broadcast ends.
 """
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -23,6 +25,7 @@ from ctrlrl.models.weights import Packed, WeightMessage, offsets
 
 BUCKET = 64 << 20  # bytes that are sent at once, if no single tensor has more
 _LOOK_S = 0.005
+_HEED_S = 1.0  # at most, until a bucket that does not move is given up because the group was called off
 _MEET_S = 30.0  # for all that have come to connect to each other
 _STOP = "stop"  # at the store: why the group will not be
 
@@ -64,22 +67,31 @@ class Line:
         patience = timedelta(seconds=meeting.patience_s)
         with _losses_told(meeting):
             kept = TCPStore(meeting.address, meeting.port, is_master=False, wait_for_workers=False, timeout=patience)
-            store = PrefixStore(meeting.session, kept)
-            store.set(f"here/{rank}", "")
-            _await_all(store, meeting)
-            within = PrefixStore("group", store)
+            self._store = PrefixStore(meeting.session, kept)
+            _await_all(self._store, meeting, "here", rank)
+            within = PrefixStore("group", self._store)
             within.set_timeout(timedelta(seconds=min(_MEET_S, meeting.patience_s)))
             if meeting.backend == "nccl":
                 self._group = torch.distributed.ProcessGroupNCCL(within, rank, meeting.size, patience)
             else:
                 self._group = torch.distributed.ProcessGroupGloo(within, rank, meeting.size, patience)
+            # Nobody sends before all are connected: the end of one that dies is told to the others by their connections.
+            _await_all(self._store, meeting, "connected", rank)
 
     def broadcast(self, array: np.ndarray) -> None:
         """Rank 0's array (uint8) into all others' of the same size."""
         with _losses_told(self.meeting):
             tensor = torch.from_numpy(array)
             there = tensor.to(self._device)
-            self._group.broadcast(there, 0).wait()
+            work = self._group.broadcast(there, 0)
+            while self.meeting.backend == "gloo" and not work.is_completed():
+                with suppress(RuntimeError):  # it takes longer, or has failed: then it is completed
+                    work.wait(timedelta(seconds=_HEED_S))
+                if not work.is_completed() and self._store.check([_STOP]):
+                    threading.Thread(target=_let_go, args=(self._group, work), daemon=True).start()
+                    self._group = None
+                    raise WorkerLost(_called_off(self._store, self.meeting))
+            work.wait()
             if there is not tensor:
                 tensor.copy_(there)
 
@@ -182,16 +194,27 @@ class Receiver:
         return WeightMessage(version, dtype, *zip(*tensors, strict=True))
 
 
-def _await_all(store: PrefixStore, meeting: Meeting) -> None:
-    """Return when all members are at the store."""
-    end, expected = time.monotonic() + meeting.patience_s, [f"here/{rank}" for rank in range(meeting.size)]
+def _await_all(store: PrefixStore, meeting: Meeting, where: str, rank: int) -> None:
+    """Say that member `rank` is there, and return when all are."""
+    store.set(f"{where}/{rank}", "")
+    end, expected = time.monotonic() + meeting.patience_s, [f"{where}/{other}" for other in range(meeting.size)]
     while not store.check(expected):
         if store.check([_STOP]):
-            raise WorkerLost(f"the group of {meeting.size} was called off: {store.get(_STOP).decode()}")
+            raise WorkerLost(_called_off(store, meeting))
         if time.monotonic() > end:
-            missing = [name.removeprefix("here/") for name in expected if not store.check([name])]
+            missing = [name.removeprefix(f"{where}/") for name in expected if not store.check([name])]
             raise WorkerLost(f"members {', '.join(missing)} of the group did not come within {meeting.patience_s:g} s")
         time.sleep(_LOOK_S)
+
+
+def _let_go(group: torch.distributed.Backend, work: torch.distributed.Work) -> None:
+    """End a group with an operation that nobody waits for; by a thread, since gloo ends neither before the operation's own time is over."""
+    with suppress(RuntimeError):
+        work.wait()
+
+
+def _called_off(store: PrefixStore, meeting: Meeting) -> str:
+    return f"the group of {meeting.size} was called off: {store.get(_STOP).decode()}"
 
 
 class _losses_told:

@@ -5,6 +5,7 @@ sequence that runs on into the next one, positions or masks made from elsewhere,
 training) shows there, and is a ModelError before anything is trained.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,8 @@ from ctrlrl.errors import ModelError
 from ctrlrl.models.forward import ModelInputs, PolicyModule, attention_for, lay_out
 from ctrlrl.models.reading import load_config
 from ctrlrl.models.segments import SEGMENTS, why_not_packed, why_not_shared
+
+_log = logging.getLogger("ctrlrl")
 
 Layout = Literal["auto", "packed", "padded"]
 _ATTENTIONS = {"shared": (SEGMENTS,), "packed": (SEGMENTS,), "padded": ("sdpa", "eager")}  # in the order of their speed
@@ -51,11 +54,19 @@ def settle(module: nn.Module, name: str, wanted: str, device: torch.device) -> s
                 continue
             if plain_head:
                 module.full_logits = False
+            _tell(module, name, layout, faults)
             return layout
     if wanted == "packed":
         raise ModelError(f'{name!r} cannot be packed ({faults["packed"]}): set layout = "auto" or layout = "padded"')
     reasons = "; ".join(f"{layout}: {fault}" for layout, fault in faults.items() if layout != "shared")
     raise ModelError(f"{name!r} cannot be trained: no layout gives what one sequence at a time gives ({reasons}); give another model")
+
+
+def _tell(module: nn.Module, name: str, layout: str, faults: dict[str, str]) -> None:
+    """Of faster layouts that the model does not rule out itself, that they failed: it is trained as rightly, but takes longer."""
+    for faster, fault in faults.items():
+        if faster != layout and not _DECLARED[faster](module.causal):
+            _log.warning("%r runs in the layout %s: %s is not exact here (%s)", name, layout, faster, fault)
 
 
 def _one_at_a_time(module: nn.Module, name: str, batch: TokenBatch, device: torch.device) -> tuple[list[Tensor], bool]:

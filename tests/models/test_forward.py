@@ -161,6 +161,25 @@ def test_the_flash_kernel_of_cuda_is_asked_for_the_same_attention(monkeypatch, w
     assert torch.allclose(segments._flash_attention(q, k, v, 0.3, pattern), wanted, atol=1e-6)
 
 
+def test_a_kernel_that_fails_costs_speed_and_is_told(models, monkeypatch, caplog):
+    def older(*given, **named):  # as with torch 2.11 on a GPU
+        raise TypeError("varlen_attn() got an unexpected keyword argument 'enable_gqa'")
+
+    def settled(layout):
+        caplog.clear()
+        module = PolicyModule(load_policy(models["policy"], "float32"), 1.0)
+        return settle(module, "mine", layout, CPU), [record.message for record in caplog.records if record.name == "ctrlrl"]
+
+    assert settled("auto") == ("shared", [])
+    monkeypatch.setattr(segments, "_attend", older)
+    layout, told = settled("auto")
+    assert layout == "padded" and len(told) == 2
+    assert all("'mine' runs in the layout padded: " in line and "argument 'enable_gqa'" in line for line in told)
+    assert settled("padded") == ("padded", [])
+    with pytest.raises(ModelError, match="'mine' cannot be packed .varlen_attn.*enable_gqa"):
+        settled("packed")
+
+
 def test_attention_that_asks_for_more_than_packing_knows_is_refused():
     pattern = segments.Pattern(lay_out(BATCH, "packed", CPU).segments)
     q = torch.ones(1, 2, 61, 8)
