@@ -250,7 +250,7 @@ def pytest_sessionfinish(session, exitstatus):
     """Fail the run if it leaves processes behind, and end those."""
     if _WORKER:
         return  # the process that handed out the tests looks after all
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while _ours() and time.monotonic() < end:
         time.sleep(0.2)
     left = _ours()

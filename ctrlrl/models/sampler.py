@@ -2,7 +2,7 @@
 
 One engine lives in its own process, without vLLM's second process (VLLM_ENABLE_V1_MULTIPROCESSING=0): the same tokens/s for half
 the CPU, and weights can be handed over in memory. New weights go through vLLM's weight-transfer protocol with a backend that reads
-a WeightMessage; the same call works on CPU and CUDA (untested on CUDA here). With several devices the model is in a process for each
+a WeightMessage; the same call works on CPU and CUDA. With several devices the model is in a process for each
 (ranks.py), and vLLM's scheduler alone in this one.
 """
 
@@ -159,8 +159,8 @@ class Sampler:
         return self._draw(requests, sampling, logprobs=False)
 
     def rest(self) -> int:
-        """Give the device's memory back until the next call: weights to the host, what is cached forgotten (vLLM's sleep level 1, which
-        has never run: there was no GPU). On processors nothing happens. Returns 0: vLLM does not say how much it was."""
+        """Give the device's memory back until the next call: weights to the host, what is cached forgotten (vLLM's sleep level 1).
+        On processors nothing happens. Returns 0: vLLM does not say how much it was."""
         if self._sleeps and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache"}

@@ -48,7 +48,7 @@ def tellers(ray_cluster):
             found = here.recv()
             if watched:
                 kin.end_with([child.pid])
-            child.join(20)
+            child.join(60)
             if watched:
                 time.sleep(60)  # the end comes by another thread, after the child's
             return os.getppid(), child.pid, child.exitcode, found

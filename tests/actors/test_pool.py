@@ -129,7 +129,7 @@ def test_closing_answers_those_who_wait(worker_class):
     pool.close()
     for future in futures:
         with pytest.raises(WorkerLost, match="closed"):
-            future.result(10)
+            future.result(60)
 
 
 def test_an_elastic_pool_grows_while_work_waits_and_gives_back_what_is_idle(worker_class, pools):

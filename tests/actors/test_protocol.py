@@ -177,12 +177,12 @@ class Exploration:
             for thread, _ in self.callers:
                 thread.join(0.0002)
         for thread, _ in self.callers:
-            thread.join(0.5)
+            thread.join(30)
         assert not self.waiting(), f"waits for ever: {[getattr(w, 'kind', w) for w in self.waiting()]}"
         self.check()
         self.events.release()
         self.pool.close()
-        self.events.reader.join(5)
+        self.events.reader.join(60)
         assert not self.events.reader.is_alive(), "the pool's thread outlives it"
         assert not any(a.alive for a in self.cluster.actors), "a worker outlives its pool"
         late = self.pool.submit(lambda a: a.call("late"))

@@ -64,7 +64,7 @@ def test_calls_from_many_threads_never_meet_another_kind_and_all_come_to_an_end(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not failed and not any(thread.is_alive() for thread in threads)
 
 
@@ -74,7 +74,7 @@ def test_two_of_one_turn_are_at_work_at_once_while_another_waits(kinds):
 
     def train(kind):
         with kind.turn():
-            both.wait(10)  # neither gets on without the other
+            both.wait(60)  # neither gets on without the other
             assert not drawn
 
     threads = [threading.Thread(target=train, args=(kind,)) for kind in (policy, value)]
@@ -84,7 +84,7 @@ def test_two_of_one_turn_are_at_work_at_once_while_another_waits(kinds):
             thread.start()
         time.sleep(0.05)
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert drawn == [1] and not both.broken
 
 

@@ -193,7 +193,7 @@ def kill_driver(layout: Layout, arguments: list[str], after_shards: int, delay: 
             time.sleep(delay)
         finally:
             driver.kill()
-            driver.wait(10)
+            driver.wait(60)
 
 
 def test_mistakes_are_told(generate_overrides, models, tmp_path):

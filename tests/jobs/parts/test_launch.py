@@ -19,24 +19,24 @@ import atexit, sys, time
 from jobs.parts.launch import StopRequest, background, mistakes_told
 class Slow:
     def __del__(self):
-        time.sleep(60)
+        time.sleep(600)
 slow = Slow() if sys.argv[1] == "leaving" else None
 atexit.register(print, "closed", flush=True)
 with mistakes_told():
     try:
         with background(1) as beside:
-            beside.submit(time.sleep, 0 if slow else 60)
+            beside.submit(time.sleep, 0 if slow else 600)
             if sys.argv[1] == "starting":
                 print("ready", flush=True)
-                time.sleep(60)
+                time.sleep(600)
             with StopRequest() as stop:
                 print("ready", flush=True)
                 while not stop:
                     time.sleep(0.01)
                 print("asked", flush=True)
-                time.sleep(60)
+                time.sleep(600)
     finally:
-        time.sleep(60 if sys.argv[1] == "ending" else 0)
+        time.sleep(600 if sys.argv[1] == "ending" else 0)
 """
 
 
@@ -54,7 +54,7 @@ def test_an_interrupted_job_ends_whatever_it_waits_for():
                 assert job.stdout.readline() == f"{word}\n"
                 job.send_signal(signal.SIGINT)
         for where, job in jobs.items():
-            assert job.wait(8) == 130
+            assert job.wait(60) == 130
             assert job.stdout.read() == ("" if where == "ending" else "closed\n")  # what it has to close, if there is time
     finally:
         for job in jobs.values():
