@@ -1,8 +1,9 @@
 """Weights to a rollout engine on the trainer's own device, which they do not leave: bucket by bucket, through memory that both processes
 have open.
 
-On a GPU that is another process's memory on it (CUDA IPC, as PyTorch has it), on processors a file without a name. The engine's process copies a bucket before it says that it has it, and the trainer fills the same memory with the next
-one: the device has two buckets more, and never the whole model once more. Each rank of the trainer serves the engine beside it.
+On a GPU that is another process's memory on it (CUDA IPC, as PyTorch has it), on processors a file without a name. The engine's process
+copies a bucket before it says that it has it, and the trainer fills the same memory with the next one: the device has two buckets more,
+and never the whole model once more. Each rank of the trainer serves the engine beside it.
 """
 
 import os
