@@ -175,6 +175,7 @@ class Receiver:
             self._line = None
             self._line = Line(meeting, rank)
         line, self._line = self._line, None  # of no use after an error
+        buffers, self._buffers = self._buffers, []  # nor are these: what was given up may still be written to
         tensors = []
         for number in range(2**31):
             sizes = np.zeros(2, np.int64)
@@ -183,14 +184,14 @@ class Receiver:
                 break
             head = np.empty(sizes[0], np.uint8)
             line.broadcast(head)
-            content = _buffer(self._buffers[number] if number < len(self._buffers) else None, int(sizes[1]))
-            self._buffers[number : number + 1] = [content]
+            content = _buffer(buffers[number] if number < len(buffers) else None, int(sizes[1]))
+            buffers[number : number + 1] = [content]
             line.broadcast(content)
             told = json.loads(head.tobytes())
             if told["version"] != version:
                 raise WorkerLost(f"weights of version {told['version']} came where version {version} was to come")
             tensors += [(name, tuple(shape), _view(content, kind, shape, first)) for name, shape, kind, first in told["rows"]]
-        self._line = line
+        self._line, self._buffers = line, buffers
         return WeightMessage(version, dtype, *zip(*tensors, strict=True))
 
 

@@ -135,6 +135,49 @@ def test_a_member_that_is_killed_in_the_middle_ends_the_broadcast_and_the_rest_g
     assert told_of(some.said(1)) and some.said(1) is True
 
 
+def test_memory_of_a_message_that_was_given_up_is_not_filled_again(monkeypatch):
+    monkeypatch.setattr(broadcast, "BUCKET", BUCKET)
+
+    class Told:
+        """In place of a line: writes down what is sent."""
+
+        meeting, said = Meeting("", 0, "a", 2, NEVER_S), []
+
+        def broadcast(self, array):
+            self.said.append(array.copy())
+
+    class Telling:
+        """In place of a line: says so much of what was written down."""
+
+        meeting = Told.meeting
+
+        def __init__(self, words):
+            self.words, self.given = iter(words), []
+
+        def broadcast(self, array):
+            self.given.append(array)
+            if (word := next(self.words, None)) is None:
+                raise WorkerLost("the group of 2 was called off")
+            array[:] = word
+
+    sender, receiver = Sender(), Receiver()
+    sender._line = Told()
+    sender.send(weights(10), "float32", 1, Told.meeting)
+    assert len(Told.said) == 10  # of three buckets sizes, head and content, and the end
+
+    def received(words):
+        receiver._line = Telling(words)
+        return receiver._line, receiver.receive("float32", 1, Told.meeting, 1)
+
+    line, _ = received(Told.said)
+    again, _ = received(Told.said)
+    assert all(np.shares_memory(a, b) for a, b in zip(line.given[2::3], again.given[2::3], strict=False))  # the same, which saves time
+    with pytest.raises(WorkerLost):
+        received(Told.said[:5])
+    last, message = received(Told.said)
+    assert equal(message, 10, 1) and not any(np.shares_memory(a, b) for a in again.given for b in last.given)
+
+
 def test_a_member_that_stops_is_late(members, meet):
     some, sender, large = members(1), Sender(), [("w", (16 << 20,), np.zeros(16 << 20, np.uint8))]  # more than sockets hold
     some.told((1,), 1, meet("a", 2, 5.0), 10)
