@@ -188,10 +188,11 @@ class Rollout:
         """Give every worker the weights of `source`, now and when it joins later, and check each against `expected` before it gets work.
 
         source: None where nobody keeps them: who comes later waits for the next ones. taking: the calls of those that were told to take
-        them already. Returns their size in bytes when all that were at work have them.
+        them already. Returns their size in bytes when all that were at work have them; 0 if none of these is left.
         VersionMismatch if a worker's logprobs are not the expected ones.
         """
         self._current, self._offered, self._taking = (version, source, expected), version, dict(taking)
+        self._bytes = 0
         with self.turn():
             self.pool.renew(version)
         return self._bytes

@@ -10,7 +10,10 @@ from ctrlrl.models.probe import TOLERANCE, Expectation, probe_of
 
 @dataclass(frozen=True)
 class Published:
-    """What one publish cost, and how far it moved the policy: mean difference of logprobs on the probe (0 at a first publish)."""
+    """What one publish cost, and how far it moved the policy: mean difference of logprobs on the probe (0 at a first publish).
+
+    bytes: of the weights that workers took; 0 if none was at work.
+    """
 
     version: int
     seconds: float

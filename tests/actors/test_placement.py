@@ -17,7 +17,7 @@ def test_places_are_reserved_and_released(ray_cluster):
     held = placement_group_table(place.group)
     assert held["state"] == "CREATED" and [bundle["CPU"] for bundle in held["bundles"].values()] == [1, 1, 0.5]
     place.release()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while placement_group_table(place.group)["state"] != "REMOVED" and time.monotonic() < end:
         time.sleep(0.05)
     assert placement_group_table(place.group)["state"] == "REMOVED"

@@ -177,7 +177,7 @@ class Exploration:
             for thread, _ in self.callers:
                 thread.join(0.0002)
         for thread, _ in self.callers:
-            thread.join(30)
+            thread.join(60)
         assert not self.waiting(), f"waits for ever: {[getattr(w, 'kind', w) for w in self.waiting()]}"
         self.check()
         self.events.release()

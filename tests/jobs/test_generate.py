@@ -21,6 +21,7 @@ import jobs.parts.road
 from ctrlrl.cli import app
 from ctrlrl.config import load
 from ctrlrl.data.generation import OPTIMISATION, Layout
+from ctrlrl.data.shards import ShardStore
 from ctrlrl.data.sources import read_prompts
 from ctrlrl.errors import RunError
 from ctrlrl.models.fingerprint import model_fingerprint
@@ -163,13 +164,23 @@ def test_five_kills_lose_and_double_nothing(generated, all_rows, generate_overri
             while len(layout.samples().committed()) < moment or not crews:
                 time.sleep(0.01)
             handle = crews[0].rollout if victim == "rollout" else crews[0].rewards[f"reward.{victim}"]
-            while not (pids := handle.pids()):
+            while not (pids := set(handle.pids()) - set(killed)):
                 time.sleep(0.01)
-            pid = pids[0]
+            pid = pids.pop()
             time.sleep(dice.random() / 10)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
+    commit = ShardStore.commit
+
+    def not_before(store, index, table, facts):
+        """The run does not get far ahead of its killer, however late that is."""
+        samples = layout.samples()
+        while store.directory == samples.directory and sum(len(samples.committed()) >= moment + 4 for moment in moments) > len(killed):
+            time.sleep(0.01)
+        return commit(store, index, table, facts)
+
+    monkeypatch.setattr(ShardStore, "commit", not_before)
     killer = threading.Thread(target=kill_workers, daemon=True)
     killer.start()
     assert generate(recipe(generate_overrides, layout.directory, "scale=2x")) == 0

@@ -92,7 +92,7 @@ def members():
 def meet(store, monkeypatch):
     """A function: a meeting of a session and so many members."""
     monkeypatch.setattr(broadcast, "BUCKET", BUCKET)
-    return lambda session, size, patience_s=30.0: Meeting("127.0.0.1", store.port, session, size, patience_s)
+    return lambda session, size, patience_s=60.0: Meeting("127.0.0.1", store.port, session, size, patience_s)
 
 
 def test_all_members_get_the_same_message_and_rank_0_keeps_it(members, meet):

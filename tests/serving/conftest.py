@@ -87,7 +87,7 @@ class Server:
         headers = {"Authorization": f"Bearer {KEYS.get(key, key)}", "Content-Type": "application/json"}
         before = len(self.audited())
         response = self.client.post(path, content=content, headers=headers)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while path == "/v1/chat/completions" and len(self.audited()) == before and time.monotonic() < end:
             time.sleep(0.005)  # a stream is audited once it has gone
         return response
