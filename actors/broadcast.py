@@ -68,7 +68,7 @@ class Broadcast:
             if not reason:
                 return {**taking, **calls}, policy.kept(version)
             _log.warning("weights of version %d did not reach all of %d rollout workers: %s", version, len(left), reason)
-            left, self._members = self._failed(calls), None
+            left, self._members = self._failed(calls, _COMPLAINT_S), None
             taking |= {worker: call for worker, call in calls.items() if worker not in left}
             if not left:
                 break
@@ -92,7 +92,7 @@ class Broadcast:
         if error := answer.exception():
             call_off(self._store, session, f"{type(error).__name__} of a rollout worker")
 
-    def _failed(self, calls: Taking, wait_s: float = _COMPLAINT_S) -> list[ActorHandle]:
+    def _failed(self, calls: Taking, wait_s: float) -> list[ActorHandle]:
         """The workers that live and say that they did not get the weights, after `wait_s` seconds at most."""
         done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=wait_s) if calls else ((), ())
         failed = []

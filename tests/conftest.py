@@ -96,7 +96,7 @@ def cluster_config():
     """Deadlines that suit tiny models on a busy machine."""
     from actors.placement import ClusterConfig
 
-    return ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
+    return ClusterConfig(placement_deadline_s=120, call_deadline_s=120, start_deadline_s=240)
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +168,7 @@ def ppo_overrides(models, prompt_file) -> list[str]:
         "rollout.chunk": 8, "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 128, "rollout.engine.kv_cache_gib": 0.05,
         "sampling.max_new_tokens": 12, "algorithm.queries_per_step": 24, "algorithm.minibatches": 2, "algorithm.truncated": "score",
         "policy.train.micro_batch_tokens": 2048, "value.train.micro_batch_tokens": 2048,  # as without a recipe
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 

@@ -66,7 +66,7 @@ def _tell(module: nn.Module, name: str, layout: str, faults: dict[str, str]) -> 
     """Of faster layouts that the model does not rule out itself, that they failed: it is trained as rightly, but takes longer."""
     for faster, fault in faults.items():
         if faster != layout and not _DECLARED[faster](module.causal):
-            _log.warning("%r runs in the layout %s: %s is not exact here (%s)", name, layout, faster, fault)
+            _log.warning("%r runs in the layout %s: %s cannot be used here (%s)", name, layout, faster, fault)
 
 
 def _one_at_a_time(module: nn.Module, name: str, batch: TokenBatch, device: torch.device) -> tuple[list[Tensor], bool]:

@@ -31,7 +31,7 @@ def test_a_stopped_rank_is_reported_by_name_within_its_deadline_and_a_dead_one_a
                 refs = [ranks.actors[0].meeting_point.remote()]  # it may have answered before
         return wait(group, ranks, refs, deadline_s, doing)
 
-    cluster = ClusterConfig(placement_deadline_s=30, start_deadline_s=240, call_deadline_s=120)
+    cluster = ClusterConfig(placement_deadline_s=120, start_deadline_s=240, call_deadline_s=120)
     train = TrainerConfig(dtype="float32", zero_stage=0)
     config = PolicyConfig(model=models["policy"], ranks=2, train=train, resources=Resources(cpus=0.5))
     place = reserve({"policy": config.bundles}, cluster)

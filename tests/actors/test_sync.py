@@ -82,8 +82,9 @@ class Policy:
 
 
 @pytest.fixture
-def started(ray_cluster):
+def started(ray_cluster, monkeypatch):
     """A policy, three workers, and what is between them; ended after the test."""
+    monkeypatch.setattr("actors.broadcast._COMPLAINT_S", NEVER_S)  # all that live complain
     trainer, worker = ends()
     policy, workers = Policy(trainer.remote()), [worker.remote() for _ in range(3)]
     ray.get([actor.pid.remote() for actor in (policy.actor, *workers)])

@@ -30,7 +30,7 @@ def generate_overrides(models, prompt_file) -> list[str]:
         "reward.helpful.model": models["helpful"], "reward.harmless.model": models["harmless"],
         "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 128, "rollout.engine.kv_cache_gib": 0.05,
         "sampling.max_new_tokens": 12, "sampling.temperature": 1.0,
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
@@ -158,7 +158,7 @@ def evaluated_model(ray_cluster):
         config = EvaluateRecipe(
             out=str(out / "evaluation"), model=str(model), prompts=looks.prompts, max_prompts=looks.count, seed=seed, rollout=rollout,
             sampling=looks.sampling, judges={"optimisation": judges}, measure={"draws": 0},
-            cluster={"placement_deadline_s": 30, "start_deadline_s": 240, "call_deadline_s": 120},
+            cluster={"placement_deadline_s": 120, "start_deadline_s": 240, "call_deadline_s": 120},
         )  # fmt: skip
         assert evaluate(config) == 0
         found = json.loads((out / "evaluation" / "metrics.json").read_text())["optimisation"]
@@ -189,7 +189,7 @@ def critique_overrides(models, prompt_file, tmp_path_factory) -> list[str]:
         "templates.critique": "Judge: {prompt} {response}", "templates.rewrite": "{prompt} {response} {critique} Mend: e",
         "templates.marker": "e", "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 256,
         "rollout.engine.kv_cache_gib": 0.05, "sampling.max_new_tokens": 24, "sampling.temperature": 1.0,
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
@@ -229,7 +229,7 @@ def finetune_overrides(models, distilled) -> list[str]:
         "validation.share": 0.15, "validation.every": 2, "checkpoint_every": 1, "keep_checkpoints": 6,
         "policy.model": models["policy"], "policy.train.dtype": "float32", "policy.train.zero_stage": 0,
         "policy.train.learning_rate": 3e-3, "policy.train.schedule": "cosine",
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 

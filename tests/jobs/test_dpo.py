@@ -33,7 +33,7 @@ def dpo_overrides(critiqued, models, tmp_path_factory) -> list[str]:
         "critiques": str(critiqued[0].directory), "policy.model": models["policy"], "seed": 2, "epochs": 2, "steps": 4,
         "batch.sequences": 8, "validation.share": 0.25, "validation.every": 2, "checkpoint_every": 2, "policy.train.dtype": "float32",
         "policy.train.learning_rate": 2e-3, "policy.train.zero_stage": 0, "reference.dtype": "float32", "reference.workers": 2,
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     further = f'tasks=[{{name = "persona", data = "{persona}", weight = 0.5}}]'
     return [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), further]

@@ -30,7 +30,7 @@ def overrides(models, prompt_file) -> list[str]:
         "refusal_judge.model": models["two_labels"], "refusal_judge.label": "label_1",
         "rollout.chunk": 8, "rollout.engine.dtype": "float32", "rollout.engine.max_model_tokens": 384, "rollout.engine.kv_cache_gib": 0.05,
         "sampling.max_new_tokens": 12, "sampling.temperature": 1.0,
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 

@@ -27,7 +27,7 @@ def reward_overrides(pair_file) -> list[str]:
     settings = {
         "data": pair_file, "epochs": 2, "batch.sequences": 14, "validation.share": 0.2, "validation.every": 4, "checkpoint_every": 4,
         "reward_model.train.dtype": "float32", "reward_model.train.zero_stage": 0, "reward_model.train.learning_rate": 3e-3,
-        "cluster.placement_deadline_s": 30, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
+        "cluster.placement_deadline_s": 120, "cluster.start_deadline_s": 240, "cluster.call_deadline_s": 120,
     }  # fmt: skip
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 

@@ -273,7 +273,7 @@ def real(generated, models, prompt_file, tmp_path_factory) -> StudyRecipe:
         "out": str(tmp_path_factory.mktemp("study") / "run"), "title": "Two evaluations", "chain": ["distill", "finetune", "evaluate"],
         "inputs": {"generated": str(generated[0].directory), "policy": models["policy"], "prompts": prompt_file},
         "recipes": dict.fromkeys(("finetune", "evaluate"), str(empty)),
-        "cluster": {"placement_deadline_s": 30, "start_deadline_s": 240, "call_deadline_s": 120},
+        "cluster": {"placement_deadline_s": 120, "start_deadline_s": 240, "call_deadline_s": 120},
         "common": {
             "distill": {"data": "{generated}", "method": "vanilla"},
             "finetune": {
@@ -349,7 +349,7 @@ def paper(models, encoder, pair_file, prompt_file, tmp_path_factory) -> StudyRec
         "common.ppo.rollout.engine": engine, "common.ppo.sampling.max_new_tokens": 8, "common.ppo.algorithm.queries_per_step": 4,
         "common.ppo.algorithm.minibatches": 2, "common.evaluate.max_prompts": 2,
         "common.evaluate.rollout.engine": engine, "common.evaluate.sampling.max_new_tokens": 8,
-        "common.evaluate.measure.draws": 10, "cluster.start_deadline_s": 240, "cluster.placement_deadline_s": 30,
+        "common.evaluate.measure.draws": 10, "cluster.start_deadline_s": 240, "cluster.placement_deadline_s": 120,
     }  # fmt: skip
     given = {"inputs": inputs, "variants": variants, "seeds": [0], "out": str(tmp_path_factory.mktemp("paper") / "run")} | tiny
     return load(StudyRecipe, RECIPES / "studies" / "paper.toml", [f"{key}={toml(value)}" for key, value in given.items()])

@@ -100,7 +100,7 @@ def rollout(request, ray_cluster, models):
     """A rollout pool: for the tied model one worker, an engine of two processes, which gets its weights by broadcast; else two workers."""
     from actors.placement import ClusterConfig
 
-    cluster = ClusterConfig(placement_deadline_s=30, call_deadline_s=120, start_deadline_s=240)
+    cluster = ClusterConfig(placement_deadline_s=120, call_deadline_s=120, start_deadline_s=240)
     settings = (1, TWO, "gloo") if request.param == "tied" else (2, ENGINE, "store")
     with started(models[request.param], cluster, *settings) as handle:
         yield handle
