@@ -23,6 +23,7 @@ from actors.placement import Resources, reserve
 from actors.policy import Policy, PolicyConfig
 from actors.rollout import Rollout, RolloutConfig
 from actors.sync import publish
+from actors.turns import at_once
 from ctrlrl.data.batches import TokenBatch
 from ctrlrl.errors import ModelError, RecipeError, VersionMismatch
 from ctrlrl.joint_end import shared_memory
@@ -253,6 +254,13 @@ def test_wrong_weights_end_the_pool(rollout, cluster_config):
         with pytest.raises(VersionMismatch, match="its weights are wrong"):  # what the trainer expects is not what the workers answer
             wrong = replace(probe, published=[row - 1 for row in probe.published], before=None)
             rollout.load(partial(policy.weights, "float32", version), version, wrong, {})
+
+
+def test_what_nobody_takes_has_no_bytes():
+    handle = Rollout.__new__(Rollout)
+    handle.turn, handle._bytes = at_once, 7  # of the publish before
+    handle.pool = SimpleNamespace(renew=lambda version: None)  # nobody is at work
+    assert handle.load(None, 1, None, {}) == 0
 
 
 class Asked(Exception):
