@@ -170,8 +170,7 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
     counts = {name: len(wanted) for name, wanted in demands.items()}
     if not bundles:
         return Placement(None, offsets, counts)
-    if not config.address and "RAY_ADDRESS" not in os.environ and not _fits(bundles):
-        raise PlacementError(_explain(demands))  # a cluster that we started never grows
+    check_room(demands, config)
     group = placement_group(bundles, strategy="PACK")
     end = time.monotonic() + config.placement_deadline_s
     while not group.wait(min(2.0, max(0.1, end - time.monotonic()))):
@@ -180,6 +179,13 @@ def reserve(demands: Demands, config: ClusterConfig) -> Placement:
             remove_placement_group(group)
             raise PlacementError(f"{_explain(demands)} (waited {config.placement_deadline_s:g} s)")
     return Placement(group, offsets, counts)
+
+
+def check_room(demands: Demands, config: ClusterConfig) -> None:
+    """PlacementError if a cluster that we started, which never grows, has no room for these places even when nobody else is there."""
+    bundles = [bundle for name in demands for bundle in demands[name]]
+    if not config.address and "RAY_ADDRESS" not in os.environ and not _fits(bundles):
+        raise PlacementError(_explain(demands))
 
 
 def check_alive() -> None:
@@ -243,7 +249,7 @@ def _explain(demands: Demands) -> str:
     each = ", ".join(f"{name}: {len(bundles)} x {bundles[0]}" for name, bundles in demands.items() if bundles)
     told = f"the workers need {asked['CPU']:g} CPU and {asked['GPU']:g} GPU ({each}); {shortage()}"
     if asked["GPU"] and not ray.cluster_resources().get("GPU"):
-        return f"{told}. There is no GPU at all: without --recipe the job starts from settings that ask for none (jobs/recipes/laptop.toml)"
+        return f"{told}. There is no GPU at all: jobs/recipes/laptop.toml, from which a job without --recipe starts, asks for none"
     return told
 
 

@@ -17,7 +17,7 @@ from ctrlrl.data.atomic import write_json
 from ctrlrl.data.critique import CritiqueLayout, Dialogues, Reply, Templates
 from ctrlrl.data.generation import Plan, prompts_fingerprint
 from ctrlrl.data.rejects import Reject
-from ctrlrl.data.sources import Prompt, read_prompts
+from ctrlrl.data.sources import Prompt, PromptSet, read_prompts
 from ctrlrl.errors import DataError
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
@@ -43,10 +43,7 @@ class CritiqueRecipe(DrawnRecipe):
 def critique(config: CritiqueRecipe) -> int:
     """Make the pairs that are missing; returns the exit code. DataError, after all is written, if none is usable."""
     layout = CritiqueLayout(absolute_out(config.out))
-    check_policy(config.policy)
-    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
-    prompts, _, long = fitting(config, read, config.skip_bad_rows)
-    prompts, spoken_for = without_system(prompts, config.skip_bad_rows)
+    read, prompts, long, spoken_for = check_inputs(config)
     print(report(read, len(prompts), len(long)), flush=True)
     work, rejects = Critiquing(config, layout, prompts), [*read.report.rejects, *long, *spoken_for]
     road = Road(
@@ -62,6 +59,22 @@ def critique(config: CritiqueRecipe) -> int:
             print("\n".join(summary_lines(work.finish(), layout)), flush=True)
             layout.read_pairs()
         return code
+
+
+def check_inputs(config: CritiqueRecipe) -> tuple[PromptSet, list[Prompt], list[Reject], list[Reject]]:
+    """The prompts as they were read, those that are answered, the overlong, and those with a system prompt of their own; an error for
+    what cannot be answered."""
+    check_policy(config.policy)
+    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
+    prompts, _, long = fitting(config, read, config.skip_bad_rows)
+    prompts, spoken_for = without_system(prompts, config.skip_bad_rows)
+    return read, prompts, long, spoken_for
+
+
+def check_reused_critiques(config: CritiqueRecipe) -> None:
+    """RunError if what lies in the recipe's `out` is of other prompts or another policy than lie at their paths now."""
+    work = Critiquing(config, CritiqueLayout(absolute_out(config.out)), check_inputs(config)[1])
+    work.store.check_origin(work.origin, f"restore it, or remove {config.out!r}, and it is criticised anew")
 
 
 def without_system(prompts: list[Prompt], skip: bool) -> tuple[list[Prompt], list[Reject]]:

@@ -108,14 +108,7 @@ class DPORecipe(OfflineRecipe):
 def dpo(config: DPORecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
     absolute_out(config.out)  # refused now rather than after reading
-    check_policy(config.policy.model, trained=True)
-    check_adapters(config.policy.model, config.policy.train.lora)
-    check_layout(config.policy.model, config.policy.train.layout)
-    check_causal(config.reference_model, "reference")
-    check_layout(config.reference_model, config.reference.layout)
-    check_same_vocabulary(config.policy.model, config.reference_model, "reference")
-    tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
-    check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
+    tokenizer = check_models(config)
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
     with open_run(config, resume, sources(config)) as run:
@@ -138,6 +131,27 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
             return train_offline(config, run, policy, task, epochs)
         finally:
             end_all(policy.close, place.release)
+
+
+def check_models(config: DPORecipe) -> object:
+    """Whatever can be wrong with the models before an actor starts; returns the policy's tokenizer."""
+    check_policy(config.policy.model, trained=True)
+    check_adapters(config.policy.model, config.policy.train.lora)
+    check_layout(config.policy.model, config.policy.train.layout)
+    check_causal(config.reference_model, "reference")
+    check_layout(config.reference_model, config.reference.layout)
+    check_same_vocabulary(config.policy.model, config.reference_model, "reference")
+    tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
+    check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer), generates=True)
+    return tokenizer
+
+
+def check_reused_dpo(config: DPORecipe) -> None:
+    """RunError if the model that lies in the recipe's `out` was made from other pairs or another base than lie there now."""
+    tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
+    _, batch = read_data(config, tokenizer, [] if config.skip_bad_rows else None)
+    remedy = f"remove {config.out!r}, and the model is trained anew"
+    same_origins(absolute_out(config.out), {"policy.model": config.policy.model}, {"pairs": batch_fingerprint(batch)}, remedy)
 
 
 def sources(config: DPORecipe) -> tuple[str, ...]:

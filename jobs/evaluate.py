@@ -24,7 +24,6 @@ from ctrlrl.evaluation.exhibits import default_name
 from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
 from ctrlrl.evaluation.grid import controls_of, make_cells
 from ctrlrl.evaluation.results import results
-from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.runs import absolute_out, only_writer
 from jobs.parts.asking import AskedRecipe, Asking, JudgeSets, ask
 from jobs.parts.launch import Out, Recipe, Set, SkipBadRows, run_job
@@ -124,10 +123,11 @@ def is_finished(config: EvaluateRecipe) -> bool:
 
 
 def check_measured(config: EvaluateRecipe) -> None:
-    """RunError if the figures that lie in the recipe's `out` are of another model than lies at its path now."""
-    store = read_json(absolute_out(config.out) / "answers" / "store.json")
-    if store is not None and store.get("fingerprint", {}).get("model") != model_fingerprint(config.model):
-        raise RunError(f"{config.out!r} measures another model than {config.model!r} is now: remove it, and the model is measured anew")
+    """RunError if the figures that lie in the recipe's `out` are of another model, or other prompts or judges, than lie there now."""
+    answers = absolute_out(config.out) / "answers"
+    if (answers / "store.json").exists():
+        remedy = f"restore it, or remove {config.out!r}, and the model is measured anew"
+        ShardStore(answers).check_origin(origin_of(config, asking_of(config)), remedy)
 
 
 def main(

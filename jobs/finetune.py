@@ -64,10 +64,7 @@ class FinetuneRecipe(OfflineRecipe):
 
 def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
     """Fine-tune to the end, or until a signal asks to stop; returns the exit code."""
-    check_policy(config.policy.model, trained=True)
-    check_adapters(config.policy.model, config.policy.train.lora)
-    check_layout(config.policy.model, config.policy.train.layout)
-    tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
+    tokenizer = check_model(config)
     attributes = attributes_in(read_distilled(config.data).schema)
     check_export(config.policy.model, config.out, partial(save_control_tokenizer, tokenizer, attributes=attributes), generates=True)
     rejects: list[Reject] = []
@@ -101,6 +98,14 @@ def finetune(config: FinetuneRecipe, resume: bool = False) -> int:
                 return train_offline(config, run, policy, task, epochs)
         finally:
             end_all(policy.close, place.release)
+
+
+def check_model(config: FinetuneRecipe) -> object:
+    """Whatever can be wrong with the policy before its table is read; returns its tokenizer."""
+    check_policy(config.policy.model, trained=True)
+    check_adapters(config.policy.model, config.policy.train.lora)
+    check_layout(config.policy.model, config.policy.train.layout)
+    return with_variables(load_tokenizer(config.policy.model), config.chat)
 
 
 def origins_of(config: FinetuneRecipe, directory: Path, **remedy: str) -> Origins:

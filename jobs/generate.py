@@ -21,7 +21,8 @@ from ctrlrl.chat import with_variables
 from ctrlrl.data.atomic import write_json
 from ctrlrl.data.generation import OPTIMISATION, Layout, Plan, judge_mean, prompts_fingerprint, samples_table
 from ctrlrl.data.outlook import cut_line, outlook_lines
-from ctrlrl.data.sources import Prompt, read_prompts
+from ctrlrl.data.rejects import Reject
+from ctrlrl.data.sources import Prompt, PromptSet, read_prompts
 from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.loading import check_policy, load_tokenizer
 from ctrlrl.models.sampler import Request
@@ -65,9 +66,7 @@ class GenerateRecipe(DrawnRecipe):
 def generate(config: GenerateRecipe) -> int:
     """Generate and score what is missing, up to the scale; returns the exit code."""
     layout = Layout(absolute_out(config.out))
-    check_policy(config.policy)
-    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
-    prompts, rendered, long = fitting(config, read, config.skip_bad_rows, [r.model for r in config.reward.values()], config.attributes)
+    read, prompts, rendered, long = check_inputs(config)
     print(report(read, len(prompts), len(long)), flush=True)
     work = Generation(config, layout, prompts, rendered)
     road = Road(
@@ -84,6 +83,21 @@ def generate(config: GenerateRecipe) -> int:
             lines = summary_lines(work.finish(), layout)
             print("\n".join([*lines, *outlook_lines(layout.score_stores(OPTIMISATION), config.attributes)]), flush=True)
         return code
+
+
+def check_inputs(config: GenerateRecipe) -> tuple[PromptSet, list[Prompt], list[np.ndarray], list[Reject]]:
+    """The prompts as they were read, those that are answered, their token ids, and the others; an error for what cannot be answered."""
+    check_policy(config.policy)
+    read = read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.max_prompts)
+    return read, *fitting(config, read, config.skip_bad_rows, [r.model for r in config.reward.values()], config.attributes)
+
+
+def check_reused_answers(config: GenerateRecipe) -> None:
+    """RunError if what lies in the recipe's `out` is of other prompts or models than lie at their paths now."""
+    _, prompts, rendered, _ = check_inputs(config)
+    work = Generation(config, Layout(absolute_out(config.out)), prompts, rendered)
+    for store, origin in {work.samples: work.origin, **work.scores.fingerprints}.items():
+        store.check_origin(origin, f"restore it, or remove {config.out!r}, and it is generated anew")
 
 
 class Generation:

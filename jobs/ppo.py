@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import typer
@@ -24,14 +25,14 @@ from ctrlrl.data.batches import Loss
 from ctrlrl.data.rejects import write_rejects
 from ctrlrl.data.sources import Prompt
 from ctrlrl.errors import GroupLost
-from ctrlrl.models.origins import known_by_content, record_origins, rows_fingerprint, same_origins
+from ctrlrl.models.origins import Origins, known_by_content, record_origins, rows_fingerprint, same_origins
 from ctrlrl.models.sampler import Completions, Request
 from ctrlrl.ppo.experience import draw_queries, make_experience, minibatch_rows
 from ctrlrl.ppo.loss import policy_loss, policy_value_loss, value_loss
 from ctrlrl.ppo.reward import AdaptiveKL
 from ctrlrl.ppo.types import Query, Samples, Scored, concatenate
-from ctrlrl.runs import Run
-from jobs.parts.cast import Cast, PPORecipe, check_inputs, judges_of, restore, start_cast, write_checkpoint
+from ctrlrl.runs import Run, absolute_out
+from jobs.parts.cast import Cast, PPORecipe, check_asked, check_inputs, judges_of, restore, start_cast, write_checkpoint
 from jobs.parts.interim import Interim
 from jobs.parts.launch import Out, Recipe, Resume, Set, SkipBadRows, StopRequest, background, run_job
 from jobs.parts.progress import Answers, Clock, Steps
@@ -62,8 +63,7 @@ def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | 
     )
     free = (*FREE, *patience_of(config.reward), *known_by_content(config.out, "prompts", *config.models))
     with Run.open(config.out, config, resume=resume, keep=config.keep_checkpoints, free=free) as run:
-        data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
-        origins = same_origins(run.directory, config.models, {"prompts": data})
+        origins = origins_of(config, run.directory, prompts)
         cast = start_cast(config)
         try:
             run.begin()
@@ -81,6 +81,18 @@ def train(config: PPORecipe, resume: bool = False, steps: Callable[..., None] | 
                         restarts.after(error, progress.done, cast.groups)
         finally:
             cast.close()
+
+
+def origins_of(config: PPORecipe, directory: Path, prompts: list[Prompt], **remedy: str) -> Origins:
+    """What a run in `directory` began with; RunError as of same_origins."""
+    data = rows_fingerprint([prompt.prompt_id, prompt.messages] for prompt in prompts)
+    return same_origins(directory, config.models, {"prompts": data}, **remedy)
+
+
+def check_reused_ppo(config: PPORecipe) -> None:
+    """RunError if the model that lies in the recipe's `out` was made from other prompts or models than lie at their paths now."""
+    prompts, _, _ = check_asked(config)
+    origins_of(config, absolute_out(config.out), prompts, remedy=f"remove {config.out!r}, and the model is trained anew")
 
 
 def steps_from_checkpoint(

@@ -50,15 +50,9 @@ class RewardModelRecipe(OfflineRecipe):
 
 def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit code."""
-    check_backbone(config.reward_model.model)
-    check_adapters(config.reward_model.model, config.reward_model.train.lora, "reward")
-    tokenizer = load_tokenizer(config.reward_model.model)
-    check_export(config.reward_model.model, config.out, tokenizer.save_pretrained)
-    pairs, rejects = usable_pairs(config)
+    tokenizer, pairs, rejects, (kept, held), examples = check_inputs(config)
     if rejects:
         print(aside_line(rejects), flush=True)
-    kept, held = split_pairs(pairs, config.validation.share, config.validation.rows, config.seed, repr(config.data))
-    examples = encode_pairs(config, tokenizer, pairs)
     train = Subset(examples, kept)
     epochs = epochs_of(config, train)
     with open_run(config, resume, ("data", "reward_model.model")) as run:
@@ -81,6 +75,20 @@ def train_reward_model(config: RewardModelRecipe, resume: bool = False) -> int:
             return train_offline(config, run, trainer, task, epochs)
         finally:
             end_all(trainer.close, place.release)
+
+
+def check_inputs(
+    config: RewardModelRecipe,
+) -> tuple[object, list[PreferencePair], list[Reject], tuple[np.ndarray, np.ndarray], PairExamples]:
+    """Everything that can be wrong before an actor starts; returns the tokenizer, the pairs, the rows set aside, the numbers of the pairs
+    that are trained on and of those that are held out, and the pairs as token ids."""
+    check_backbone(config.reward_model.model)
+    check_adapters(config.reward_model.model, config.reward_model.train.lora, "reward")
+    tokenizer = load_tokenizer(config.reward_model.model)
+    check_export(config.reward_model.model, config.out, tokenizer.save_pretrained)
+    pairs, rejects = usable_pairs(config)
+    split = split_pairs(pairs, config.validation.share, config.validation.rows, config.seed, repr(config.data))
+    return tokenizer, pairs, rejects, split, encode_pairs(config, tokenizer, pairs)
 
 
 def origins_of(config: RewardModelRecipe, directory: Path, pairs: list[PreferencePair], **remedy: str) -> Origins:

@@ -7,35 +7,34 @@ second call reuses what is finished and continues what is not (jobs/parts/varian
 """
 
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from actors.crew import demands_of as crew_demands
-from actors.placement import Demands, connect
+from actors.placement import ClusterConfig, Demands, check_room, connect
 from ctrlrl.config import dump
 from ctrlrl.data.atomic import write_json, write_text
-from ctrlrl.data.rejects import Reject
-from ctrlrl.data.sources import read_pairs, read_prompts
 from ctrlrl.errors import RecipeError, RunError
 from ctrlrl.evaluation.files import METRICS_FILE, RECIPE, STUDY, TRAINING, read_json
-from ctrlrl.models.loading import check_backbone, check_policy
 from ctrlrl.runs import absolute_out, only_writer
 from jobs.calibrate import CalibrateRecipe, calibrate
-from jobs.critique import CritiqueRecipe, critique
+from jobs.critique import CritiqueRecipe, check_reused_critiques, critique
 from jobs.distill import DistillRecipe, distill
-from jobs.dpo import DPORecipe, dpo
+from jobs.dpo import DPORecipe, check_reused_dpo, dpo
 from jobs.dpo import demands_of as dpo_demands
 from jobs.evaluate import EvaluateRecipe, check_measured, evaluate
 from jobs.finetune import FinetuneRecipe, check_reused, finetune
-from jobs.generate import GenerateRecipe, generate
+from jobs.generate import GenerateRecipe, check_reused_answers, generate
+from jobs.parts.beforehand import check_steps
 from jobs.parts.cast import demands_of as cast_demands
 from jobs.parts.costs import cost_lines, measured_rates
 from jobs.parts.launch import Out, Set, SkipBadRows, run_job
 from jobs.parts.measure import summary_lines
 from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
-from jobs.ppo import PPORecipe, train
+from jobs.ppo import PPORecipe, check_reused_ppo, train
 from jobs.reward_model import RewardModelRecipe, check_reused_reward_model, train_reward_model
 
 StudyName = Annotated[str, typer.Argument(help="A TOML file, or: synthesis, scale, models, reward, baseline, attributes, paper.")]
@@ -49,10 +48,10 @@ def run_study(study: StudyRecipe, dry_run: bool = False, only: list[str] | None 
     rows = plan(study)
     planned = chosen(rows, only) if only else rows
     steps = list({step.folder: step for chain in planned.values() for step in chain}.values())
-    check(steps)
+    check_steps(steps)
     if dry_run:
         configs = {str(step.folder.relative_to(absolute_out(study.out))): (step.config, step.finished) for step in steps}
-        connect(study.cluster, {"study": [most_demanded(steps)]})
+        join_cluster(study.cluster, steps)
         print("\n".join(cost_lines(configs, measured_rates([config for config, _ in configs.values()], study.cluster))), flush=True)
         return 0
     with only_writer(study.out) as out:
@@ -76,11 +75,12 @@ def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list
     write_text(out / RECIPE, dump(study) + "\n")
     # Before the first step: a report on a study that is under way shows the variants that are evaluated, and names the others.
     write_json(out / STUDY, {"title": study.title, "note": study.note, "rows": rows})
+    there = reusable(planned)
     if not all(step.finished for step in steps):
-        connect(study.cluster, {"study": [most_demanded(steps)]})
+        join_cluster(study.cluster, steps)
     for number, (name, chain) in enumerate(planned.items(), 1):
         for step in chain:
-            done = reused(step)
+            done = step.folder in there or reused(step)
             print(f"\n[{number}/{len(planned)}] {name}: {step.folder.name}{', reused' * done}", flush=True)
             if not done and (code := run(step)):
                 return code
@@ -89,13 +89,29 @@ def run_variants(study: StudyRecipe, planned: dict[str, list[Step]], steps: list
     return 0
 
 
+def reusable(planned: dict[str, list[Step]]) -> set[Path]:
+    """The folders of the steps that are finished, with all before them; RunError as of `reused`, before anything is begun."""
+    there: set[Path] = set()
+    for chain in planned.values():
+        there.update(step.folder for step in takewhile(lambda step: step.folder in there or reused(step), chain))
+    return there
+
+
 def reused(step: Step) -> bool:
-    """Whether a step is finished; RunError if it was made from another table or model than the steps before it have made since."""
+    """Whether a step is finished; RunError if it was made from other prompts, pairs, tables or models than lie at their paths now."""
     if not step.finished:
         return False
     match step.config:
+        case GenerateRecipe():
+            check_reused_answers(step.config)
+        case CritiqueRecipe():
+            check_reused_critiques(step.config)
         case FinetuneRecipe():
             check_reused(step.config)
+        case PPORecipe():
+            check_reused_ppo(step.config)
+        case DPORecipe():
+            check_reused_dpo(step.config)
         case RewardModelRecipe():
             check_reused_reward_model(step.config)
         case EvaluateRecipe():
@@ -127,40 +143,11 @@ def run(step: Step) -> int:
             return evaluate(step.config)
 
 
-def check(steps: list[Step]) -> None:
-    """Refuse missing prompts, pairs and models before anything starts; what an earlier step will make is not there to be checked yet."""
-    policies, judges, prompts, pairs = set(), [], set(), set()
+def join_cluster(cluster: ClusterConfig, steps: list[Step]) -> None:
+    """Join or start a Ray cluster on which each step has room."""
+    connect(cluster, {"study": [most_demanded(steps)]})
     for step in steps:
-        match step.config:
-            case GenerateRecipe(policy=policy) | EvaluateRecipe(model=policy) | CritiqueRecipe(policy=policy):
-                policies.add(policy)
-            case FinetuneRecipe(policy=policy) | PPORecipe(policy=policy) | DPORecipe(policy=policy):
-                policies.add(policy.model)
-            case RewardModelRecipe(reward_model=trained, data=data, skip_bad_rows=skip):
-                check_backbone(trained.model)
-                pairs.add((data, skip))
-        match step.config:
-            case GenerateRecipe(reward=reward):
-                judges.append(reward)
-            case PPORecipe(reward=reward, prompts=asked, skip_bad_rows=skip):
-                judges.append(reward)
-                prompts.add((asked, None, skip))
-            case EvaluateRecipe(judges=given):
-                judges += given.given.values()
-        match step.config:
-            case GenerateRecipe() | EvaluateRecipe() | CritiqueRecipe():
-                prompts.add((step.config.prompts, step.config.max_prompts, step.config.skip_bad_rows))
-    made = tuple(str(step.folder) for step in steps)
-    for policy in sorted(name for name in policies if not name.startswith(made)):
-        check_policy(policy)
-    for reward in {dump(reward): reward for models in judges for reward in models.values()}.values():
-        if not reward.model.startswith(made) and not reward.calibration_file.startswith(made):
-            reward.check()
-    for name, limit, skip in sorted(prompts, key=str):
-        read_prompts(name, limit=limit, skip_bad_rows=skip)
-    for name, skip in sorted(pairs):
-        rejects: list[Reject] = []
-        read_pairs(name, rejects=rejects if skip else None)
+        check_room(demands(step), cluster)
 
 
 def most_demanded(steps: list[Step]) -> dict[str, float]:

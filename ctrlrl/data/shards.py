@@ -74,6 +74,10 @@ class ShardStore:
         self._planned = shards
         return self
 
+    def check_origin(self, fingerprint: dict, remedy: str) -> None:
+        """RunError, which names the differences and the remedy, if the directory was made with another fingerprint."""
+        self._refuse_other(json.loads(json.dumps(fingerprint, allow_nan=False)), remedy)
+
     @property
     def fingerprint(self) -> dict:
         """What the directory was made from."""
@@ -190,14 +194,14 @@ class ShardStore:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _refuse_other(self, fingerprint: dict) -> bool:
+    def _refuse_other(self, fingerprint: dict, remedy: str = "use a new directory or the old values") -> bool:
         """Whether the directory is already one of shards; raises RunError if it was made from something else or holds something else."""
         if self.directory.exists() and not self.directory.is_dir():
             raise RunError(f"{self.directory} is a file: give a directory")
         if (self.directory / "store.json").exists():
             if changed := "; ".join(differences(self.fingerprint, fingerprint)):
                 self.close()
-                raise RunError(f"{self.directory} was made with another recipe: {changed}: use a new directory or the old values")
+                raise RunError(f"{self.directory} was made with another recipe: {changed}: {remedy}")
             return True
         names = {entry.name for entry in os.scandir(self.directory)} if self.directory.exists() else set()
         foreign = sorted(name for name in names - _OWN_FILES if not name.endswith(".tmp"))

@@ -53,7 +53,7 @@ class EngineConfig(Section):
 
 def prompt_room(model: str, engine: EngineConfig, sampling: SamplingConfig, section: str = "rollout") -> int:
     """Tokens that a prompt may have beside its answer; RecipeError if the engine, of this section of the recipe, has more tokens than
-    the model has positions, ModelError if it cannot take the model at all."""
+    the model has positions, or no more than an answer, ModelError if it cannot take the model at all."""
     check_engine_takes(model)
     check_split(model, engine.tensor_parallel, f"{section}.engine.tensor_parallel".lstrip("."))
     positions, key = within_positions(model, engine.max_model_tokens), f"{section}.engine.max_model_tokens".lstrip(".")
@@ -61,6 +61,8 @@ def prompt_room(model: str, engine: EngineConfig, sampling: SamplingConfig, sect
     stretched = rope.get("rope_type") in ("linear", "dynamic")  # to more positions than the configuration names; vLLM knows how many
     if positions < engine.max_model_tokens and not stretched:
         raise RecipeError(f"{key} = {engine.max_model_tokens}, but {model!r} has {positions} positions: set {key} = {positions} or less")
+    if engine.max_model_tokens <= sampling.max_new_tokens:
+        raise RecipeError(f"{key} = {engine.max_model_tokens} has no room beside the {sampling.max_new_tokens} tokens of an answer")
     return engine.max_model_tokens - sampling.max_new_tokens
 
 

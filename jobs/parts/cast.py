@@ -261,6 +261,13 @@ def write_checkpoint(cast: Cast, kl: AdaptiveKL, folder: Path) -> None:
 
 def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]:
     """Everything that can be wrong before an actor starts; returns the prompts, the policy's tokenizer, and the rows set aside."""
+    for reward in config.reward.values():
+        reward.check()
+    return check_asked(config)
+
+
+def check_asked(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]:
+    """`check_inputs` but for the reward models themselves, which may be still to be made: of these only how they read the prompts."""
     policy, reference, value = config.policy.model, config.reference.model or config.policy.model, config.value.model or config.policy.model
     check_policy(policy, trained=True)
     check_attributes(policy, config.attributes)
@@ -274,8 +281,6 @@ def check_inputs(config: PPORecipe) -> tuple[list[Prompt], object, list[Reject]]
         check_value(value)
         check_adapters(value, config.value.train.lora, "value")
         check_same_vocabulary(policy, value, "value model")
-    for reward in config.reward.values():
-        reward.check()
     room = prompt_room(policy, config.rollout.engine, config.sampling)
     tokenizer, read = with_variables(load_tokenizer(policy), config.chat), read_prompts(config.prompts, skip_bad_rows=config.skip_bad_rows)
     check_export(policy, config.out, partial(save_control_tokenizer, tokenizer, attributes=config.attributes), generates=True)

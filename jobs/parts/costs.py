@@ -98,8 +98,9 @@ def hours_of(work: Work, rates: Rates, backbone: str = "") -> float:
 def cost_lines(steps: Mapping[str, tuple[Section, bool]], rates: Rates) -> list[str]:
     """A line a step, by its folder, and the sum of those that are not finished."""
     lines = [
-        f"measured here: {rates.drawn * rates.tokens:,.0f} tokens/s drawn ({rates.tokens:.0f} an answer), {rates.trained:.2f} answers/s "
-        f"trained" + "".join(f", {rate:.1f} texts/s by {name}" for name, rate in rates.texts.items()),
+        f"measured here: {rates.drawn * rates.tokens:,.0f} tokens/s drawn ({rates.tokens:.0f} an answer)"
+        + (f", {rates.trained:.2f} answers/s trained" if rates.trained < float("inf") else "")
+        + "".join(f", {rate:.1f} texts/s by {name}" for name, rate in rates.texts.items()),
         f"{'step':36}{'answers':>10}{'tokens':>12}{'steps':>8}{'hours':>8}",
     ]
     made: dict[str, int] = {}  # what later steps can learn from, by the folder that it lies in

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,13 @@ class Step:
 
 
 def plan(study: StudyRecipe) -> dict[str, list[Step]]:
-    """The steps of every row, by its name; RecipeError names the variant and the step whose settings are wrong."""
+    """The steps of every row, by its name; RecipeError names the variant and the step whose settings are wrong, or a misspelt
+    input."""
+    texts = json.dumps([study.common, study.with_world, *(variant.set for variant in study.variants)], default=str)
+    used = set(_PLACEHOLDER.findall(texts))
+    for name in {*study.inputs, *(name for variant in study.variants for name in variant.inputs)} - used:
+        if meant := get_close_matches(name, used, 1, 0.8):
+            raise RecipeError(f"inputs.{name} is used by no step: did you mean inputs.{meant[0]}?")
     return {
         variant.name if seed is None else f"{variant.name}, seed {seed}": list(_steps(study, variant, seed))
         for variant in study.variants

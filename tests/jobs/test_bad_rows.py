@@ -17,6 +17,7 @@ from ctrlrl.models.loading import load_tokenizer
 from jobs.dpo import DPORecipe, read_data
 from jobs.evaluate import EvaluateRecipe, asking_of
 from jobs.generate import GenerateRecipe
+from jobs.parts.beforehand import check_steps
 from jobs.parts.interim import Interim, InterimConfig
 from jobs.parts.variants import StudyRecipe, plan
 from jobs.ppo import PPORecipe, check_inputs
@@ -135,14 +136,15 @@ def test_finetuning_leaves_out_rows_that_teach_nothing(strict):
 
 def test_a_study_hands_it_on_and_reads_all_prompts_before_the_first_step(models, anthropic, tmp_path):
     judged = {a: {"model": models[a]} for a in ("helpful", "harmless")}
+    short = {"rollout": {"engine": {"max_model_tokens": 256}}, "sampling": {"max_new_tokens": 8}}
     both = {"optimisation": judged, "held_out": judged}
     settings = {
         "title": "Small", "out": str(tmp_path), "chain": ["generate", "distill", "finetune", "evaluate"],
         "common": {
-            "generate": {"policy": models["policy"], "prompts": anthropic, "reward": judged, "skip_bad_rows": False},
+            "generate": {"policy": models["policy"], "prompts": anthropic, "reward": judged, "skip_bad_rows": False, **short},
             "distill": {"data": "{generate}"},
             "finetune": {"policy": {"model": models["policy"]}, "data": "{distill}"},
-            "evaluate": {"model": "{finetune}/model", "prompts": anthropic, "judges": both, "skip_bad_rows": False},
+            "evaluate": {"model": "{finetune}/model", "prompts": anthropic, "judges": both, "skip_bad_rows": False, **short},
         },
         "variants": [{"name": "one"}],
     }  # fmt: skip
@@ -152,8 +154,8 @@ def test_a_study_hands_it_on_and_reads_all_prompts_before_the_first_step(models,
     assert [step.folder for step in plain] == [step.folder for step in skipping]  # what is there is reused
     assert [getattr(step.config, "skip_bad_rows", None) for step in skipping] == [True, None, True, True]
     with pytest.raises(ValueError, match="harmless-base.jsonl:2: "):
-        jobs.study.check(plain)
-    jobs.study.check(skipping)
+        check_steps(plain)
+    check_steps(skipping)
 
 
 @pytest.mark.parametrize("kind", [PPORecipe, GenerateRecipe, EvaluateRecipe])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -10,14 +11,13 @@ from pyarrow.parquet import read_table, write_table
 from typer.testing import CliRunner
 
 from ctrlrl.cli import app
-from ctrlrl.config import dump, load
+from ctrlrl.config import dump, laid_over, load
 from ctrlrl.control import ATTRIBUTES
-from ctrlrl.errors import RecipeError, RunError
+from ctrlrl.errors import CtrlrlError, PlacementError, RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
-from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.origins import record_origins
 from jobs.distill import DistillRecipe
-from jobs.evaluate import EvaluateRecipe
+from jobs.evaluate import EvaluateRecipe, asking_of, origin_of
 from jobs.finetune import FinetuneRecipe, origins_of
 from jobs.generate import GenerateRecipe
 from jobs.parts.costs import Rates, cost_lines
@@ -194,14 +194,16 @@ def test_what_was_made_of_another_table_or_model_is_not_reused(models, finetune_
     shutil.copytree(models["policy"], model)
     (measured / "answers").mkdir(parents=True)
     (measured / "metrics.json").write_text("{}")
-    (measured / "answers" / "store.json").write_text(json.dumps({"fingerprint": {"model": model_fingerprint(str(model))}}))
     judges = {a: {"model": models[a]} for a in ATTRIBUTES}
     asked = {"out": str(measured), "model": str(model), "prompts": prompt_file, "judges": {"optimisation": judges}}
+    asked |= {"rollout": {"engine": {"max_model_tokens": 512}}, "sampling": {"max_new_tokens": 8}}
     step = Step("evaluate", measured, load(EvaluateRecipe, None, settings=asked))
+    origin = origin_of(step.config, asking_of(step.config))
+    (measured / "answers" / "store.json").write_text(json.dumps({"fingerprint": origin}))
     assert reused(step)
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(RunError, match=f"'{measured}' measures another model than .* is now: remove it, and the model is measured anew"):
+    with pytest.raises(RunError, match=f"recipe: model: .*: restore it, or remove '{measured}', and the model is measured anew"):
         reused(step)
 
 
@@ -332,8 +334,9 @@ def test_a_study_shares_its_steps_is_reported_when_partly_done_and_reused(real, 
 @pytest.fixture(scope="module")
 def paper(models, encoder, pair_file, prompt_file, tmp_path_factory) -> StudyRecipe:
     """The paper's study with everything tiny: one distillation, and PPO."""
-    inputs = {"policy": models["policy"], "prompts": prompt_file, "test_prompts": prompt_file, "backbone": encoder}
-    turned = tmp_path_factory.mktemp("turned") / "pairs.jsonl"
+    asked, turned = (tmp_path_factory.mktemp("data") / name for name in ("prompts.jsonl", "turned.jsonl"))
+    shutil.copy(prompt_file, asked)
+    inputs = {"policy": models["policy"], "prompts": str(asked), "test_prompts": str(asked), "backbone": encoder}
     turned.write_text("".join(open(pair_file)).replace('"chosen"', '"?"').replace('"rejected"', '"chosen"').replace('"?"', '"rejected"'))
     pairs = dict(zip(ATTRIBUTES, (pair_file, str(turned)), strict=True))
     inputs |= {f"{judge}{a}_pairs": pairs[a] for judge in ("", "held_out_") for a in ATTRIBUTES} | {"held_out_backbone": models["policy"]}
@@ -355,8 +358,54 @@ def paper(models, encoder, pair_file, prompt_file, tmp_path_factory) -> StudyRec
     return load(StudyRecipe, RECIPES / "studies" / "paper.toml", [f"{key}={toml(value)}" for key, value in given.items()])
 
 
-def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(paper, ray_cluster, capsys):
+def engine_of(step: str, tokens: int) -> dict:
+    """Settings with which the engine of a step has so many tokens."""
+    return {"common": {step: {"rollout": {"engine": {"max_model_tokens": tokens}}}}}
+
+
+TRAINED = {"lora": {"rank": 4, "targets": ["nope"]}}
+ONE_PAIR = {"prompt": "Who?", "chosen": "You.", "rejected": "I."}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (engine_of("generate", 1024), "max_model_tokens = 1024, but .* has 512 positions"),
+        (engine_of("ppo", 1024), "max_model_tokens = 1024, but .* has 512 positions"),
+        (engine_of("evaluate", 12), "prompts exceed 4 tokens"),
+        ({"common": {"finetune": {"policy": {"train": TRAINED}}}}, r"lora.targets = \['nope'\] cannot be adapted"),
+        ({"inputs": {"held_out_harmless_pairs": "one.jsonl"}}, "one.jsonl.* has 1 prompts, of which 0 rows are held out"),
+        ({"inputs": {"prompts": "system.jsonl", "backbone": "unspoken"}}, "system.jsonl:1.*System role not supported"),
+        ({"inputs": {"polcy": "x"}}, "inputs.polcy is used by no step: did you mean inputs.policy"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_before_the_first(paper, encoder, tmp_path, monkeypatch, changes, message):
+    import jobs.study
+
+    shutil.copytree(encoder, tmp_path / "unspoken")
+    refusal = "{{ raise_exception('System role not supported') }}"
+    template = "{% for m in messages %}{% if m.role == 'system' %}" + refusal + "{% endif %}{{ m.content }} {% endfor %}"
+    (tmp_path / "unspoken" / "chat_template.jinja").write_text(template)
+    (tmp_path / "one.jsonl").write_text(json.dumps(ONE_PAIR) + "\n")
+    asked = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]}
+    (tmp_path / "system.jsonl").write_text(json.dumps(asked) + "\n")
+    inputs = {name: str(tmp_path / value) for name, value in changes.get("inputs", {}).items()}
+    changed = laid_over(paper.model_dump(exclude_unset=True), changes | {"inputs": inputs, "out": str(tmp_path / "run")})
+    monkeypatch.setattr(jobs.study, "connect", None)  # nothing is begun
+    for dry_run in (True, False):
+        with pytest.raises(CtrlrlError, match=f"(?s){message}"):
+            run_study(load(StudyRecipe, None, settings=changed), dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(paper, ray_cluster, tmp_path, capsys, caplog):
+    gpu = {"out": str(tmp_path / "run"), "common": {"finetune": {"policy": {"resources": {"gpus": 1}}}}}
+    greedy = laid_over(paper.model_dump(exclude_unset=True), gpu)
+    with pytest.raises(PlacementError, match="There is no GPU at all"):
+        run_study(load(StudyRecipe, None, settings=greedy))
+    assert not (tmp_path / "run" / "steps").exists()  # though the judges and the answers need none
     assert run_study(paper, dry_run=True) == 0
+    assert "2 of 2 test prompts are also trained on" in caplog.text and "held-out judge" not in caplog.text
     said = capsys.readouterr().out
     told = [line.split() for line in said.splitlines() if line.startswith("steps/")]
     rows = {cells[0].split("/")[1].split("-")[0]: cells[1:] for cells in told}
@@ -376,6 +425,20 @@ def test_the_paper_runs_from_pairs_to_its_table_and_says_before_what_it_costs(pa
     assert 0 < min(clm["optimisation.helpful"].to_pylist()) < max(clm["optimisation.helpful"].to_pylist()) < 1  # calibrated
     assert run_study(paper, dry_run=True) == 0
     assert "\n0.0 hours to come" in capsys.readouterr().out
+
+    prompts = Path(paper.inputs["prompts"])
+    rows = prompts.read_text().splitlines()
+    prompts.write_text("\n".join([json.dumps({"prompt": "Something else?"}), *rows[1:]]) + "\n")
+    for name, message in {
+        "generate": "made with another recipe: prompts.sha256: .*: restore it, or remove .*, and it is generated anew",
+        "ppo": "started with other content of prompts: restore it, or remove .*, and the model is trained anew",
+        "evaluate": "made with another recipe: prompts.sha256: .*: restore it, or remove .*, and the model is measured anew",
+    }.items():
+        step = next(step for step in steps if step.name == name)
+        with pytest.raises(RunError, match=message):
+            reused(step)
+    with pytest.raises(RunError, match="generate-.* was made with another recipe"):
+        run_study(paper)
 
 
 def test_what_it_costs_to_train_on_a_table_that_is_there_already(tmp_path):

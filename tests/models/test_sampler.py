@@ -298,6 +298,8 @@ def test_an_engine_for_gpus_wants_one(models, pretended):
 
 def test_the_room_for_a_prompt(models, tmp_path):
     assert prompt_room(models["policy"], EngineConfig(max_model_tokens=512), SAMPLING) == 500
+    with pytest.raises(RecipeError, match="engine.max_model_tokens = 12 has no room beside the 12 tokens of an answer"):
+        prompt_room(models["policy"], EngineConfig(max_model_tokens=12), SAMPLING)
     with pytest.raises(RecipeError, match="rollout.engine.max_model_tokens = 513, but .* has 512 positions"):
         prompt_room(models["policy"], EngineConfig(max_model_tokens=513), SAMPLING)
     config = load_config(models["policy"])
