@@ -228,7 +228,11 @@ class CritiqueLayout:
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.pairs} cannot be read: {error}: run the ctrlrl critique that makes it again") from None
         if not table.num_rows:
-            raise DataError(f"{str(self.directory)!r} holds no usable pair: {self.aside} says why; change the templates, and critique anew")
+            reasons = Counter(row["reason"] for row in _set_aside(self.critiques())).most_common()
+            told = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
+            cut = bool(reasons) and reasons[0][0].endswith("cut at the limit")
+            remedy = "raise sampling.max_new_tokens" if cut else "change the templates"
+            raise DataError(f"{str(self.directory)!r} holds no usable pair ({told}; {self.aside}): {remedy}, and critique anew")
         return table
 
 

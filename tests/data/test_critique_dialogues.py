@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 
 from ctrlrl.config import load
@@ -135,11 +136,18 @@ def test_only_a_finished_directory_with_pairs_can_be_read(tmp_path):
         ]
         aside = [json.loads(line) for line in layout.aside.read_text().splitlines()]
         assert [a["index"] for a in aside] == [1, 1] and aside[0]["rewrite"] == "no" and aside[0]["y0"] == "Force it."
-    none = CritiqueLayout(tmp_path / "none")
-    with none.critiques().open_or_create({"seed": 1}, shards=1) as store:
-        store.commit(0, table.slice(1), {})
-    none.sources.write_prompts([Prompt("00000000000000ab", tuple(ASKED), "f:1")])
-    none.write_results()
-    none.sources.manifest.write_text("{}")
-    with pytest.raises(DataError, match="holds no usable pair"):
-        none.read_pairs()
+    rest = table.slice(1)
+    place = rest.schema.get_field_index("aside")
+    cut = rest.set_column(place, rest.schema.field(place), pa.array(["answer cut at the limit"] * len(rest)))
+    for name, rows, told in (
+        ("none", rest, r"rewrite without the marker \d; .*aside.jsonl\): change the templates"),
+        ("cut", cut, r"answer cut at the limit \d; .*aside.jsonl\): raise sampling.max_new_tokens"),
+    ):
+        none = CritiqueLayout(tmp_path / name)
+        with none.critiques().open_or_create({"seed": 1}, shards=1) as store:
+            store.commit(0, rows, {})
+        none.sources.write_prompts([Prompt("00000000000000ab", tuple(ASKED), "f:1")])
+        none.write_results()
+        none.sources.manifest.write_text("{}")
+        with pytest.raises(DataError, match=rf"holds no usable pair \({told}, and critique anew"):
+            none.read_pairs()
