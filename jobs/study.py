@@ -48,11 +48,11 @@ def run_study(study: StudyRecipe, dry_run: bool = False, only: list[str] | None 
     rows = plan(study)
     planned = chosen(rows, only) if only else rows
     steps = list({step.folder: step for chain in planned.values() for step in chain}.values())
-    check_steps(steps)
+    whole = check_steps(steps)
     if dry_run:
         configs = {str(step.folder.relative_to(absolute_out(study.out))): (step.config, step.finished) for step in steps}
         join_cluster(study.cluster, steps)
-        print("\n".join(cost_lines(configs, measured_rates([config for config, _ in configs.values()], study.cluster))), flush=True)
+        print("\n".join(cost_lines(configs, measured_rates(whole, study.cluster))), flush=True)
         return 0
     with only_writer(study.out) as out:
         if any((out / name).exists() for name in (TRAINING, METRICS_FILE)):  # its recipe.json would be overwritten

@@ -26,13 +26,14 @@ from jobs.reward_model import RewardModelRecipe
 _log = logging.getLogger("ctrlrl")
 
 
-def check_steps(steps: Sequence[Step]) -> None:
-    """Raise whatever a step would raise about its models, prompts, pairs and settings. steps: in the order in which they are done."""
+def check_steps(steps: Sequence[Step]) -> list[Section]:
+    """Raise whatever a step would raise about its models, prompts, pairs and settings; returns their recipes as they were looked at,
+    `grounded`. steps: in the order in which they are done."""
     made = tuple(f"{step.folder}/" for step in steps)
     bases: dict[str, str] = {}  # a model that will be made -> what from
-    looked, learned, asked, twice = set(), set(), {}, {}
+    looked, learned, asked, twice, configs = set(), set(), {}, {}, []
     for step in steps:
-        config = grounded(step.config, bases)
+        configs.append(config := grounded(step.config, bases))
         match config:
             case RewardModelRecipe():
                 bases[f"{step.folder}/model"] = config.reward_model.model
@@ -56,6 +57,7 @@ def check_steps(steps: Sequence[Step]) -> None:
             "%d of %d test prompts are also trained on, the first at %s: what is measured on them says little of others",
             len(both), len(asked), both[0],
         )  # fmt: skip
+    return configs
 
 
 def grounded(config: Section, bases: Mapping[str, str]) -> Section:

@@ -20,6 +20,7 @@ from jobs.distill import DistillRecipe
 from jobs.evaluate import EvaluateRecipe, asking_of, origin_of
 from jobs.finetune import FinetuneRecipe, origins_of
 from jobs.generate import GenerateRecipe
+from jobs.parts.beforehand import check_steps
 from jobs.parts.costs import Rates, cost_lines
 from jobs.parts.variants import RECIPES, Step, StudyRecipe, plan
 from jobs.study import chosen, most_demanded, reused, run_study
@@ -289,6 +290,11 @@ def real(generated, models, prompt_file, tmp_path_factory) -> StudyRecipe:
         },
         "variants": [{"name": "corners"}, {"name": "three levels", "set": {"evaluate": {"levels": [0.2, 0.6, 1.0]}}}],
     })  # fmt: skip
+
+
+def test_speeds_are_measured_with_what_is_there_already(real, models):
+    configs = check_steps([step for chain in plan(real).values() for step in chain])
+    assert [config.model for config in configs if isinstance(config, EvaluateRecipe)] == [models["policy"]] * 2  # and not the tuned one
 
 
 def test_a_study_shares_its_steps_is_reported_when_partly_done_and_reused(real, ray_cluster, capsys, monkeypatch):
