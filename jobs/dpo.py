@@ -7,6 +7,7 @@ The reference's logprobs are computed once and stored in the run directory; then
 
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ from ctrlrl.models.fingerprint import model_fingerprint
 from ctrlrl.models.layout import check_layout
 from ctrlrl.models.loading import check_causal, check_policy, load_tokenizer, save_control_tokenizer, within_positions
 from ctrlrl.models.lora import check_adapters
-from ctrlrl.models.origins import record_origins, same_origins
+from ctrlrl.models.origins import Origins, record_origins, same_origins
 from ctrlrl.models.vocabulary import check_same_vocabulary, final_token_id
 from ctrlrl.objectives.preference import dpo as dpo_loss
 from ctrlrl.prompts import render
@@ -112,7 +113,7 @@ def dpo(config: DPORecipe, resume: bool = False) -> int:
     rejects: list[Reject] = []
     mixture, batch = read_data(config, tokenizer, rejects if config.skip_bad_rows else None)
     with open_run(config, resume, sources(config)) as run:
-        origins = same_origins(run.directory, {"policy.model": config.policy.model}, {"pairs": batch_fingerprint(batch)})
+        origins = origins_of(config, run.directory, batch)
         connect(config.cluster, demands_of(config))
         reference = reference_logprobs(config, run, batch)
         examples = PairExamples(batch.tokens, batch.prompt_lengths, {"ref_logprob": reference.reshape(-1).astype(np.float32)})
@@ -146,12 +147,16 @@ def check_models(config: DPORecipe) -> object:
     return tokenizer
 
 
+def origins_of(config: DPORecipe, directory: Path, batch: TokenBatch, **remedy: str) -> Origins:
+    """What a run in `directory` began with; RunError as of same_origins."""
+    return same_origins(directory, {"policy.model": config.policy.model}, {"pairs": batch_fingerprint(batch)}, **remedy)
+
+
 def check_reused_dpo(config: DPORecipe) -> None:
     """RunError if the model that lies in the recipe's `out` was made from other pairs or another base than lie there now."""
     tokenizer = with_variables(load_tokenizer(config.policy.model), config.chat)
     _, batch = read_data(config, tokenizer, [] if config.skip_bad_rows else None)
-    remedy = f"remove {config.out!r}, and the model is trained anew"
-    same_origins(absolute_out(config.out), {"policy.model": config.policy.model}, {"pairs": batch_fingerprint(batch)}, remedy)
+    origins_of(config, absolute_out(config.out), batch, remedy=f"remove {config.out!r}, and the model is trained anew")
 
 
 def sources(config: DPORecipe) -> tuple[str, ...]:

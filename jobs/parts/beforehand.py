@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctrlrl.config import Section
+from ctrlrl.config import Section, dump
 from ctrlrl.data.sources import Prompt
 from ctrlrl.models.exporting import check_attributes
 from ctrlrl.models.loading import check_policy
@@ -29,29 +29,15 @@ _log = logging.getLogger("ctrlrl")
 def check_steps(steps: Sequence[Step]) -> list[Section]:
     """Raise whatever a step would raise about its models, prompts, pairs and settings; returns their recipes as they were looked at,
     `grounded`. steps: in the order in which they are done."""
-    made = tuple(f"{step.folder}/" for step in steps)
-    bases: dict[str, str] = {}  # a model that will be made -> what from
-    looked, learned, asked, twice, configs = set(), set(), {}, {}, []
-    for step in steps:
-        configs.append(config := grounded(step.config, bases))
-        match config:
-            case RewardModelRecipe():
-                bases[f"{step.folder}/model"] = config.reward_model.model
-            case FinetuneRecipe() | PPORecipe() | DPORecipe():
-                bases[f"{step.folder}/model"] = config.policy.model
-        if (looks_at := _looks_at(config)) not in looked:
-            looked.add(looks_at)
-            prompts = {prompt.prompt_id: prompt for prompt in _check(config)}
-            if isinstance(config, EvaluateRecipe):
-                asked |= prompts
-            else:
-                learned |= prompts.keys()
-        _check_judges(step.config, made)
-        if isinstance(step.config, EvaluateRecipe):
-            first, second = step.config.judges.optimisation, step.config.judges.held_out or {}
-            twice |= {a: first[a].model for a in first if a in second and first[a].model == second[a].model}
-    for attribute, judge in twice.items():
-        _log.warning("the held-out judge of %s is the one that is optimised, %s: it tells nothing of its own", attribute, judge)
+    configs = grounded(steps)
+    learned, asked = set(), {}
+    for config in {_looks_at(config): config for config in configs}.values():
+        prompts = {prompt.prompt_id: prompt for prompt in _check(config)}
+        if isinstance(config, EvaluateRecipe):
+            asked |= prompts
+        else:
+            learned |= prompts.keys()
+    _check_judges(steps)
     if both := [prompt.source for prompt_id, prompt in asked.items() if prompt_id in learned]:
         _log.warning(
             "%d of %d test prompts are also trained on, the first at %s: what is measured on them says little of others",
@@ -60,8 +46,9 @@ def check_steps(steps: Sequence[Step]) -> list[Section]:
     return configs
 
 
-def grounded(config: Section, bases: Mapping[str, str]) -> Section:
-    """The recipe with every name of a model that is still to be made replaced by that of the one which it is made from."""
+def grounded(steps: Sequence[Step]) -> list[Section]:
+    """The recipes, with every name of a model that is still to be made replaced by that of the one which it is made from."""
+    bases: dict[str, str] = {}  # a model that will be made -> what from
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Section):
@@ -70,7 +57,15 @@ def grounded(config: Section, bases: Mapping[str, str]) -> Section:
             return {key: replaced(part) for key, part in value.items()}
         return bases.get(value, value) if isinstance(value, str) else value
 
-    return replaced(config)
+    configs = []
+    for step in steps:
+        configs.append(config := replaced(step.config))
+        match config:
+            case RewardModelRecipe():
+                bases[f"{step.folder}/model"] = config.reward_model.model
+            case FinetuneRecipe() | PPORecipe() | DPORecipe():
+                bases[f"{step.folder}/model"] = config.policy.model
+    return configs
 
 
 def _looks_at(config: Section) -> tuple[type, str]:
@@ -103,15 +98,20 @@ def _check(config: Section) -> Sequence[Prompt]:
     return ()
 
 
-def _check_judges(config: Section, made: tuple[str, ...]) -> None:
-    """Raise what is wrong with the reward models that are there already."""
-    match config:
-        case GenerateRecipe(reward=models) | PPORecipe(reward=models):
-            judges = list(models.values())
-        case EvaluateRecipe():
-            judges = list(config.workers.values())
-        case _:
-            return
-    for reward in judges:
+def _check_judges(steps: Sequence[Step]) -> None:
+    """Raise what is wrong with the reward models that are there already; warn of those that are held out from nothing."""
+    made = tuple(f"{step.folder}/" for step in steps)
+    judges, twice = [], {}
+    for step in steps:
+        match step.config:
+            case GenerateRecipe(reward=models) | PPORecipe(reward=models):
+                judges += models.values()
+            case EvaluateRecipe(judges=given):
+                judges += step.config.workers.values()
+                held_out = given.held_out or {}
+                twice |= {a: one.model for a, one in given.optimisation.items() if a in held_out and held_out[a].model == one.model}
+    for reward in {dump(reward): reward for reward in judges}.values():
         if not reward.model.startswith(made) and not reward.calibration_file.startswith(made):
             reward.check()
+    for attribute, judge in twice.items():
+        _log.warning("the held-out judge of %s is the one that is optimised, %s: it tells nothing of its own", attribute, judge)

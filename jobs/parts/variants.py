@@ -171,7 +171,7 @@ def plan(study: StudyRecipe) -> dict[str, list[Step]]:
     input."""
     texts = json.dumps([study.common, study.with_world, *(variant.set for variant in study.variants)], default=str)
     used = set(_PLACEHOLDER.findall(texts))
-    for name in {*study.inputs, *(name for variant in study.variants for name in variant.inputs)} - used:
+    for name in sorted({*study.inputs, *(name for variant in study.variants for name in variant.inputs)} - used):
         if meant := get_close_matches(name, used, 1, 0.8):
             raise RecipeError(f"inputs.{name} is used by no step: did you mean inputs.{meant[0]}?")
     return {

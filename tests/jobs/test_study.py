@@ -16,6 +16,7 @@ from ctrlrl.control import ATTRIBUTES
 from ctrlrl.errors import CtrlrlError, PlacementError, RecipeError, RunError
 from ctrlrl.evaluation.exhibits import collect
 from ctrlrl.models.origins import record_origins
+from ctrlrl.models.scorer import ScorerConfig
 from jobs.distill import DistillRecipe
 from jobs.evaluate import EvaluateRecipe, asking_of, origin_of
 from jobs.finetune import FinetuneRecipe, origins_of
@@ -295,6 +296,16 @@ def real(generated, models, prompt_file, tmp_path_factory) -> StudyRecipe:
 def test_speeds_are_measured_with_what_is_there_already(real, models):
     configs = check_steps([step for chain in plan(real).values() for step in chain])
     assert [config.model for config in configs if isinstance(config, EvaluateRecipe)] == [models["policy"]] * 2  # and not the tuned one
+
+
+def test_a_judge_of_many_steps_is_tried_once(real, monkeypatch, caplog):
+    tried = []
+    monkeypatch.setattr(ScorerConfig, "check", lambda judge: tried.append(judge.model))
+    both = dict.fromkeys(("optimisation", "held_out"), real.common["evaluate"]["judges"]["optimisation"])
+    settings = laid_over(real.model_dump(exclude_unset=True), {"common": {"evaluate": {"judges": both}}})
+    check_steps([step for chain in plan(load(StudyRecipe, None, settings=settings)).values() for step in chain])
+    assert len(tried) == len(set(tried)) == 2
+    assert caplog.text.count("is the one that is optimised") == 2
 
 
 def test_a_study_shares_its_steps_is_reported_when_partly_done_and_reused(real, ray_cluster, capsys, monkeypatch):
