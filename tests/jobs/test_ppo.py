@@ -110,10 +110,10 @@ sys.exit(jobs.parts.launch.run_job(jobs.ppo.PPORecipe, jobs.ppo.train, "", sys.a
 
 def interrupt_in_the_second_step(overrides, out, joining):
     """Run two steps in a process of its own; Ctrl-C twice when, after a checkpoint, a worker's call lasts."""
+    log = out.with_suffix(".log")
     job = subprocess.Popen(
-        [sys.executable, "-c", RUN, *overrides, f"out={out}"], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | joining,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        [sys.executable, "-c", RUN, *overrides, f"out={out}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
+        text=True, env=os.environ | joining, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         reference, *workers = map(int, next(line for line in job.stdout if line.startswith("workers")).split()[1:])
@@ -123,7 +123,9 @@ def interrupt_in_the_second_step(overrides, out, joining):
         print("go on", file=job.stdin, flush=True)
         time.sleep(2)
         job.send_signal(signal.SIGINT)
-        assert any("stopping after this step (Ctrl-C again to stop at once)" in line for line in job.stderr)
+        while "stopping after this step (Ctrl-C again to stop at once)" not in log.read_text():
+            assert job.poll() is None
+            time.sleep(0.01)
         assert job.poll() is None
         job.send_signal(signal.SIGINT)
         assert job.wait(60) == 128 + signal.SIGINT
